@@ -5,9 +5,9 @@
 
 DATA: see `sets.py`, of which the sets for reporting and those for choosing are read; draws and test images are those of
 `many_sets.py`. FEATURES has a file for each set with several readings of its images: `x` is CLIP's vector, `stem` the
-mean over positions of the maps of the miniature's stem, scaled to the length 1. `x+stem` joins both, for any method;
-`x,stem` are both as a text probe reads them, and for it alone. Where `x` is not the first there is no text, and only
-methods without text are measured.
+mean over positions of the maps of the miniature's stem, `stage` that of earlier maps, each scaled to the length 1.
+`x+stem` joins both, for any method; `x,stem,stage` are all as a text probe reads them, and for it alone. Where `x` is
+not the first there is no text, and only methods without text are measured.
 
 No method sees validation images, but for those named "with validation images": those of `many_sets.py`.
 """
@@ -104,7 +104,7 @@ def features(data: Path, output: Path) -> None:
 def read(clip: FrozenCLIP, items: Sequence[Item], views: int) -> dict[str, Tensor]:
     """Each reading (V, n, E) of the images and, for two views, their mirror images."""
     whole = image_source(clip, items, once=True).read(views, progress_bar)
-    return dict(zip(("x", "stem"), whole.split(clip.widths, -1), strict=True))
+    return dict(zip(("x", "stem", "stage"), whole.split(clip.widths, -1), strict=True))
 
 
 class Known:
@@ -128,7 +128,8 @@ class Known:
         more = train.shape[-1] - text.shape[-1]
         padded = F.pad(F.normalize(text, dim=-1), (0, 0 if apart else more))
         self.clip.given_texts = dict(zip(self.names, padded, strict=True))
-        self.clip.clip.output_dim, self.clip.backbone_width = padded.shape[-1], more if apart else 0
+        self.clip.clip.output_dim = padded.shape[-1]
+        self.clip.further = {part: arrays[f"train_{part}"].shape[-1] for part in parts[1:]} if apart else {}
         tested = [Item("", str(i), label) for i, label in enumerate(arrays["test_labels"].tolist())]
         self.test = ImageSource(self.clip, tested, nothing_read, views=test, form=Features)
 

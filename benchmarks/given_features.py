@@ -25,6 +25,7 @@ from typer import Argument, Option, Typer
 from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.inputs import Features
+from dcp_zoo.backbone.towers.open_clip import EMBEDDING, HIDDEN
 from dcp_zoo.benchmark import Settings, Trial, plan_trials
 from dcp_zoo.benchmark.sweep import Event, execute, sweep
 from dcp_zoo.cli import main
@@ -54,7 +55,7 @@ class GivenCLIP(FrozenCLIP):
 
     Attributes:
         given_texts: text features (E,) by class name.
-        backbone_width: V.
+        further: V, by the name of the part, see `FrozenCLIP.parts`.
     """
 
     def __init__(self) -> None:
@@ -63,11 +64,11 @@ class GivenCLIP(FrozenCLIP):
         clip.visual = nn.Module()
         super().__init__(clip, nothing_read)
         self.given_texts: dict[str, torch.Tensor] = {}
-        self.backbone_width = 0
+        self.further: dict[str, int] = {}
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        return (self.num_features, self.backbone_width) if self.backbone_width else (self.num_features,)
+    def parts(self) -> dict[str, int]:
+        return {EMBEDDING: self.num_features} | self.further
 
     def encode_sentences(self, classnames: Sequence[str], texts: Texts) -> torch.Tensor:
         return torch.stack([self.given_texts[name] for name in classnames])
@@ -91,7 +92,7 @@ class GivenFeatures:
         names = [str(name) for name in arrays["classnames"]]
         self.clip.clip.logit_scale.fill_(float(arrays.get("logit_scale", SCALE))).log_()
         self.clip.clip.output_dim = arrays["test_vector"].shape[1]
-        self.clip.backbone_width = arrays["test_backbone"].shape[1] if "test_backbone" in arrays else 0
+        self.clip.further = {HIDDEN: arrays["test_backbone"].shape[1]} if "test_backbone" in arrays else {}
         if TEXT_ARRAY in arrays:
             self.clip.given_texts = dict(zip(names, _vectors(arrays[TEXT_ARRAY]), strict=True))
         parts = (f"train{shots}", f"val{shots}", "test")
@@ -100,7 +101,7 @@ class GivenFeatures:
 
     def read(self, items: Sequence[Item], augment: str = "none", once: bool = False) -> ImageSource:
         path, name, _ = items[0].path
-        kinds = ("vector", "backbone") if self.clip.backbone_width else ("vector",)
+        kinds = ("vector", "backbone") if self.clip.further else ("vector",)
         views = torch.cat([_vectors(_arrays(path)[f"{name}_{kind}"]) for kind in kinds], -1)[None]
         return ImageSource(self.clip, items, nothing_read, views=views, form=Features)
 

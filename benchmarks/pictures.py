@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import doc_tables
+import numpy as np
 import quote
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from PIL import Image
 from published import OPEN_LICENSES, frontier
 
+import dcp_zoo
+from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 from dcp_zoo.zoo.registry import MODELS, WEIGHTS
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +105,14 @@ def models() -> None:
     save(figure, "models.svg")
 
 
+def explain() -> None:
+    """Three of the packaged photographs, and beside each what speaks for its class."""
+    head = dcp_zoo.create_model(HEAD, pretrained=True, classnames=SAMPLE_CLASSES)
+    shown = [path for path in sample_images() if Path(path).stem in ("coffee", "osprey", "lake")]
+    pictures = [np.asarray(dcp_zoo.explain(head, path).picture()) for path in shown]
+    Image.fromarray(np.concatenate(pictures, 1)).save(IMAGES / "explain.webp", quality=85)
+
+
 def script(path: str) -> Callable[[], None]:
     """The function `main` of a script."""
     return lambda: runpy.run_path(str(ROOT / path))["main"]()
@@ -112,6 +124,7 @@ class Picture(NamedTuple):
 
 
 PICTURES = {
+    "explain.webp": Picture(explain, [WEIGHTS / HEAD / "model.safetensors"]),
     "averages.svg": Picture(averages, [doc_tables.RESULTS / "many_sets.csv", ROOT / "benchmarks" / "sets.py"]),
     "models.svg": Picture(models, [ROOT / "dcp_zoo" / "zoo" / "models.yaml"]),
     "predictions.webp": Picture(

@@ -15,6 +15,7 @@ measurement of this project has a mark with its source, `<!--from: arXiv 2305.17
 import re
 from collections.abc import Mapping
 from functools import cache
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,7 @@ def titled(method: str) -> str:
 
 
 PROBES = {"": "", "own": " + one text probe", "both": " + text probes"}  # after a method that changes the features
+READ_BY = {"top1": "top-1", "ece": "ECE", "auroc_near": "AUROC, near"}
 READINGS = {"x": "", "stem": " on the stem", "x+stem": " on both", "x,stem": ""}  # of `baselines.py`
 
 
@@ -264,31 +266,48 @@ def set_level(ending: str, file: str = "many_sets") -> str:
 
 
 def reads(what: str = "top1") -> pd.DataFrame:
-    """The text probe on the embedding alone and beside its backbone: means of each reporting set, by images."""
+    """The text probe on the embedding alone and on more: means of each reporting set, by images."""
     rows = results("reads")
     rows = rows[rows.set.isin(REPORTING)]
     return rows.pivot_table(what, ["set", "images_per_class"], "reading", sort=False)
 
 
 def reads_table() -> str:
-    """Both readings on each reporting set, and the difference of their means with its interval over sets."""
+    """All readings on each reporting set, and the differences of their means with their intervals over sets."""
     found, lines = reads(), []
     numbers = sorted({images for _, images in found.index})
     for name, rows in found.groupby(level="set", sort=False):
         rows = rows.droplevel("set")
         lines += [[name, label, *(f"{rows[label][k]:.1f}" for k in numbers)] for label in found.columns]
-    for what, title in {"top1": "top-1", "ece": "ECE", "auroc_near": "AUROC, near"}.items():
+    for (less, more), (what, title) in product(pairwise(found.columns), READ_BY.items()):
         whole = reads(what)
-        gaps = (whole["embedding and backbone"] - whole["embedding"]).unstack()
+        gaps = (whole[more] - whole[less]).unstack()
         cells = [report.difference_cell(gaps[k]) if k in gaps else "" for k in numbers]
-        lines.append([f"**difference, {title}**", "", *cells])
+        lines.append([f"**difference, {title}**", f"{more}, to {less}", *cells])
     return as_table(["dataset", "reads", *map(str, numbers)], lines)
 
 
 def reads_gain(images: int, what: str = "top1") -> float:
     """The mean difference over the reporting sets."""
     found = reads(what).xs(images, level="images_per_class")
-    return float((found["embedding and backbone"] - found["embedding"]).mean())
+    return float((found[found.columns[-1]] - found["embedding"]).mean())
+
+
+def explained() -> str:
+    """How much a logit falls if what an explanation names is hidden, and if it is elsewhere."""
+    rows = results("explain")
+    cells = [
+        (row.set, f"{row.fall_named:.2f}", f"{row.fall_elsewhere:.2f}", f"{row.named_falls_more:.0f}")
+        for row in rows.itertuples()
+    ]
+    return as_table(["dataset", "hidden where it points", "elsewhere", "images on which the first is more, %"], cells)
+
+
+def whole_image() -> str:
+    """Cropped, squashed and padded photographs."""
+    rows = results("whole_image")
+    cells = [(row.set, *(f"{x:.1f}" for x in (row.crop, row.squash, row.pad))) for row in rows.itertuples()]
+    return as_table(["photographs", "crop", "squash", "pad"], cells)
 
 
 def reading_costs() -> str:

@@ -1,5 +1,6 @@
 from .api.estimator import FewShotClassifier as FewShotClassifier
 from .api.functions import evaluate as evaluate
+from .api.functions import explain as explain
 from .api.functions import predict as predict
 from .api.functions import train as train
 from .api.inputs import list_labelled_images as list_labelled_images

@@ -26,7 +26,6 @@ from sklearn.utils import estimator_checks
 
 import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError
-from dcp_zoo.api import attention_maps
 from dcp_zoo.api.estimator import seed_of
 from dcp_zoo.backbone import mini
 from dcp_zoo.backbone.clip import FrozenCLIP
@@ -247,7 +246,7 @@ def test_features_are_kept_from_fit_to_fit(folder, pictures, tmp_path, monkeypat
     """By image: a changed file is read again. In a folder for other processes, as far as it is not damaged."""
     place = shutil.copytree(folder, tmp_path / "photos")
     paths, labels = dcp_zoo.list_labelled_images(place)
-    runs = Count(monkeypatch, mini.Stem, "forward")
+    runs = Count(monkeypatch, mini.Stem, "read")
     features = FewShotClassifier(method="gda", memory=tmp_path / "kept")
     expected = features.fit(paths[1:], labels[1:]).predict_proba(paths)
     first = runs.calls
@@ -382,7 +381,7 @@ def calls(folder, pictures, fitted, head, uploads, tmp_path, tiny_head, exported
         **{name: getattr(dcp_zoo, name) for name in ("list_datasets", "list_heads", "list_models", "list_pretrained")},
         "fit": lambda: own.fit(*pictures).transform(pictures[0]),
         "head.predict": lambda: head.predict(images),
-        "attention": lambda: attention_maps(head, images),
+        "explain": lambda: dcp_zoo.explain(head, pictures[0][0]),
         "prepare": lambda: prepare(get_head("dcp_mini.caltech101-16shot").bundled_dir, "me"),
         "benchmark": lambda: sweep([trial], GivenSettings(tmp_path / "sweep", features=tmp_path), run=run_given),
     }

@@ -54,6 +54,26 @@ def test_round_trip(tmp_path, coupling, with_stats):
     assert (tmp_path / "twice" / "config.json").read_text() == (tmp_path / "config.json").read_text()
 
 
+def test_what_a_head_reads_is_in_its_config(mini, tmp_path):
+    """A head of an earlier version reads less, and says nothing; one that reads something else is refused."""
+    mini.text_probe = mini._probe_of(NAMES, 512 + 512 + 1280)
+    assert [[*reading.parts] for reading in mini.reads] == [["embedding"], ["embedding", "stem"]]
+    mini.text_probe = mini._probe_of(NAMES, 512 + sum(mini.encoder.widths))
+    mini.save_pretrained(tmp_path)
+    mini.text_probe = None
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["dcp"]["reads"] == [["embedding"], [*mini.encoder.parts]]
+    for given, fits in ((None, True), ([["embedding"], ["embedding", "stem", "other"]], False)):
+        config["dcp"] = {name: value for name, value in config["dcp"].items() if name != "reads"}
+        config["dcp"] |= {"reads": given} if given else {}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if fits:
+            assert create_model(f"local-dir:{tmp_path}", pretrained=True).reads[1].widths == mini.encoder.widths
+        else:
+            with pytest.raises(ZooError, match="'other'.* and this version of dcp_zoo .*train it again"):
+                create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
 def test_only_registered_heads_have_a_tag(folder, tmp_path):
     """A user's head is not mistaken for the model's default one, in its config and in exported files."""
     own = create_model(f"local-dir:{folder}", pretrained=True)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -9,6 +10,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from shared import BUNDLED
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -221,6 +223,21 @@ def test_no_command_replaces_a_file_unasked(run, tmp_path, monkeypatch, command,
         assert re.search(r"photo.jpg exists already: choose another --\w+\.", said)
     assert Path(file).read_text() == Path("photo.jpg").read_text() == "mine"
     assert sorted(path.name for path in Path().iterdir()) == sorted({file, "photo.jpg", "photos"})
+
+
+def test_predict_explains_a_few_images(run, tmp_path, monkeypatch):
+    """With a picture of each that can be read."""
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    Image.effect_noise((90, 60), 50).save("photos/a.png")
+    Path("photos/b.png").write_text("no image")
+    run("predict", "photos", "--head", BUNDLED, "--explain", "why")
+    assert [path.name for path in Path("why").iterdir()] == ["1_a.png"]
+    assert Image.open("why/1_a.png").size == (2 * 192, 192)
+    for i in range(50):
+        shutil.copy("photos/a.png", f"photos/{i}.png")
+    said = run.refused("predict", "photos", "--head", BUNDLED, "--explain", "why")
+    assert "of at most 50: pass its folder, and fewer images" in said
 
 
 def test_classes_are_names_or_a_file(run, tmp_path, monkeypatch):

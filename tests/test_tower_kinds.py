@@ -25,14 +25,18 @@ from torch.nn import functional as F
 from dcp_zoo import DCP, ZooError
 from dcp_zoo.backbone import _torch
 from dcp_zoo.backbone.clip import FrozenCLIP
+from dcp_zoo.backbone.towers.open_clip import VisionTower
 from dcp_zoo.backbone.towers.text import TextTower
 from dcp_zoo.data import Item
 from dcp_zoo.heads.config import COUPLINGS
+from dcp_zoo.heads.head import Head
+from dcp_zoo.heads.kinds import LinearHead
+from dcp_zoo.prediction.explain import logit_shares
 from dcp_zoo.training.evaluation import predict
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import METHODS, fit_head
 from dcp_zoo.training.sources import ImageSource
-from dcp_zoo.zoo.build import build_open_clip
+from dcp_zoo.zoo.build import build_open_clip, plain_clip
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -152,6 +156,86 @@ def test_without_prompts_the_towers_are_those_of_open_clip(kind):
     tokens = plain.enter(IMAGES)
     assert tokens.x.shape[1:] == (plain.vision_tower.num_tokens, 64)
     assert close(plain.encode_image(tokens), expected)
+
+
+def inside(tower: VisionTower, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is read of a transformer's middle and last block, by hooks on its own modules."""
+    modules = tower.visual.get_submodule(tower.block_path)
+    prefix, found = tower.num_prefix, dict[str, torch.Tensor]()
+    middle, last = modules[len(modules) // 2], modules[-1]
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _, inputs, output: found.update({name: inputs[0] if name == "middle" else output})
+
+    hooks = [middle.register_forward_hook(keep("middle")), last.register_forward_hook(keep("last"))]
+    tower.visual(images)
+    for hook in hooks:
+        hook.remove()
+    norm = getattr(middle, "ln_1", getattr(middle, "norm1", None))
+    x = found["middle"] if "PostNorm" in type(middle).__name__ else norm(found["middle"])
+    every_fourth = tower.norm(found["last"])[:, ::4][:, -(-prefix // 4) :]
+    return {
+        "middle": torch.cat([x[:, : prefix > 0].flatten(1), x[:, prefix:].mean(1)], 1),
+        "last": every_fourth.mean(1),
+    }
+
+
+@torch.no_grad()
+def test_what_is_read_of_the_inside_is_what_the_library_computes(kind):
+    """Also by DCP's fused head and by a head that reads less; a pooling by attention reads the last block itself."""
+    model = build_dcp(kind, prompted_blocks=(None, 2)[[*KINDS].index(kind) % 2])
+    plain, images = model.encoder, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    found = dict(zip(plain.parts, plain.read(images).split(plain.widths, 1), strict=True))
+    expected = inside(plain.vision_tower, images)
+    assert ("last" in found) == (plain.vision_tower.pooled == 1)
+    for name in found.keys() & expected:
+        assert close(found[name], F.normalize(expected[name], dim=-1)), name
+    model.store_stats(images)
+    for parts in range(1, 1 + len(plain.parts)):
+        assert close(plain.read(images, parts), torch.cat([*found.values()][:parts], 1))
+        columns = plain.num_features + sum(plain.widths[:parts])
+        model.text_probe = model._probe_of(model.classes, columns)
+        assert model.num_features == columns
+        model.text_probe.weight.copy_(torch.randn(len(NAMES), columns))
+        assert close(model.fuse()(images), model(images))
+
+
+def centred(head: Head, image: torch.Tensor) -> torch.Tensor:
+    """The logit of the second class, less the mean logit."""
+    logits = head(image)[0]
+    return logits[1] - logits.mean()
+
+
+@torch.no_grad()
+def test_where_a_logit_comes_from(kind):
+    """Shares in what is a mean over patches add up to its logit; those in tokens differ by place."""
+    clip, tokenizer = build_clip(kind)
+    plain, image = FrozenCLIP(clip, tokenizer), IMAGES[:1]
+    head, tower = (
+        LinearHead(plain, NAMES, torch.zeros(4, plain.num_features), torch.zeros(4)).eval(),
+        plain.vision_tower,
+    )
+    head.text_probe = head._probe_of(NAMES, sum(plain.widths))
+    weight = dict(zip(plain.parts, head.text_probe.weight.split(plain.widths, 1), strict=True))
+    means = [part[:, -tower.width :] for name, part in weight.items() if name in ("middle", "last")]
+    for part in means:
+        part.copy_(torch.randn_like(part))
+    shares = logit_shares(head, image, 1)
+    assert shares.shape == image.shape[2:]
+    assert close(shares.sum(), centred(head, image), 1e-4)
+    for part in means:
+        part.zero_()
+    weight["embedding"].copy_(torch.randn_like(weight["embedding"]))
+    assert logit_shares(head, image, 1).std() > 0
+
+
+@torch.no_grad()
+def test_where_a_logit_of_the_miniature_comes_from():
+    plain, image = plain_clip("dcp_mini"), torch.randn(1, 3, 192, 192, generator=torch.Generator().manual_seed(0))
+    head = LinearHead(plain, NAMES, torch.zeros(4, 512), torch.zeros(4)).eval()
+    head.text_probe = head._probe_of(NAMES, sum(plain.widths))
+    head.text_probe.weight[:, 512:].normal_()
+    assert close(logit_shares(head, image, 1).sum(), centred(head, image), 1e-4)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from dcp_zoo.answers import Outputs, Prediction, best
 from dcp_zoo.api.inputs import (
@@ -23,11 +24,11 @@ from dcp_zoo.api.inputs import (
 )
 from dcp_zoo.backbone._torch import in_eval_mode, out_of_inference_mode
 from dcp_zoo.data import Item, Split, check_images
-from dcp_zoo.data.images import Progress, bar, check_in_memory, no_progress
+from dcp_zoo.data.images import ImageLike, Progress, bar, check_in_memory, load_image, no_progress
 from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, refuse, told, without_unreadable
 from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range, warn
-from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.head import Head
+from dcp_zoo.prediction.explain import Explanation, logit_shares
 from dcp_zoo.prediction.heads import HeadBackend, loaded
 from dcp_zoo.prediction.together import refined
 from dcp_zoo.tables import REFUSED
@@ -37,6 +38,7 @@ from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.training.run import Run, RunOptions, plan, train_head
+from dcp_zoo.zoo.factory import create_transform
 
 OWN_IMAGES = "folder"  # the dataset of heads trained here: images of the user's own
 
@@ -255,35 +257,25 @@ def lent(model: Head | str, device: str | None) -> Iterator[Head]:
                 model.to(place)
 
 
-@torch.inference_mode()
-def attention_weights(model: DCP, images: torch.Tensor) -> torch.Tensor:
-    """Attention weights of the class token and of each prompt over all tokens, averaged over heads. ZooError for an
-    image tower without a class token, such as SigLIP's.
+def explain(head: Head | str, image: ImageLike, class_: str | None = None) -> Explanation:
+    """Where in an image the logit of a class comes from. ZooError for an image tower without blocks, such as a
+    ResNet's, for a head whose logits are no linear function of its features, and as of `predict`.
+
+    Exact for what is a mean over positions, of whose shares the logit is the sum. A share in what the class token says
+    is that by the gradient through the last block, against the mean patch. Encoders beside CLIP are left out.
 
     Args:
-        model: any DCP; it is run in eval mode, with the statistics of `model.stats`.
-        images: (B, 3, H, W), normalised as `create_transform` does.
-
-    Returns:
-        (B, blocks with prompts, 1 + M, 1 + patches + M). Rows are queries: class token, prompts. Columns are keys:
-        class token, patches, prompts. Every row sums to 1. A tower with registers has these beside its class token.
+        head: or its name or folder.
+        image: a path, PIL image or array, as for `predict`.
+        class_: the name of one of the head's classes. Default: the most probable one.
     """
-    tower = model.encoder.vision_tower
-    if tower.num_prefix == 0:
-        raise ZooError("The image tower of this CLIP has no class token, whose attention could be shown.")
-    with in_eval_mode(model):
-        weights = []
-        for step, x, _ in model._walk(images):
-            if model.first_block <= step.block < len(tower.blocks):
-                block = tower.blocks[step.block]
-                queries = torch.cat([x[:, : tower.num_prefix], x[:, -model.config.n_ctx :]], 1)
-                query = block.query(block.norm(queries), rotate=False)  # (B, H, Q, d), as the keys
-                key = block.key_value(block.norm(x))[0]
-                weights.append((query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1))
-        return torch.stack(weights, 1)
-
-
-def attention_maps(model: DCP, images: torch.Tensor) -> torch.Tensor:
-    """The patch columns of `attention_weights`, in the shape of the image: (B, blocks, 1 + M, h, w)."""
-    patches = attention_weights(model, images)[..., model.encoder.vision_tower.num_prefix : -model.config.n_ctx]
-    return patches.unflatten(-1, model.encoder.vision_tower.grid)
+    with lent(head, None) as model:
+        pixels = create_transform(model)(load_image(image))
+        inputs, names = pixels[None].to(model.device), model.classnames
+        if class_ is not None:
+            check_choice("class_", class_, names)
+        index = int(model(inputs).argmax()) if class_ is None else names.index(class_)
+        shares = logit_shares(model, inputs, index).cpu().numpy()
+    mean, std = (np.array(model.pretrained_cfg[key]) for key in ("mean", "std"))
+    crop = (pixels.permute(1, 2, 0).numpy() * std + mean).clip(0, 1) * 255
+    return Explanation(names[index], shares, Image.fromarray(crop.round().astype(np.uint8)))

@@ -3,10 +3,11 @@ image tower gives features of images, its text tower those of class names and se
 scaled cosines. Encoders of images alone may stand beside it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from dcp_zoo.backbone._torch import WeightCache, construction, fingerprint
 from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, class_texts, mean_of_texts
 from dcp_zoo.backbone.inputs import Features, Images, Pixels, Tokens, as_inputs
 from dcp_zoo.backbone.tokens import Tokenizer
-from dcp_zoo.backbone.towers.open_clip import VisionTower, call
+from dcp_zoo.backbone.towers.open_clip import EMBEDDING, JOINED, VisionTower, call
 from dcp_zoo.backbone.towers.text import Runner, TextChunks, TextTower, prompted_text, tokenize_names
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
@@ -33,6 +34,7 @@ class Frozen(nn.Module):
 
     held: str  # the attribute with the model
     pretrained_cfg: Values  # timm's
+    parts: dict[str, int]  # what `read` gives, and how wide it is
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,6 +76,11 @@ class Frozen(nn.Module):
     def image_tower(self) -> nn.Module:
         """The module that features of images come from."""
         return self
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of the parts."""
+        return tuple(self.parts.values())
 
 
 class FrozenCLIP(Frozen):
@@ -152,10 +159,15 @@ class FrozenCLIP(Frozen):
         return projection.shape[-1] if projection is not None else width or self.text_tower.width
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """Of what `read` gives: E, and V if the image tower has more to say than its embedding."""
+    def parts(self) -> dict[str, int]:  # type: ignore[override]
+        """The embedding, and what else the image tower has to say."""
         tower = self.vision_tower_or_none
-        return (self.num_features, tower.backbone_width) if tower and tower.backbone_width else (self.num_features,)
+        return {EMBEDDING: self.num_features} | (tower.further if tower else {})
+
+    @property
+    def joined_widths(self) -> tuple[int, ...]:
+        """Of those parts, the first ones, that images are compared by."""
+        return tuple(width for name, width in self.parts.items() if name in JOINED)
 
     @property
     def device(self) -> torch.device:
@@ -174,27 +186,25 @@ class FrozenCLIP(Frozen):
             run: calls each block, such as with gradient checkpointing.
         """
         if not prompts:
-            return self.read(images)[:, : self.num_features]
+            return self.read(images, 1)[:, : self.num_features]
         entering = self.enter(images, first)
         return self.vision_tower.features(self.vision_tower.run(entering.x, prompts, entering.block, run=run))
 
-    def read(self, images: Images) -> Tensor:
-        """Images, in any form -> all that the image tower says of them: CLIP's embedding, and the features of its
-        backbone, see `VisionTower.read`, both normalised (B, E + V). (B, E) of a tower without blocks, such as a
-        ResNet's, and where no more is given."""
+    def read(self, images: Images, parts: int | None = None) -> Tensor:
+        """Images, in any form -> so many of the `parts`, by default all that the image tower says of them, each
+        normalised (B, ..). Given `Features` stay as they are."""
         inputs = as_inputs(images)
         if isinstance(inputs, Features):
             return inputs.x
         if self.vision_tower_or_none is None:
             return F.normalize(self.clip.encode_image(inputs.x), dim=-1)
-        return self.vision_tower.read(self.enter(inputs))
+        return self.vision_tower.read(self.enter(inputs), (), parts)
 
     def enter(self, images: Images, block: int = 0) -> Tokens:
         """Images -> the tokens (B, N, Dv) that enter a block, or a later one if they are tokens that do."""
         inputs, tower = as_inputs(images), self.vision_tower
         entering = inputs.to(tower.dtype) if isinstance(inputs, Tokens) else tower.embed(inputs.x)
-        stop = max(entering.block, block)
-        return replace(entering, x=tower.run(entering.x, (), entering.block, stop), block=stop)
+        return tower.enter(entering, max(entering.block, block))
 
     def entering(self, prompts: Sequence[Tensor]) -> list[Tensor]:
         """Learned prompts (M, Dv) as they enter the blocks: the first through `ln_pre`, as all tokens do."""
@@ -279,6 +289,7 @@ class ImageEncoder(Frozen):
         super().__init__()
         self.model: Any = model.requires_grad_(False).eval()
         self.source, self.size, self.pretrained_cfg = name, size, dict(clip.pretrained_cfg)
+        self.parts = {EMBEDDING: getattr(model, "head_hidden_size", model.num_features)}  # before a classifier
         mean, std, own_mean, own_std = (
             torch.tensor(cfg[key])[:, None, None]
             for cfg in (clip.pretrained_cfg, model.pretrained_cfg)
@@ -290,10 +301,6 @@ class ImageEncoder(Frozen):
     @property
     def device(self) -> torch.device:
         return self.scale.device
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return (getattr(self.model, "head_hidden_size", self.model.num_features),)  # before a classifier
 
     def read(self, images: Images) -> Tensor:
         """Pixels (B, 3, H, W) -> features (B, E). ZooError for images in any other form."""
@@ -317,18 +324,27 @@ class Reading:
     """What is read of an encoder in one pass: one or more parts, and the logits that a classifier on them starts at."""
 
     encoder: Encoder  # whose weights a method may have changed
-    widths: tuple[int, ...]  # of the parts
+    parts: Mapping[str, int]  # what is read, and how wide it is
     encode: Callable[[Images], Tensor]  # images, in any form -> the parts (B, ..), each normalised
     start: Callable[[], Linear] | None = None  # logits by the first part: weight (C, E), bias (C,); None without text
     prompts: Callable[[], list[Tensor]] | None = None  # (M, Dv), that enter its blocks; None if there are none
     first: int = 0  # the first block that they enter
 
-    def first_part(self) -> "Reading":
-        """The same without its further parts."""
-        width = self.widths[0]
-        if len(self.widths) == 1:
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.parts.values())
+
+    @property
+    def inside(self) -> int:
+        """How many of its parts, the last ones, are from inside an image tower."""
+        return len(self.parts.keys() - JOINED)
+
+    def only(self, parts: int = 1) -> "Reading":
+        """The same with its first parts alone."""
+        if len(self.parts) <= parts:
             return self
-        return replace(self, widths=(width,), encode=lambda images: self.encode(images)[:, :width])
+        kept = dict(islice(self.parts.items(), parts))
+        return replace(self, parts=kept, encode=lambda images: self.encode(images)[:, : sum(kept.values())])
 
 
 def parts_of(readings: Sequence[Reading]) -> int:

@@ -48,11 +48,11 @@ class Tokens(Inputs):
     """What enters a block of a frozen image tower: tokens (B, N, Dv)."""
 
     block: int = 0
-    backbone: Tensor | None = None  # (B, V), see `VisionTower.backbone_width`, where the patch embedding computes it
+    seen: Tensor | None = None  # (B, V), what `VisionTower.read` gives of what is before this block
 
     def packed(self) -> Tensor:
         """One row per image (B, N Dv + V), as they are stored."""
-        return torch.cat([self.x.flatten(1), *([] if self.backbone is None else [self.backbone])], 1)
+        return torch.cat([self.x.flatten(1), *([] if self.seen is None else [self.seen])], 1)
 
     @classmethod
     def unpacked(cls, rows: Tensor, shape: tuple[int, int], block: int = 0) -> "Tokens":

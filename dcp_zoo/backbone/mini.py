@@ -5,6 +5,7 @@ stem (all convolutions of EfficientNet-Lite2) and a 1x1 projection to the width 
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +30,9 @@ STEM_STAGES = (
     (1, 3, 1, 6, 352),
 )
 STEM_FIRST, STEM_LAST = 32, 1280
+EARLIER = 4, 5  # stages, whose maps are read, too; the blocks until then, and their channels in all:
+STAGE_ENDS = [sum(stage[0] for stage in STEM_STAGES[:n]) for n in EARLIER]
+STAGE_WIDTH = sum(STEM_STAGES[n - 1][-1] for n in EARLIER)
 IMAGES_PER_THREAD = 4  # in the stem at a time on a CPU
 
 
@@ -66,15 +70,33 @@ class Stem(nn.Module):
         # twice as fast on CPUs; untyped before torch 2.15
         cast(Any, self).to(memory_format=torch.channels_last)
 
+    def stages(self, x: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> the maps of two earlier stages (B, 88 or 120, H / 16, W / 16), then the last before they are
+        widened (B, 352, H / 32, W / 32)."""
+        maps = [F.relu6(self.first(x.contiguous(memory_format=torch.channels_last)), inplace=True)]
+        for start, end in pairwise([0, *STAGE_ENDS, len(self.blocks)]):
+            maps.append(self.blocks[start:end](maps[-1]))
+        return maps[1:]
+
     def features(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 352, H / 32, W / 32)
-        return self.blocks(F.relu6(self.first(x.contiguous(memory_format=torch.channels_last)), inplace=True))
+        return self.stages(x)[-1]
 
     def widen(self, x: Tensor) -> Tensor:  # (B, 352, h, w) -> (B, 1280, h, w)
         return F.relu6(self.last(x), inplace=True)
 
+    def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) -> the last maps (B, 1280, H / 32, W / 32), and the means over positions of these and of the
+        earlier stages' (B, 1280 + 208)."""
+        found = []
+        for part in cache_sized(x):
+            *earlier, last = self.stages(part)
+            last = self.widen(last)
+            found.append((last, torch.cat([maps.mean((2, 3)) for maps in (last, *earlier)], 1)))
+        maps, means = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*found, strict=True))
+        return maps, means
+
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 1280, H / 32, W / 32)
-        parts = [self.widen(self.features(part)) for part in cache_sized(x)]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return self.read(x)[0]
 
 
 def cache_sized(x: Tensor) -> Sequence[Tensor]:

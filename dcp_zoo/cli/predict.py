@@ -13,9 +13,9 @@ from typer import Argument, Exit
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import advise, log, output, plain_table, print_error, progress_bar, rejection_note
 from dcp_zoo.data.find import find_images
-from dcp_zoo.data.images import no_progress
+from dcp_zoo.data.images import load_image, no_progress
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, attempted
 from dcp_zoo.fields import Values
 from dcp_zoo.files import printable
 from dcp_zoo.heads.config import read_config
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 FEW = 8  # images with `top_k` classes each, and without a progress bar
 NAMED = 10  # of the images that cannot be read
 ON_SCREEN = 1000  # images whose results belong in a file
+EXPLAINED = 50  # images, of each of which a person looks at a picture
 to_file = partial(opt.option, None, rich_help_panel="Files")
 IMAGES = "Images, folders, patterns in quotes, or a .txt file with one path per line."
 
@@ -49,6 +50,7 @@ class PredictOptions:
     table: Path | None = to_file("Write a .csv, .jsonl or .parquet file.", "--output")
     features: Path | None = to_file("Write the image features to a .npz file.")
     sheet: Path | None = to_file("Write a page to look at: the images of each class, the least certain first.")
+    explain: Path | None = to_file("Write pictures into a folder: what in an image speaks for its class. Up to 50.")
     overwrite: bool = opt.option(False, "Replace existing files.", rich_help_panel="Files")
     device: opt.Device = "auto"
     precision: opt.Precision = AUTO
@@ -96,6 +98,9 @@ def predict(options: PredictOptions) -> None:
         if note := rejection_note(config["dcp"], options.reject):
             log(note)
     images = find_images(sources)
+    if options.explain and (predictor.on_onnx or len(images) > EXPLAINED):
+        problem = "an exported file has no gradients" if predictor.on_onnx else f"of at most {EXPLAINED}"
+        raise ZooError(f"--explain shows images by a head, {problem}: pass its folder, and fewer images.")
     classify = write_files if options.place else show_on_screen
     errors, changed = classify(images, predictor, options)
     for error in errors[:NAMED]:
@@ -105,6 +110,9 @@ def predict(options: PredictOptions) -> None:
         log(f"{len(images):,} image{'s' * (len(images) != 1)}{bad}: {options.place}")
     elif errors and len(images) > 1:
         log(f"{len(errors)} of {len(images)} images cannot be read.")
+    if options.explain:
+        explain(images, predictor, options.explain)
+        log(f"What speaks for each class, in red: {options.explain}")
     if options.together:
         log(f"The other images changed {changed:,} of {len(images):,} predictions.")
     if errors:
@@ -117,6 +125,18 @@ def write_files(images: Sequence[str], predictor: "Predictor", options: PredictO
     assert options.place
     outputs = OutputFiles(options.place, options.features, options.sheet, options.overwrite)
     return run(images, predictor, outputs, options.together, progress_bar)
+
+
+def explain(images: Sequence[str], predictor: "Predictor", folder: Path) -> None:
+    """Write a picture of each image that can be read."""
+    from dcp_zoo.api import functions
+    from dcp_zoo.prediction.heads import HeadBackend
+
+    assert isinstance(predictor.backend, HeadBackend)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, path in enumerate(images, 1):
+        if not isinstance(image := attempted(load_image, path), ZooError):  # of others, the error has been told
+            functions.explain(predictor.backend.head, image).picture().save(folder / f"{i}_{Path(path).stem}.png")
 
 
 def show_on_screen(images: Sequence[str], predictor: "Predictor", options: PredictOptions) -> "Told":

@@ -8,7 +8,7 @@ from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from functools import cache
 from hashlib import sha256
@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 from zlib import crc32
 
@@ -342,6 +343,15 @@ def crop(image: Image.Image, cfg: Values) -> "np.ndarray":
     image = image.resize(size, Image.Resampling[cfg.get("interpolation", "bicubic").upper()])
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
     return np.asarray(image.crop((left, top, left + width, top + height))).transpose(2, 0, 1)
+
+
+def cut_away(images: Iterable[ImageLike], cfg: Values) -> float:
+    """The share of an image that `crop` cuts away, the median of these, by the sizes in their files."""
+    kept = [1.0] if cfg.get("crop_mode") == "squash" else []
+    for image in map(to_image, images if not kept else ()):
+        with _opened_image(image) if isinstance(image, str) else nullcontext(image) as opened:
+            kept.append(min(opened.size) / max(opened.size))
+    return 1 - median(kept)
 
 
 def normalise(pixels: "np.ndarray", cfg: Values) -> "np.ndarray":

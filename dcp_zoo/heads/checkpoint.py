@@ -2,11 +2,11 @@
 these tensors by their hash: one head replaces another at the moment when its `config.json` does.
 
 The tensors are the prompts and CMPA under their names in the model, `context` (K, M, Dv) if the head has stored
-statistics, and those of its text probe, if it has one: `classifier.weight` and `.means` (C, F), `.bias` (C,),
-`.evidence` (K,), the scalars `.text_scale`, `.threshold` and `.spread`, the `.gate` (3,), if it has one, and, if it was
-given images of no class, `.examples` (M, F') of them with the scalar `.margin`. A head with a layer of
-`reset_classifier` also has `fc.weight` (C, F) and `fc.bias` (C,) for its classes; the other tensors are then for the
-classes that `config.json` calls `named`. CLIP's are never included.
+statistics, and those of its text probe, if it has one: `classifier.weight` and `.means` (C, F), `.bias` (C,), the
+scalars `.text_scale`, `.threshold` and `.spread`, the `.gate` (3,), if it has one, and, if it was given images of no
+class, `.examples` (M, F') of them with the scalar `.margin`. A head with a layer of `reset_classifier` also has
+`fc.weight` (C, F) and `fc.bias` (C,) for its classes; the other tensors are then for the classes that `config.json`
+calls `named`. CLIP's are never included.
 """
 
 import json
@@ -52,7 +52,7 @@ LARGEST = 1e15  # of a trained number: sums of its squares are float32 numbers
 SAVE_SECONDS = 60.0  # that a save waits for others in the same folder
 MEASURED = ("metrics", "test_images", "independent_images", "balanced_top1", "refused")  # what `info` says of the test
 # of the text probe, which stay in float32, as logits depend on them
-EXACT = {f"{PREFIX}{name}" for name in "weight bias evidence text_scale threshold spread margin gate".split()}
+EXACT = {f"{PREFIX}{name}" for name in "weight bias text_scale threshold spread margin gate".split()}
 
 
 def save(head: "Head", directory: Path, dtype: torch.dtype | None, info: Values) -> Path:
@@ -102,6 +102,7 @@ def head_config(head: "Head", info: Values) -> Values:
     """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored twice."""
     options, block = head.method_config()
     read_beside = head.image_encoders if head.text_probe is not None else ()
+    reads = [[*reading.parts] for reading in head.reads]
     encoders = [{"name": each.source, "fingerprint": each.fingerprint()} for each in read_beside]
     return {
         "architecture": head.encoder.architecture,
@@ -116,6 +117,7 @@ def head_config(head: "Head", info: Values) -> Values:
             "method": head.method,
             "abilities": head.abilities.as_dict(),
             **({"encoders": encoders} if encoders else {}),
+            **({} if head.text_probe is None else {"reads": reads}),
             **info,
             **block,
             "texts": saved_texts(head.named, head.texts),
@@ -194,6 +196,7 @@ def read_tensors(directory: str | Path, expected: str) -> dict[str, Tensor]:
         raise ZooError(f"{directory} has no {WEIGHTS_NAME}: not a checkpoint, or not fully downloaded.") from error
     except (SafetensorError, OSError) as error:
         raise ZooError(f"{path} is damaged ({error}). Train or download the checkpoint again.") from error
+    state.pop(f"{FILE_PREFIX}evidence", None)  # which nothing read, in heads of earlier versions
     check_finite(state, f"{path} is damaged")
     name = f"{FILE_PREFIX}text_scale"
     if (scale := state.get(name)) is not None and not (scale >= 0).all():

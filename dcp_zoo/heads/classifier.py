@@ -109,9 +109,9 @@ class Classifier(nn.Module, ABC):
     def readings(self) -> list[Reading]:
         """What a classifier on it can read: the method's own features, plain CLIP's, and those of image encoders."""
         own = self._own_reading()
-        plain = Reading(self.frozen, self.frozen.widths, self.frozen.read, self.zero_shot_linear)
-        of_clip = [own.first_part(), plain] if self.has_own_features else [own]
-        return [*of_clip, *(Reading(encoder, encoder.widths, encoder.read) for encoder in self.image_encoders)]
+        plain = Reading(self.frozen, self.frozen.parts, self.frozen.read, self.zero_shot_linear)
+        of_clip = [own.only(), plain] if self.has_own_features else [own]
+        return [*of_clip, *(Reading(encoder, encoder.parts, encoder.read) for encoder in self.image_encoders)]
 
     @property
     def has_own_features(self) -> bool:
@@ -127,17 +127,22 @@ class Classifier(nn.Module, ABC):
     def reads(self) -> list[Reading]:
         """The readings of its classifier."""
         if self.text_probe is None:
-            return [self.readings[0].first_part()]
-        pairs = zip(self.readings, self.text_probe.widths, strict=False)
-        return [reading if reading.widths == widths else reading.first_part() for reading, widths in pairs]
+            return [self.readings[0].only()]
+        return self._read_by(self.text_probe)
+
+    def _read_by(self, probe: TextProbe) -> list[Reading]:
+        pairs = zip(self.readings, probe.widths, strict=False)
+        return [reading.only(len(widths)) for reading, widths in pairs]
 
     def _probe_of(self, classes: Sequence[str], columns: int, examples: int = 0) -> TextProbe:
-        """An empty text probe that reads so many columns: all parts of all readings, or each one's first alone."""
-        readings = self.readings
-        if columns != sum(sum(reading.widths) for reading in readings):
-            readings = [reading.first_part() for reading in readings]
-        own = readings[0].widths[0] if self.has_own_features else 0
-        return TextProbe(classes, [reading.widths for reading in readings], own, examples)
+        """An empty text probe that reads so many columns: all parts of each reading, or fewer, as heads of earlier
+        versions do."""
+        widths = [reading.widths for reading in self.readings]
+        parts = max(map(len, widths))
+        while parts > 1 and columns != sum(sum(each[:parts]) for each in widths):
+            parts -= 1
+        own = widths[0][0] if self.has_own_features else 0
+        return TextProbe(classes, [each[:parts] for each in widths], own, examples)
 
     @torch.compiler.disable  # reads texts, and is kept
     def zero_shot_linear(self) -> Linear:
@@ -187,7 +192,7 @@ class Classifier(nn.Module, ABC):
 
     def own_linear(self) -> Linear:
         """The method's own logits, without a text probe, by its own features: weight (C, E) and bias (C,)."""
-        return join([self.readings[0].first_part()])
+        return join([self.readings[0].only()])
 
     def fuse(self) -> FusedHead:
         """A plain module, images (B, 3, H, W) -> the same logits (B, C), for the stored statistics and these classes;

@@ -93,6 +93,7 @@ class HeadInfo(_Identity, total=False):
 
     clip_fingerprint: str  # of all of CLIP's weights, see `Frozen.fingerprint`; none where they were not in float32
     encoders: list[dict[str, str]]  # beside CLIP: "name", timm's, and "fingerprint"
+    reads: list[list[str]]  # of each reading of its text probe, see `Reading.parts`; none in heads of earlier versions
     rest: str  # of a phrase, see `PromptHead`
     named: list[str]  # classes of the method's own classifier, where a layer of `reset_classifier` has others
     dataset: str | None
@@ -171,7 +172,7 @@ def own_names(config: HeadConfig) -> list[str]:
 
 def made(config: HeadConfig) -> Values:
     """What a checkpoint says about how its head was made: dataset, shots, seed, recipe, metrics, ..."""
-    omitted = {*_Identity.__annotations__, "clip_fingerprint", "encoders", "named", "rest", "versions"}
+    omitted = {*_Identity.__annotations__, "clip_fingerprint", "encoders", "named", "reads", "rest", "versions"}
     return {name: value for name, value in config["dcp"].items() if name not in omitted}
 
 

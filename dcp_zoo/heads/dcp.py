@@ -19,7 +19,7 @@ from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, check_classnames
 from dcp_zoo.backbone.clip import FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.backbone.inputs import Images, Inputs, as_inputs
 from dcp_zoo.backbone.tokens import Tokenizer
-from dcp_zoo.backbone.towers.open_clip import Step, append_prompts
+from dcp_zoo.backbone.towers.open_clip import EMBEDDING, Step, append_prompts
 from dcp_zoo.backbone.towers.text import Start, TextChunks
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
@@ -321,7 +321,7 @@ class DCP(Head):
         clip = self.encoder
         return Reading(
             clip,
-            widths=(clip.num_features,),
+            parts={EMBEDDING: clip.num_features},
             encode=lambda images: self._encode(as_inputs(images))[0],
             start=lambda: clip.scaled(self.encode_text()),
             prompts=self.image_prompts,

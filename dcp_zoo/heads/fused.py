@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from dcp_zoo.backbone._torch import in_eval_mode
 from dcp_zoo.backbone.clip import PREPROCESSING, join, joined, parts_of
-from dcp_zoo.backbone.inputs import Tokens
 from dcp_zoo.backbone.towers import vision_tower
 from dcp_zoo.backbone.towers.open_clip import OpenClipViT, VisionTower
 from dcp_zoo.fields import Values
@@ -79,8 +78,8 @@ class FusedHead(ImageTower):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> the normalised features (B, F) that the classifier reads."""
-        tower, entering = self.tower, self.tower.embed(images)
-        entering = Tokens(tower.run(entering.x, (), stop=self.first), self.first, entering.backbone)
+        tower = self.tower
+        entering = tower.enter(tower.embed(images), self.first)
         constants = [(self.constants[k, 0], self.constants[k, 1]) for k in range(len(self.constants))]
         features = [tower.read(entering, [*constants, self.prompts], self.parts)]
         if self.plain_parts:

@@ -160,6 +160,11 @@ class Head(Classifier):
         bring statistics, a text probe and a layer."""
         probe = self._probe_like(shapes, own_names(config) if config else self.named)
         layer: dict[str, Tensor] = {}
+        if config and probe and (given := config["dcp"].get("reads")):
+            known = [[*reading.parts] for reading in self._read_by(probe)]
+            if given != known:
+                problem = f"This head reads {given} of its encoders, and this version of dcp_zoo {known}"
+                raise ZooError(f"{problem}: use the version that it was made with, or train it again.")
         if config and "named" in config["dcp"]:
             columns = self.readings[0].widths[0] if probe is None else probe.weight.shape[1]
             weight = torch.empty(len(config["label_names"]), columns, device="meta")
@@ -210,6 +215,7 @@ class Head(Classifier):
 
     def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:
         """A state with a text probe brings it, and one with the method's tensors alone takes it away."""
+        state_dict.pop(f"{prefix}{PREFIX}evidence", None)  # of earlier versions
         own = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
         if f"{PREFIX}weight" in own:
             probe = self._probe_like(own, self.named)

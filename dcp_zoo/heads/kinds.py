@@ -38,6 +38,7 @@ from dcp_zoo.backbone.classes import (
 )
 from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading
 from dcp_zoo.backbone.inputs import Images
+from dcp_zoo.backbone.towers.open_clip import EMBEDDING
 from dcp_zoo.backbone.towers.text import TextChunks, prompted_text
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
@@ -98,7 +99,7 @@ class LinearHead(Head):
         return cls(own, names, *empty, texts=config["dcp"]["texts"], changed=changed, original=original)
 
     def _own_reading(self) -> Reading:
-        return Reading(self.encoder, self.encoder.widths, self.encoder.read, lambda: (self.weight, self.bias))
+        return Reading(self.encoder, self.encoder.parts, self.encoder.read, lambda: (self.weight, self.bias))
 
     def _classify_into(self, names: list[str], texts: Texts | None) -> None:
         """New classes are read by their names; other texts are read for all classes, {} standing for the names."""
@@ -169,7 +170,7 @@ class CacheHead(LinearHead):
         return (-beta * (1 - features @ self.keys.T)).exp() @ self.values
 
     def _own_reading(self) -> Reading:
-        return Reading(self.encoder, self.encoder.widths, self.encoder.read, self._no_linear)
+        return Reading(self.encoder, self.encoder.parts, self.encoder.read, self._no_linear)
 
     def _no_linear(self) -> NoReturn:
         raise ZooError(
@@ -260,8 +261,9 @@ class PromptHead(Head):
 
     def _own_reading(self) -> Reading:
         if not self._prompts_images:
-            return Reading(self.encoder, self.encoder.widths, self.encoder.read, self._text_linear)
-        return Reading(self.encoder, self.encoder.widths[:1], self._encode_own, self._text_linear, self.image_prompts)
+            return Reading(self.encoder, self.encoder.parts, self.encoder.read, self._text_linear)
+        parts = {EMBEDDING: self.encoder.num_features}
+        return Reading(self.encoder, parts, self._encode_own, self._text_linear, self.image_prompts)
 
     @property
     def _prompts_images(self) -> bool:

@@ -35,7 +35,6 @@ from dcp_zoo.zoo.build import plain_clip
 
 SHOWN = 60  # pictures of a section
 SURE, PER_CLASS = 20, 3
-NOTHING = 0.02  # of the evidence: such candidates are not fitted again
 IQR = 1.349  # standard deviations between the quartiles of a normal distribution
 SHOTS, DRAWS, TESTED = (1, 2, 4, 8, 16), 5, 1000  # of the learning curve; images tested at most
 
@@ -257,7 +256,7 @@ class OutOfFold:
     distances: Tensor  # (n,), to the nearest class mean, 1 on average
     images: TrainingSet
     groups: Tensor  # (n,)
-    evidence: Evidence  # for the candidates that are worth fitting
+    evidence: Evidence
 
     def answers(self, train: Tensor, test: Tensor, shots: int) -> Tensor:
         """The answers (m,) for the images `test` by a text probe that is fitted to the images `train` (n,), with this
@@ -282,10 +281,7 @@ def out_of_fold(given: ReadingFeatures, labels: Tensor, groups: Tensor) -> OutOf
         log_probabilities[out] = fold.logits(evidence)[0].log_softmax(-1)
         distances[out] = fold.distances()
     distances /= distances.mean().clamp(min=1e-6)
-    worth = {family: weights for family, weights in evidence.items() if weights.sum() > NOTHING}
-    total = sum(weights.sum() for weights in worth.values())
-    worth = {family: each / total for family, each in worth.items()}
-    return OutOfFold(log_probabilities, distances, images, groups, worth)
+    return OutOfFold(log_probabilities, distances, images, groups, evidence)
 
 
 def suspected(log_probabilities: Tensor, labels: Tensor) -> list[int]:

@@ -54,7 +54,7 @@ def look(images: Sequence[ImageLike], model: FrozenCLIP, keep: bool = False, pro
 
     with kept_features(features_folder()) if keep else nullcontext():
         found = per_image(images, lambda: tower_setting(model, "facts and read"), 1, rows)[0].numpy()
-    return Seen(found[:, FACTS:], model.widths, found[:, :FACTS], errors)
+    return Seen(found[:, FACTS:], model.joined_widths, found[:, :FACTS], errors)
 
 
 @torch.inference_mode()
@@ -63,7 +63,7 @@ def _rows(
 ) -> Iterator[Tensor]:
     """Batches (1, m, 1027 + E + V) of the facts and features of images at these positions, NaN for those that cannot be
     read, of which `errors` then say why."""
-    transform = create_transform(model)
+    transform, widths = create_transform(model), model.joined_widths
 
     def read(image: ImageLike) -> tuple[Tensor, Tensor] | str:
         try:
@@ -77,8 +77,8 @@ def _rows(
         batch = dict(zip(part, in_threads(read, (images[i] for i in part)), strict=True))
         errors |= {i: answer for i, answer in batch.items() if isinstance(answer, str)}
         readable = [place for place, i in enumerate(part) if i not in errors]
-        rows = torch.full((len(part), FACTS + sum(model.widths)), math.nan)
+        rows = torch.full((len(part), FACTS + sum(widths)), math.nan)
         if readable:
             facts, inputs = map(torch.stack, zip(*(batch[part[place]] for place in readable), strict=True))
-            rows[readable] = torch.cat([facts, model.read(inputs.to(model.device)).float().cpu()], 1)
+            rows[readable] = torch.cat([facts, model.read(inputs.to(model.device), len(widths)).float().cpu()], 1)
         yield rows[None]

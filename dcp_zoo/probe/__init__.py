@@ -3,8 +3,9 @@ the text logits, and moves away from them only as far as the training images jus
 
 Image features are normalised parts f_1, .., f_P, the first CLIP's embedding; others know no text: what CLIP's image
 tower has before it, and other encoders'. With the method's logits z (B, C) it is the mean of several candidates. Each
-starts at so much of the text, s in `TEXTS`, and reads f, which is all parts joined, see `Head`, or each part alone but
-the embedding. For each of `PENALTIES` there is softmax regression from the text:
+starts at so much of the text, s in `TEXTS`, and reads f, which is parts joined, see `Head`: all but those from inside
+an image tower, or each of these alone but the embedding, or one from inside with that before it. For each of
+`PENALTIES` there is softmax regression from the text:
 
     logits = s a z + f D^T                                               (B, C)
 

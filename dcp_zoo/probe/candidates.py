@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from dcp_zoo.probe.model import PENALTIES, STEPS
 from dcp_zoo.threads import fair_threads
 
 TEXTS = (1.0, 0.5, 0.0)  # how much of the text logits a candidate starts at
+INSIDE_TEXTS = (1.0, 0.0)  # if it reads the inside of an image tower
 STRENGTHS = (0.25, 0.5, 1.0, 2.0)  # of Gaussian classes beside the text logits
 LARGE = 2**16  # images, with their mirror images, times classes: more start at the full text alone
 ENOUGH, FEWER_STEPS = 2_000, 8  # of more training images a step is expensive, see `lowest`
@@ -33,6 +33,7 @@ class TrainingSet:
     text: Linear  # the text logits z as a linear function of the first part
     scale: float = 1.0  # a
     weights: Tensor | None = None  # (n,), how much the images count; default 1
+    inside: Sequence[int] = ()  # positions of the parts from inside an image tower, see `blocks`
 
     def of(self, images: Tensor) -> "TrainingSet":
         """Some of the images, by positions or a mask."""
@@ -43,6 +44,11 @@ class TrainingSet:
     def counts(self) -> Tensor:
         """Images per class (C,)."""
         return torch.bincount(self.labels, minlength=len(self.text[0]))
+
+    @property
+    def count(self) -> float:
+        """How many images they count as."""
+        return len(self.labels) if self.weights is None else self.weights.sum().item()
 
     @cached_property
     def means(self) -> Tensor:
@@ -79,7 +85,7 @@ class Candidate(NamedTuple):
     """Logits: so much of the text logits, and a linear function of some columns of the features."""
 
     text: float
-    columns: slice
+    columns: Tensor  # positions
     weight: Tensor  # (C, columns)
     bias: Tensor  # (C,)
 
@@ -88,16 +94,23 @@ class Candidate(NamedTuple):
         return self.text * text_logits + F.linear(features[:, self.columns], self.weight, self.bias)
 
 
-def blocks(widths: Sequence[int]) -> list[tuple[slice, float]]:
-    """The columns that candidates see, and their scale to the length 1: all parts, and each but CLIP's embedding."""
-    alone = [(slice(*ends), 1.0) for ends in pairwise(accumulate(widths))]
-    return [(slice(0, sum(widths)), len(widths) ** -0.5), *alone]
+def blocks(widths: Sequence[int], inside: Sequence[int] = ()) -> list[tuple[Tensor, float]]:
+    """The columns that candidates see, and their scale to the length 1: all parts but those from `inside`, each of
+    these but CLIP's embedding, and each from inside with the part before them.
+
+    >>> [(columns.tolist(), round(scale, 3)) for columns, scale in blocks([2, 1, 1, 1], inside=[2])]
+    [([0, 1, 2, 4], 0.577), ([2], 1.0), ([2, 3], 0.707), ([4], 1.0)]
+    """
+    parts, ends = torch.arange(sum(widths)).split([*widths]), [i for i in range(len(widths)) if i not in inside]
+    each = [[i] if i in ends else [max(end for end in ends if end < i), i] for i in range(1, len(parts))]
+    return [(torch.cat([parts[i] for i in seen]), len(seen) ** -0.5) for seen in (ends, *each)]
 
 
 def families_of(images: TrainingSet) -> list[Family]:
     """The families that are worth fitting before anything is known of them."""
     size = len(images.labels) * len(images.views) * len(images.text[0])
-    return [Family(block, text) for block in range(len(images.widths)) for text in TEXTS if size <= LARGE or text == 1]
+    blocks = [(block, INSIDE_TEXTS if block in images.inside else TEXTS) for block in range(len(images.widths))]
+    return [Family(block, text) for block, texts in blocks for text in texts if size <= LARGE or text == 1]
 
 
 def fit_candidates(images: TrainingSet, families: Iterable[Family]) -> dict[Family, list[Candidate]]:
@@ -116,7 +129,7 @@ def fit_candidates(images: TrainingSet, families: Iterable[Family]) -> dict[Fami
     weights, text_logits, seen = images.row_weights(), images.text_logits(x), images.counts > 0
     candidates = {}
     with fair_threads(1 if x.numel() * len(seen) < SMALL else None):
-        for block, (columns, scale) in enumerate(blocks(images.widths)):
+        for block, (columns, scale) in enumerate(blocks(images.widths, images.inside)):
             texts = [family.text for family in families if family.block == block]
             if not texts:
                 continue
@@ -190,4 +203,4 @@ def mean_of(candidates: Mapping[Family, Sequence[Candidate]], evidence: Evidence
             text += share * each.text
             weight[:, each.columns] += share * each.weight
             bias += share * each.bias
-    return Candidate(text, slice(0, width), weight, bias)
+    return Candidate(text, torch.arange(width), weight, bias)

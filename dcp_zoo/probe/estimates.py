@@ -1,5 +1,4 @@
-"""What classifiers on features share: class means, where a convex loss is lowest, the
-scale of logits.
+"""What classifiers on features share: class means, where a convex loss is lowest, the scale of logits.
 
 Features (n, E) and labels (n,), computed on the CPU.
 """

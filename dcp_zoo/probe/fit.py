@@ -28,7 +28,7 @@ from dcp_zoo.probe.candidates import ENOUGH, Candidate, Evidence, TrainingSet, f
 from dcp_zoo.probe.estimates import text_scale
 from dcp_zoo.probe.evidence import LeftOut, leave_out, leave_out_each, without_evidence
 from dcp_zoo.probe.folds import folds, shares
-from dcp_zoo.probe.model import GATE, PENALTIES, TextProbe, gated
+from dcp_zoo.probe.model import GATE, TextProbe, gated
 from dcp_zoo.probe.threshold import THRESHOLD_IMAGES, average, margin_of, share_above, thresholds_of
 from dcp_zoo.tables import REFUSED
 
@@ -41,6 +41,7 @@ class ReadingFeatures(NamedTuple):
     features: Tensor  # (V, n, ..), of the images and their mirror images: the reading's parts
     start: Linear | None  # the logits by the first part that the probe starts at, if the encoder reads text
     parts: tuple[int, ...] = ()  # their widths; empty for one part
+    inside: int = 0  # how many of them, the last ones, are from inside an image tower
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -83,17 +84,14 @@ def fit_on_features(
         out = out[:1]  # says as much as four
     left_out, evidence = leave_out_each(plain, out)
     if not left_out:
-        evidence = without_evidence(plain, len(clip.widths))
-    counts = plain.counts if plain.weights is None else plain.weights
-    sharper = 1 + SHARPER * (plain.counts > 0).sum().item() / counts.sum().item()
+        evidence = without_evidence(plain, len(clip.widths) - clip.inside)
+    sharper = 1 + SHARPER * (plain.counts > 0).sum().item() / plain.count
     evidence = {family: sharper * weights for family, weights in evidence.items()}
 
     means = [mean_of(fit_candidates(each, evidence), evidence, each.views.shape[-1]) for each in sets]
     probe = TextProbe(classes, [reading.widths for reading in readings], clip.widths[0] if len(sets) > 1 else 0)
     _fill(probe, sets, means)
     probe.text_scale.fill_(scale * means[0].text)
-    regressions = torch.stack([*evidence.values()])[:, : len(PENALTIES)].sum(0).clamp(min=1e-6)
-    probe.evidence.copy_(regressions / regressions.sum())
     info: Values = {"text_scale": round(scale, 4), "text_strength": round(means[0].text / sharper, 3)}
 
     if left_out:
@@ -106,7 +104,7 @@ def fit_on_features(
 
 def _training_sets(labels: Tensor, readings: Sequence[ReadingFeatures], weights: Tensor | None) -> list[TrainingSet]:
     """For each reading with text, its embedding beside all parts that know no text."""
-    embeddings, beside = list[tuple[Tensor, Linear]](), list[Tensor]()
+    embeddings, beside, inside = list[tuple[Tensor, Linear]](), list[Tensor](), list[int]()
     for reading in readings:
         first, *further = reading.features.split(reading.widths, -1)
         if reading.start is None:
@@ -114,9 +112,10 @@ def _training_sets(labels: Tensor, readings: Sequence[ReadingFeatures], weights:
         else:
             embeddings.append((first, reading.start))
         beside += further
+        inside += range(1 + len(beside) - reading.inside, 1 + len(beside))
     widths = [part.shape[-1] for part in (embeddings[0][0], *beside)]
     return [
-        TrainingSet(torch.cat([first, *beside], -1), widths, labels, text, weights=weights)
+        TrainingSet(torch.cat([first, *beside], -1), widths, labels, text, weights=weights, inside=inside)
         for first, text in embeddings
     ]
 

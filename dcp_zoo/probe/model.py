@@ -64,8 +64,7 @@ def gated(own: Tensor, text: Tensor, distances: Tensor, gate: Tensor) -> Tensor:
 
 class TextProbe(nn.Module):
     """See the module. `weight` (C, F) and `bias` (C,) are added to the scaled logits, in the order of `classes`, those
-    that it was fitted on; `text_scale` multiplies these. `means` (C, F) are their mean features, and
-    `evidence` the weights of `PENALTIES` in the fit, which sum to 1.
+    that it was fitted on; `text_scale` multiplies these. `means` (C, F) are their mean features.
 
     Images with an `in_distribution_score` below `threshold` belong to none of the classes. Its distance is that of the
     frozen features to the nearest of the class means, in units of `spread`, the mean of training images that were left
@@ -82,7 +81,6 @@ class TextProbe(nn.Module):
     bias: Tensor
     text_scale: Tensor
     means: Tensor
-    evidence: Tensor
     threshold: Tensor
     spread: Tensor
     examples: Tensor
@@ -97,7 +95,6 @@ class TextProbe(nn.Module):
         for name in ("weight", "means"):
             self.register_buffer(name, torch.zeros(len(classes), sum(map(sum, widths))))
         self.register_buffer("bias", torch.zeros(len(classes)))
-        self.register_buffer("evidence", torch.zeros(len(PENALTIES)))
         self.register_buffer("gate", torch.empty(0))
         self.register_buffer("examples", torch.zeros(examples, sum(map(sum, widths)) - changed))
         for name, value in {"text_scale": 1.0, "threshold": NEVER, "spread": 1.0, "margin": 0.0}.items():

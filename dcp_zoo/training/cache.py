@@ -150,7 +150,7 @@ def image_key(image: str | Path | Image.Image) -> str:
 def tower_setting(model: Encoder, what: str, precision: str = "float32") -> str:
     """What features of a frozen encoder depend on besides the images."""
     what += "" if precision == "float32" else f" in {precision}"
-    return f"{what} {model.identity()} {model.device.type} {model.preprocessing} {computed_by()}"
+    return f"{what} {[*model.parts]} {model.identity()} {model.device.type} {model.preprocessing} {computed_by()}"
 
 
 @cache

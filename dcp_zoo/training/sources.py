@@ -312,7 +312,7 @@ def image_source(
     transform = create_transform(clip, crops)
     source = ImageSource(clip, items, transform, workers=workers, crops=crops, once=once, facts=facts)
     stem, views = clip.stem, 2 if augment == "flip" else 1
-    numbers = stem.num_tokens * stem.width + stem.backbone_width if stem else 0
+    numbers = stem.num_tokens * stem.width + sum(stem.further.values()) if stem else 0
     if not once and not crops and stem and 4 * numbers * views * len(items) <= TOKEN_BYTES:
         encode = lambda inputs: clip.enter(inputs).packed()  # noqa: E731
         source.views = encode_views(source, encode, views, progress, "images", "tokens")

@@ -16,9 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from dcp_zoo.backbone._torch import call_linear, linear
 from dcp_zoo.backbone.inputs import Tokens
+from dcp_zoo.backbone.mini import STAGE_WIDTH
 from dcp_zoo.errors import ZooError
 
 KeyValue = tuple[Tensor, Tensor]  # each (..., H, L, d)
+# what `VisionTower.read` may give, see there
+EMBEDDING, HIDDEN, STEM, STAGE, MIDDLE, LAST = "embedding", "hidden", "stem", "stage", "middle", "last"
+JOINED = frozenset([EMBEDDING, HIDDEN, STEM])  # with one another, by candidates of a text probe
+EVERY = 4  # patch of the last block enters the mean of its patches: others are not computed
 
 
 class Block:
@@ -58,19 +63,19 @@ class Block:
         *,
         causal: bool = False,
         given: KeyValue | None = None,
-        rows: int | None = None,
+        rows: slice = slice(None),
     ) -> Tensor:
-        """x (B, L, D) -> its first `rows` tokens after the block, by default all. `mask` is True where a query may
+        """x (B, L, D) -> its tokens `rows` after the block, by default all. `mask` is True where a query may
         attend; `given` are keys and values (H, M, d) of prompts that are attended to, but not computed."""
         normed = self.norm(x)
-        query = self.query(normed[:, :rows])
+        query = self.query(normed[:, : rows.stop])[..., :: rows.step, :]  # by their positions
         key, value = self.key_value(normed)
         if given is not None:
             key, value = (
                 torch.cat([own, other.expand(x.shape[0], -1, -1, -1)], 2)
                 for own, other in zip((key, value), given, strict=True)
             )
-        return self.finish(x[:, :rows], attend(query, key, value, mask, causal))
+        return self.finish(x[:, rows], attend(query, key, value, mask, causal))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -175,7 +180,8 @@ class VisionTower:
     num_prefix: int  # tokens before the patches: class token and registers
     pooled: int  # tokens that `pool` reads, counted from the first: 1 for the class token, otherwise all N
     has_stem: bool  # whether the patch embedding is more than one convolution, so that its maps are worth keeping
-    backbone_width: int  # V, of what `read` gives besides CLIP's embedding; 0 if a tower has no more than that
+    stem: Any = None  # the miniature's, in the patch embedding
+    further: dict[str, int]  # what `read` gives besides CLIP's embedding, in order, and how wide it is
     norm: nn.Module  # after the last block
     embed: Callable[[Tensor], Tokens]  # images (B, 3, H, W) -> tokens (B, N, Dv) that enter block 0, with positions
     # prompts (M, Dv) as they enter block 0: normalised as all tokens are, but without position
@@ -209,22 +215,44 @@ class VisionTower:
         """CLIP's embedding (B, E), normalised, of the tokens after the last block; further ones are ignored."""
         return F.normalize(self.project(self.hidden(x[:, : self.pooled])), dim=-1)
 
-    def read(self, entering: Tokens, prompts: Sequence[Any] = (), parts: int = 2) -> Tensor:
-        """Tokens, with the prompts from that block on -> `features` (B, E); with more than one of the parts those of
-        the backbone, too (B, E + V), if there are any: what a stem says of the whole image, of another tower what
-        enters CLIP's projection. Each is normalised."""
-        x = self.run(entering.x, prompts, entering.block)
-        if parts == 1 or not self.backbone_width:
-            return self.features(x)
+    def inside(self) -> dict[str, int]:
+        """The `further` parts from inside a transformer."""
+        middle = {MIDDLE: (1 + (self.num_prefix > 0)) * self.width} if len(self.blocks) > 1 else {}
+        return middle | ({LAST: self.width} if self.pooled == 1 else {})
+
+    def read(self, entering: Tokens, prompts: Sequence[Any] = (), parts: int | None = None) -> Tensor:
+        """Tokens -> so many parts (B, ..), by default all, each normalised: `features`, and `further` what enters
+        CLIP's projection (`HIDDEN`), means over positions of a stem's last maps (`STEM`) and of earlier ones
+        (`STAGE`), class token and mean patch as the block after the middle one reads them (`MIDDLE`), and the mean
+        patch after the last block (`LAST`). Prompts, from that block on, are for the features alone."""
+        if parts == 1:
+            return self.features(self.run(entering.x, prompts, entering.block))
+        names = [*self.further][: None if parts is None else parts - 1]
+        entering = self.enter(entering, len(self.blocks) - 1)
+        rows = slice(0, None, EVERY) if LAST in names else slice(self.pooled)
+        x = self.blocks[-1](entering.x, rows=rows)
         hidden = self.hidden(x[:, : self.pooled])
-        backbone = hidden if entering.backbone is None else entering.backbone
-        return torch.cat([F.normalize(self.project(hidden), dim=-1), F.normalize(backbone, dim=-1)], -1)
+        found = {HIDDEN: hidden, LAST: self.norm(x[:, -(-self.num_prefix // EVERY) :]).mean(1)}
+        seen = {name: width for name, width in self.further.items() if name not in found}
+        found |= zip(seen, () if entering.seen is None else entering.seen.split([*seen.values()], 1), strict=True)
+        parts_read = [self.project(hidden), *(found[name] for name in names)]
+        return torch.cat([F.normalize(part, dim=-1) for part in parts_read], -1)
+
+    def enter(self, entering: Tokens, stop: int) -> Tokens:
+        """Tokens that enter a block -> those that enter block `stop`, with what is read on the way there."""
+        middle, seen = len(self.blocks) // 2, entering.seen
+        if entering.block < middle <= stop and MIDDLE in self.further:
+            entering = Tokens(self.run(entering.x, (), entering.block, middle), middle)
+            x = self.blocks[middle].norm(entering.x)
+            class_token, patches = x[:, : self.num_prefix > 0].flatten(1), x[:, self.num_prefix :].mean(1)
+            seen = torch.cat([*([] if seen is None else [seen]), class_token, patches], 1)
+        return Tokens(self.run(entering.x, (), entering.block, stop), stop, seen)
 
     def block(self, i: int, x: Tensor, prompts: Tensor | KeyValue | None = None, last: bool = False) -> Tensor:
         """Block i: x (B, L, Dv) -> (B, L, Dv), or with `last` only the pooled tokens (B, 1 or N, Dv). `prompts` (M, Dv)
         are additional keys and values, or given as such; there no output is computed: the next block has new ones."""
         given = self.blocks[i].prompts(prompts.to(x.dtype)) if isinstance(prompts, Tensor) else prompts
-        return self.blocks[i](x, given=given, rows=self.pooled if last else None)
+        return self.blocks[i](x, given=given, rows=slice(self.pooled if last else None))
 
     def run(
         self,
@@ -265,9 +293,12 @@ class OpenClipViT(VisionTower):
         self.grid, self.patch_size = tuple(visual.grid_size), tuple(visual.patch_size)
         self.token_only = visual.pool_type == "tok" and getattr(visual, "attn_pool", None) is None
         self.pooled = 1 if self.token_only else self.num_tokens
-        self.stem: Any = getattr(visual.conv1, "stem", None)  # the miniature's
-        hidden = 0 if visual.proj is None else visual.proj.shape[0]
-        self.backbone_width = visual.conv1.proj.in_channels if self.stem else hidden
+        self.stem = getattr(visual.conv1, "stem", None)
+        if self.stem:
+            self.further = {STEM: visual.conv1.proj.in_channels, STAGE: STAGE_WIDTH}
+        else:
+            hidden = {} if visual.proj is None else {HIDDEN: visual.proj.shape[0]}
+            self.further = hidden | self.inside()
 
     @staticmethod
     def missing(visual: Any) -> list[str]:
@@ -277,12 +308,12 @@ class OpenClipViT(VisionTower):
 
     def embed(self, images: Tensor) -> Tokens:
         visual, images = self.visual, self.checked(images)
-        seen = None if self.stem is None else self.stem(images)  # (B, V, h, w)
-        maps = visual.conv1(images) if seen is None else visual.conv1.proj(seen)  # (B, Dv, h, w)
+        maps, seen = (visual.conv1(images), None) if self.stem is None else self.stem.read(images)
+        maps = maps if seen is None else visual.conv1.proj(maps)  # (B, Dv, h, w)
         tokens = maps.flatten(2).transpose(1, 2)  # (B, patches, Dv)
         class_token = visual.class_embedding.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
         x = torch.cat([class_token, tokens], 1) + visual.positional_embedding.to(tokens.dtype)
-        return Tokens(visual.ln_pre(visual.patch_dropout(x)), 0, None if seen is None else seen.mean((2, 3)))
+        return Tokens(visual.ln_pre(visual.patch_dropout(x)), 0, seen)
 
     def embed_prompts(self, prompts: Tensor) -> Tensor:
         return self.visual.ln_pre(prompts.to(self.dtype))

@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from dcp_zoo.backbone._torch import call_linear, linear
 from dcp_zoo.backbone.inputs import Tokens
-from dcp_zoo.backbone.towers.open_clip import Block, VisionTower, is_plain, merge_heads, missing_parts
+from dcp_zoo.backbone.towers.open_clip import (
+    HIDDEN,
+    Block,
+    VisionTower,
+    is_plain,
+    merge_heads,
+    missing_parts,
+)
 
 BLOCKS = ("Block", "EvaBlock", "EvaBlockPostNorm")
 ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
@@ -104,7 +111,8 @@ class TimmViT(VisionTower):
         self.grid = tuple(trunk.patch_embed.grid_size)
         self.patch_size = tuple(size // n for size, n in zip(visual.image_size, self.grid, strict=True))
         self.pooled = 1 if trunk.global_pool == "token" and trunk.attn_pool is None else self.num_tokens
-        self.backbone_width = trunk.num_features if len(visual.head) else 0
+        hidden = {HIDDEN: trunk.num_features} if len(visual.head) else {}
+        self.further = hidden | self.inside()
 
     @staticmethod
     def missing(visual: Any) -> list[str]:

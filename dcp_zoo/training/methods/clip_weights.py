@@ -248,7 +248,7 @@ def fit_two_sfs(task: Task) -> LinearHead:
     train_weights(clip, task, [p for norm in norms for p in norm.parameters()], first)
     weight = clip.zero_shot_classifier(check_classnames(task.classnames), task.texts).requires_grad_()
     if source.views is not None or recipe.augment != "crop-flip":
-        trained = Reading(clip, clip.widths[:1], clip.encode_image)
+        trained = Reading(clip, clip.parts, clip.read).only()
         source = replace(source, views=source.read_by(trained), form=Features)
 
     def loss(inputs: Inputs, labels: Tensor) -> Tensor:

@@ -70,8 +70,9 @@ def fit_probe(
     head.text_probe, count, readings = None, probe_views(train), list[ReadingFeatures]()
     for reading in head.readings:
         features = train.read_by(reading, count, progress)
-        widths = reading.widths if features.shape[-1] == sum(reading.widths) else reading.widths[:1]  # no more is given
-        readings.append(ReadingFeatures(features, on_cpu(reading.start()) if reading.start else None, widths))
+        given = reading if features.shape[-1] == sum(reading.widths) else reading.only()  # no more is given
+        start = on_cpu(reading.start()) if reading.start else None
+        readings.append(ReadingFeatures(features, start, given.widths, given.inside))
     unseen = on_cpu(head.zero_shot_linear())
     typical = torch.tensor([not item.added for item in train.items])
     frozen = head.readings[head.has_own_features :]

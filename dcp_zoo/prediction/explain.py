@@ -1,0 +1,142 @@
+"""Where in an image the logit of a class comes from."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from dcp_zoo.backbone.clip import FrozenCLIP, Reading, parts_of
+from dcp_zoo.backbone.towers.open_clip import (
+    EMBEDDING,
+    EVERY,
+    HIDDEN,
+    LAST,
+    MIDDLE,
+    STAGE,
+    STEM,
+    VisionTower,
+    append_prompts,
+    attend,
+)
+from dcp_zoo.heads.head import Head
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a head takes an image for one of its classes, or does not."""
+
+    name: str  # of the class
+    shares: np.ndarray  # (H, W), of each pixel in the logit, less the mean logit; negative ones speak against the class
+    crop: Image.Image  # what the head reads of the image
+
+    def picture(self) -> Image.Image:
+        """The image, and beside it the same with what speaks for the class in red, and against it in blue."""
+        strength = self.shares[..., None] / max(float(np.abs(self.shares).max()), 1e-9)
+        colour = np.where(strength > 0, (215, 25, 28), (44, 80, 200))
+        grey = np.asarray(self.crop.convert("L"))[..., None]
+        beside = grey + (colour - grey) * 0.8 * np.abs(strength)
+        return Image.fromarray(np.concatenate([np.asarray(self.crop), beside.astype(np.uint8)], 1))
+
+
+@torch.no_grad()
+def logit_shares(head: Head, image: Tensor, label: int) -> Tensor:
+    """An image (1, 3, H, W), normalised as `create_transform` does -> the share (H, W) of each pixel in the logit of a
+    class, less the mean logit. Exact for what is a mean over positions: the logit is a sum over these. A share in a
+    token is that by the gradient through the block before, against the mean patch. Encoders beside CLIP have none."""
+    weight, reads = head.linear()[0], head.reads
+    own = (weight[label] - weight.mean(0)).float() / math.sqrt(parts_of(reads))
+    shares = own.new_zeros(image.shape[2:])
+    for reading, weights in zip(reads, own.split([sum(reading.widths) for reading in reads]), strict=True):
+        if isinstance(reading.encoder, FrozenCLIP):
+            of_parts = dict(zip(reading.parts, weights.split(reading.widths), strict=True))
+            for each in _shares(reading.encoder.vision_tower, reading, of_parts, image):
+                pixels = F.interpolate(each[None, None].float(), shares.shape, mode="bilinear")[0, 0]
+                shares += pixels * each.numel() / pixels.numel()  # with the same sum
+    return shares
+
+
+def _shares(tower: VisionTower, reading: Reading, weights: Mapping[str, Tensor], image: Tensor) -> Iterator[Tensor]:
+    """What the parts of a reading say for a class, in grids of positions (h, w)."""
+    walk, patches = _Walk(tower, reading, image), slice(tower.num_prefix, tower.num_tokens)
+    last = len(tower.blocks) - 1
+    middle = (last + 1) // 2
+    if STEM in weights:
+        *earlier, maps = tower.stem.stages(tower.checked(image))
+        yield from _of_means([tower.stem.widen(maps)], weights[STEM])
+        if STAGE in weights:
+            yield from _of_means(earlier, weights[STAGE])
+
+    def embedded(x: Tensor) -> Tensor:
+        hidden = tower.hidden(x[:, : tower.pooled])
+        both = {EMBEDDING: tower.project(hidden)[0], HIDDEN: hidden[0]}
+        return torch.stack([_along(both[name], w) for name, w in weights.items() if name in both]).sum()
+
+    yield walk.through(last, embedded) if tower.pooled == 1 else walk.leaving(last, embedded)
+    if MIDDLE in weights:
+        norm = tower.blocks[middle].norm
+        x = norm(walk.entering(middle))
+        token, mean = x[0, : tower.num_prefix > 0].flatten(), x[0, patches].mean(0)
+        w = weights[MIDDLE] / torch.cat([token, mean]).norm()
+        yield (x[0, patches] @ w[len(token) :] / (patches.stop - patches.start)).view(tower.grid)
+        if len(token):
+            yield walk.through(middle - 1, lambda x: norm(x)[0, 0] @ w[: len(token)])
+    if LAST in weights:
+        x = tower.norm(tower.blocks[last](walk.entering(last), rows=slice(0, None, EVERY)))[0]
+        shown = torch.arange(0, tower.num_tokens, EVERY) >= tower.num_prefix
+        each = x.new_zeros(tower.num_tokens)
+        each[::EVERY] = x @ weights[LAST] / x[shown].mean(0).norm() / shown.sum()
+        yield each[patches].view(tower.grid)
+
+
+class _Walk:
+    """An image (1, 3, H, W) on its way through the blocks of a reading's tower, with its prompts."""
+
+    def __init__(self, tower: VisionTower, reading: Reading, image: Tensor) -> None:
+        self.tower, self.first, self.image = tower, reading.first, image
+        self.prompts = reading.prompts() if reading.prompts else []
+        self.patches = slice(tower.num_prefix, tower.num_tokens)
+
+    def entering(self, block: int) -> Tensor:
+        """The tokens (1, N, Dv)."""
+        x = self.tower.run(self.tower.embed(self.image).x, (), 0, min(block, self.first))
+        return self.tower.run(x, self.prompts, self.first, block)
+
+    def through(self, i: int, value: Callable[[Tensor], Tensor]) -> Tensor:
+        """Shares of the patches in a value of the class token that leaves a block: by what it takes of each."""
+        x, block = self.entering(i), self.tower.blocks[i]
+        if i - self.first < len(self.prompts):
+            x = append_prompts(x, self.prompts[i - self.first])
+        normed = block.norm(x)
+        key, taken = block.key_value(normed)
+        with torch.enable_grad():
+            taken = taken.detach().requires_grad_()
+            attended = attend(block.query(normed[:, :1]), key, taken, None, False)
+            (gradient,) = torch.autograd.grad(value(block.finish(x[:, :1], attended)), taken)
+        each = taken.detach()[0, :, self.patches]
+        return (gradient[0, :, self.patches] * (each - each.mean(1, keepdim=True))).sum((0, 2)).view(self.tower.grid)
+
+    def leaving(self, i: int, value: Callable[[Tensor], Tensor]) -> Tensor:
+        """Shares of the patches that leave the last block in a value of all of them."""
+        x = self.tower.run(self.entering(i), self.prompts[i - self.first :], i)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(value(x), x)
+        each = x.detach()[0, self.patches]
+        return (gradient[0, self.patches] * (each - each.mean(0))).sum(-1).view(self.tower.grid)
+
+
+def _along(part: Tensor, weight: Tensor) -> Tensor:
+    """The logit of a part, whose length is constant."""
+    return part @ weight / part.norm().detach()
+
+
+def _of_means(maps: Sequence[Tensor], weight: Tensor) -> Iterator[Tensor]:
+    """Shares of the positions of maps, each (1, c, h, w), of which the part is the mean."""
+    length = torch.cat([each.mean((2, 3)) for each in maps], 1).norm()
+    for each, own in zip(maps, weight.split([each.shape[1] for each in maps]), strict=True):
+        yield torch.einsum("chw,c->hw", each[0], own) / length / each[0, 0].numel()
