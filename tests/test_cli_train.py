@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import Count, photo
+from PIL import Image
 
 import dcp_zoo
 from dcp_zoo import ZooError
@@ -174,3 +175,14 @@ def test_each_image_is_read_once(run, flowers, method, monkeypatch):
     assert (code, err.count(" on dcp_mini: ")) == (0, 2 if method == "dcp" else 1), err
     assert len(opened) == 12
     assert set(opened.values()) == {1}
+
+
+def test_train_says_that_the_crop_cuts_away_a_third(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, width in (("tall", 130), ("wide", 320)):
+        for label in "ab":
+            Path(name, label).mkdir(parents=True)
+            for i in range(2):
+                Image.effect_noise((width, 100), 40 + 20 * i).save(Path(name, label, f"{i}.png"))
+    said = [" ".join(run("train", name, "--test", 0)[2].split()) for name in ("tall", "wide")]
+    assert ["reads the central square, less than two thirds" in each for each in said] == [False, True]

@@ -16,7 +16,7 @@ from timm.data import create_transform as timm_transform
 
 import dcp_zoo
 from dcp_zoo.data import check_images, load_image, load_labelled, load_split
-from dcp_zoo.data.images import UnsupportedImage, check_complete, cut_away, picture_formats
+from dcp_zoo.data.images import UnsupportedImage, check_complete, picture_formats
 from dcp_zoo.data.readers import read_classnames, read_descriptions
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.checkpoint import WEIGHTS_NAME, read_tensors
@@ -171,11 +171,3 @@ def test_the_preprocessing_is_timms_for_every_model():
         ours, theirs = dcp_zoo.create_transform(name), timm_transform(**{key: cfg[key] for key in keys})
         assert all(torch.equal(ours(photo), theirs(photo)) for photo in photos), name
     assert len(seen) > 3
-
-
-def test_what_the_crop_cuts_away(tmp_path):
-    """By the sizes in files, and of images in memory; a tower that squashes images loses nothing."""
-    wide, square = Image.new("RGB", (300, 100)), Image.new("RGB", (90, 90))
-    wide.save(tmp_path / "wide.png")
-    assert cut_away([str(tmp_path / "wide.png"), wide, square], {}) == pytest.approx(2 / 3)
-    assert cut_away([str(tmp_path / "wide.png")], {"crop_mode": "squash"}) == 0

@@ -319,7 +319,7 @@ def plain_evidence(views: Tensor, widths: tuple[int, ...], labels: Tensor, text:
     level[len(level) - 2 * inside :] += 1.5
     families = (-level).softmax(0)
     families *= families > 0.01
-    weights = sharper(labels) * (families / families.sum())[:, None].mul(shares).flatten()
+    weights = sharper(views, widths[0], labels, text) * (families / families.sum())[:, None].mul(shares).flatten()
     mean = torch.cat([torch.einsum("k,kmc->mc", weights, z) for z in logits])
     strength = (weights * fitted[0].texts).sum()
     return Evidence(weights, mean, strength * torch.cat(texts), torch.cat(distances) / math.sqrt(len(widths)))
@@ -331,9 +331,10 @@ def behind_the_gate(own: Tensor, text: Tensor, distances: Tensor) -> Tensor:
     return (share * own.softmax(-1) + (1 - share) * text.softmax(-1)).log()
 
 
-def sharper(labels: Tensor) -> float:
-    """What the logits are multiplied by: more for few images per class."""
-    return 1 + 0.3 * len(labels.unique()) / len(labels)
+def sharper(views: Tensor, width: int, labels: Tensor, text: tuple) -> float:
+    """What the logits are multiplied by: more for few images per class, and for text that explains them badly."""
+    loss = F.cross_entropy(F.linear(views[0, :, :width], *text), labels).item() / math.log(len(text[0]))
+    return 1 + 0.15 * (1 + len(labels.unique()) / len(labels)) * min(1, 20 * max(0, loss - 0.25))
 
 
 def times(scale: float, text: tuple) -> tuple:
@@ -436,10 +437,10 @@ def test_the_probe_is_the_mean_of_all_candidates_by_evidence(counts):
     whole, probe.gate = probe(z, f, probe.classes), torch.empty(0)
     found = probe(z, f, probe.classes)
     assert close(found, expected, 0.02 if sum(counts) < 100 else 0.1)
-    strength = (evidence.weights * fitted.texts).sum().item() / sharper(labels)
+    strength = (evidence.weights * fitted.texts).sum().item() / sharper(views, 12, labels, scaled)
     assert info["text_strength"] == pytest.approx(strength, abs=0.02)
     if 0 in counts:
-        assert close(found[:, 1], sharper(labels) * scale * info["text_strength"] * z[:, 1], 1e-3)
+        assert close(found[:, 1], sharper(views, 12, labels, scaled) * scale * info["text_strength"] * z[:, 1], 1e-3)
     assert close(probe.means, fitted.means / math.sqrt(2), 5e-4)  # in float16
     if len(evidence.distances) < 20:
         assert probe.threshold == NEVER

@@ -8,7 +8,7 @@ from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
 from hashlib import sha256
@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 from zlib import crc32
 
@@ -146,6 +145,7 @@ class Facts(NamedTuple):
 
     grey: "np.ndarray"  # see `grey_copy`
     taken: tuple[float, float, float]  # see `taken_by`
+    sides: tuple[int, int]
     sha256: str = ""  # of a file
 
 
@@ -154,13 +154,13 @@ def load_with_facts(image: ImageLike) -> tuple[Image.Image, Facts]:
     opened = to_image(image)
     if not isinstance(opened, str):
         pixels, taken = load_image(opened), taken_by(opened)
-        return pixels, Facts(grey_copy(pixels), taken)
+        return pixels, Facts(grey_copy(pixels), taken, pixels.size)
     with _explained(opened), _stream(opened) as file:
         data = file.read()
     with _opened_image(opened, MAX_PIXELS, data) as file:
         taken = taken_by(file)
         pixels = _rgb(file)
-    return pixels, Facts(grey_copy(pixels), taken, sha256(data).hexdigest())
+    return pixels, Facts(grey_copy(pixels), taken, pixels.size, sha256(data).hexdigest())
 
 
 def grey_copy(image: Image.Image) -> "np.ndarray":
@@ -343,15 +343,6 @@ def crop(image: Image.Image, cfg: Values) -> "np.ndarray":
     image = image.resize(size, Image.Resampling[cfg.get("interpolation", "bicubic").upper()])
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
     return np.asarray(image.crop((left, top, left + width, top + height))).transpose(2, 0, 1)
-
-
-def cut_away(images: Iterable[ImageLike], cfg: Values) -> float:
-    """The share of an image that `crop` cuts away, the median of these, by the sizes in their files."""
-    kept = [1.0] if cfg.get("crop_mode") == "squash" else []
-    for image in map(to_image, images if not kept else ()):
-        with _opened_image(image) if isinstance(image, str) else nullcontext(image) as opened:
-            kept.append(min(opened.size) / max(opened.size))
-    return 1 - median(kept)
 
 
 def normalise(pixels: "np.ndarray", cfg: Values) -> "np.ndarray":

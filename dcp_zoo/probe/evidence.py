@@ -95,9 +95,14 @@ def evidence_of(losses: Mapping[Family, Tensor], images: float = 1, inside: Sequ
 def without_evidence(images: TrainingSet, blocks: int) -> Evidence:
     """What counts if no image can be left out: softmax regressions that start at the text and see one of the first
     blocks. All penalties count the same, unless text explains the training images badly: the i-th one in proportion to
-    exp(10 i max(0, r - 1/4)), with r zero-shot CLIP's loss in units of a random guess's."""
-    loss = F.cross_entropy(images.text_logits(images.views[0]), images.labels).item()
-    guess = math.log(max(len(images.text[0]), 2))
-    weights = (10 * torch.arange(len(PENALTIES)) * max(0.0, loss / guess - 0.25)).softmax(0)
+    exp(10 i `surprise`)."""
+    weights = (10 * torch.arange(len(PENALTIES)) * surprise(images)).softmax(0)
     families = [family for family in fitting.families_of(images) if family.block < blocks and family.text > 0]
     return dict.fromkeys(families, F.pad(weights, (0, len(fitting.STRENGTHS))) / len(families))
+
+
+def surprise(images: TrainingSet) -> float:
+    """How badly text explains the training images: max(0, r - 1/4), with r zero-shot CLIP's loss in units of a random
+    guess's."""
+    loss = loss_of(images.text_logits(images.views[0]), images.labels, images.weights).item() / images.count
+    return max(0.0, loss / math.log(max(len(images.text[0]), 2)) - 0.25)

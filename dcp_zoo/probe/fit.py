@@ -4,8 +4,8 @@
 2. Images are left out in four `folds`, of many images in one, and `candidates` fitted to the others. Where the method
    was trained on these images, zero-shot CLIP takes its place there.
 3. Each candidate counts by its `evidence`, its losses on the images that were left out.
-4. The probe is the mean of the candidates, fitted to all images, and more sure of itself the fewer they are: its logits
-   are multiplied by 1 + `SHARPER` / images per class.
+4. The probe is the mean of the candidates, fitted to all images. Unless text explains these well, it is too unsure, the
+   more so the fewer they are: its logits are multiplied by up to 1 + `SHARPER` (1 + 1 / images per class).
 5. The scores of the images that were left out set a `threshold`, if these are 20. Images that were added as corrections
    do not count where 20 others are left out: they are the hard ones, and would lower it. `like_accepted` says how many
    images would pass if their class, and every second one, was unknown, `others_accepted` how many everyday pictures.
@@ -26,13 +26,13 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.probe.candidates import ENOUGH, Candidate, Evidence, TrainingSet, fit_candidates, mean_of
 from dcp_zoo.probe.estimates import text_scale
-from dcp_zoo.probe.evidence import LeftOut, leave_out, leave_out_each, without_evidence
+from dcp_zoo.probe.evidence import LeftOut, leave_out, leave_out_each, surprise, without_evidence
 from dcp_zoo.probe.folds import folds, shares
 from dcp_zoo.probe.model import GATE, TextProbe, gated
 from dcp_zoo.probe.threshold import THRESHOLD_IMAGES, average, margin_of, share_above, thresholds_of
 from dcp_zoo.tables import REFUSED
 
-SHARPER = 0.3  # by which the calibration of four sets at 1 to 8 images per class is best, see `benchmarks/notes.md`
+SHARPER = 0.15  # by which four sets are calibrated best at 1, 4 and 16 images per class, see `benchmarks/notes.md`
 
 
 class ReadingFeatures(NamedTuple):
@@ -85,7 +85,8 @@ def fit_on_features(
     left_out, evidence = leave_out_each(plain, out)
     if not left_out:
         evidence = without_evidence(plain, len(clip.widths) - clip.inside)
-    sharper = 1 + SHARPER * (plain.counts > 0).sum().item() / plain.count
+    classes_per_image = (plain.counts > 0).sum().item() / plain.count
+    sharper = 1 + SHARPER * (1 + classes_per_image) * min(1.0, 20 * surprise(plain))
     evidence = {family: sharper * weights for family, weights in evidence.items()}
 
     means = [mean_of(fit_candidates(each, evidence), evidence, each.views.shape[-1]) for each in sets]

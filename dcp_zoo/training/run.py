@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own
 from dcp_zoo.data.groups import grouped, in_groups
-from dcp_zoo.data.images import Progress, bar, cut_away, no_progress
+from dcp_zoo.data.images import Progress, bar, no_progress
 from dcp_zoo.data.splits import all_for_training, image_hashes, subset_sha256, training_split, warn_of_numbers
 from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.fields import Values
@@ -48,7 +49,6 @@ from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, identity_of, 
 from dcp_zoo.zoo.build import check_encoders, load_encoders, plain_clip
 from dcp_zoo.zoo.registry import SIZES
 
-SIZED = 50  # images, whose sizes say what is cut away
 BEFORE_REFIT = "before_refit"  # folder of the training whose head is measured
 # of items, augmentation, and whether they are read once: `Run.source`, or in a sweep what trials share
 Reader = Callable[[Sequence[Item], str, bool], ImageSource]
@@ -91,7 +91,9 @@ class Run:
         items = grouped(source.items, lambda: groups_in(source, progress=options.progress))
         if said := in_groups(items):
             options.log(f"{said}: none is on both sides of a measurement.")
-        if cut_away([item.path for item in items[:SIZED]], source.clip.pretrained_cfg) > 1 / 3:
+        sides = [facts.sides for facts in self.facts.values()]  # of those that were read now
+        squashes = source.clip.pretrained_cfg.get("crop_mode") == "squash"
+        if sides and not squashes and median(min(each) / max(each) for each in sides) < 2 / 3:
             options.log("The model reads the central square, less than two thirds of most of these images.")
         return items
 
