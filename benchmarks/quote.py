@@ -2,18 +2,16 @@
 
     python benchmarks/quote.py    rewrites them from benchmarks/results and the registry; lists what has none
 
-A value is followed by a mark, a Markdown comment with a Python expression of the functions below. The digits after the
-point stay as many as they are. "Better than", "worse than" and "not significantly different from" are values, too: they
-say whether the confidence interval of a paired difference over datasets (of one dataset: over seeds) excludes 0.
-
-    DCP has 77.6<!--= top1("DCP", 16) --> % and is worse than<!--= versus("DCP", "CoOp", 16) --> CoOp.
-
-Whole sentences and tables stand between `<!-- begin: EXPRESSION -->` and `<!-- end -->`. A number that is no
-measurement of this project has a mark with its source, `<!--from: arXiv 2305.17903-->`, or is in `FACTS`.
+`quotes.yaml` lists for each page the sentences and cells with values, {{EXPRESSION}} in place of each, of the
+functions below. The digits after the point stay as many as they are. "Better than", "worse than" and "not significantly
+different from" are values, too: they say whether the confidence interval of a paired difference over datasets (of one
+dataset: over seeds) excludes 0. A number that is no measurement of this project has its source in its place, {{from
+arXiv 2305.17903}}, or is in `FACTS`. A table is listed as "table: EXPRESSION", and found by its first line; on pages of
+docs/ whole parts may also stand between `<!-- begin: EXPRESSION -->` and `<!-- end -->`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise, product
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 import speed_report
+import yaml
 from doc_tables import (  # noqa: F401 - for the pages' expressions
     as_table,
     commands,
@@ -45,24 +44,28 @@ from dcp_zoo.training.methods import METHODS  # noqa: F401 - for the pages' expr
 from dcp_zoo.zoo.registry import MODELS
 
 ROOT = Path(__file__).parents[1]
+QUOTES = ROOT / "benchmarks" / "quotes.yaml"
 RESULTS = ROOT / "benchmarks" / "results"
 MINIATURE = ROOT / "hub" / "recipes" / "miniature" / "README.md"
 PAGES = [ROOT / "README.md", MINIATURE, ROOT / "hub" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMPARING = ("README.md", "results.md", "all_results.md")  # pages on which every comparison needs a mark
 
 NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?"
+TABLE, FROM, QUOTED = "table: ", "from ", "\0"  # of a listed table, of a number's source; in place of an accuracy
 VERDICTS = BETTER, LEVEL, WORSE = ("better than", "not significantly different from", "worse than")
-MARK = re.compile(rf"(?P<value>\b(?:{'|'.join(VERDICTS)})|{NUMBER})(?P<mark><!--=(?P<source>.*?)-->)", re.DOTALL)
+VALUE = rf"({'|'.join(VERDICTS)}|{NUMBER})"
+HOLE = re.compile(r"\{\{(.*?)\}\}")  # of a listed sentence
 BLOCK = re.compile(r"(?P<begin><!-- begin: (?P<source>.*?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 UNIT = r"(?:%|(?:points?|ms|s|seconds?|minutes?|h|hours?|[kMG]B|times|G?FLOPs?|x(?! ?\d))\b)"
 MEASURED = re.compile(rf"(?<![\w.,/-]){NUMBER}[\s-]?{UNIT}|(?<![\w.,-])\d\d\.\d\b(?![.\d])")
 COMPARISON = re.compile(
     r"\b(?:above|below|ahead|behind|level|on par|better|worse|beats?|outperforms?|trails?|(?:more|less) accurate)\b"
 )
-NOT_PROSE = re.compile(rf"```.*?```|`[^`]*`|{NUMBER}<!--from:.*?-->|<!--.*?-->|\]\([^)]*\)", re.DOTALL)
+NOT_PROSE = re.compile(r"```.*?```|`[^`]*`|<!--.*?-->|\]\([^)]*\)", re.DOTALL)
 
 FACTS = {  # no measurements, allowed on every page
     "95 %": "level of all intervals, and share of training images that pass the threshold for rejection",
+    "5 %": "share of its own images that `--reject` refuses",
     "30 %": "test share of `train`",
     "0.05 points": "tolerance of `eval --claim` and `submit`",
     "2 points": "gate of `build`",
@@ -557,26 +560,66 @@ def like(old: str, new: float | str) -> str:
     return f"{new:{sign},.{len(old.partition('.')[2])}f}"
 
 
-def renewed(text: str) -> str:
-    """The page with all marked values and blocks as they are now; LookupError for what has no result."""
+def quotes(page: Path) -> list[str]:
+    """What `quotes.yaml` lists for a page."""
+    listed: list[str] = yaml.safe_load(QUOTES.read_text()).get(str(page.relative_to(ROOT)), [])
+    return listed
+
+
+def found(quote: str, text: str) -> re.Match[str]:
+    """Where a listed sentence or table is; LookupError unless it is on the page once. A line may break at a space."""
+    if quote.startswith(TABLE):
+        header = re.escape(eval(quote.removeprefix(TABLE)).partition("\n")[0])
+        pattern = rf"^{header}\n(?:\|.*\n?)+"
+    else:
+        pattern = VALUE.join(r"\s+".join(map(re.escape, re.split(r"\s+", part))) for part in HOLE.split(quote)[::2])
+    places = list(re.finditer(pattern, text, re.MULTILINE))
+    if len(places) != 1:
+        raise LookupError(f"{QUOTES.name} lists what is {len(places)} times on the page, not once: {quote}")
+    return places[0]
+
+
+def renewed(text: str, listed: Sequence[str] = ()) -> str:
+    """The page with all listed values, tables and blocks as they are now; LookupError for what has no result."""
     text = BLOCK.sub(lambda m: f"{m['begin']}\n{eval(m['source'])}\n\n{m['end']}", text)
-    return MARK.sub(lambda m: like(m["value"], eval(m["source"].strip())) + m["mark"], text)
+    for quote in listed:
+        place, sources = found(quote, text), HOLE.findall(quote)
+        values = {i: eval(source) for i, source in enumerate(sources, 1) if not source.startswith(FROM)}
+        parts = {place.span(i): like(place[i], value) for i, value in values.items()}
+        if quote.startswith(TABLE):
+            parts = {place.span(): eval(quote.removeprefix(TABLE)) + "\n"}
+        text = replaced(text, parts)
+    return text
 
 
-def unmarked(text: str, comparing: bool = False) -> list[str]:
-    """Measured numbers without a mark and, where `comparing` or in paragraphs that quote accuracies, comparisons."""
-    found = []
-    for paragraph in re.sub(r"```.*?```", "", BLOCK.sub("", text), flags=re.DOTALL).split("\n\n"):
-        compares = comparing or re.search(r"<!--= (?:top1|gap|versus)\(", paragraph)
-        prose = ALLOWED.sub("", NOT_PROSE.sub("", MARK.sub("", paragraph)))
-        found += [m[0] for pattern in (MEASURED, COMPARISON)[: 2 if compares else 1] for m in pattern.finditer(prose)]
-    return found
+def replaced(text: str, parts: Mapping[tuple[int, int], str]) -> str:
+    """The text with other characters at these places."""
+    for (start, end), part in sorted(parts.items(), reverse=True):
+        text = text[:start] + part + text[end:]
+    return text
+
+
+def unmarked(text: str, listed: Sequence[str] = (), comparing: bool = False) -> list[str]:
+    """Measured numbers that are not listed; where `comparing`, or in paragraphs that quote accuracies, comparisons."""
+    places = {quote: found(quote, text) for quote in listed}
+    parts = dict[tuple[int, int], str]()
+    for quote, place in places.items():
+        accuracies = re.search(r"\{\{(?:top1|gap|versus)\(", quote)
+        spans = [place.span()] if quote.startswith(TABLE) else [place.span(i) for i in range(1, place.re.groups + 1)]
+        parts |= dict.fromkeys(spans, QUOTED if accuracies else "")
+    problems = []
+    for paragraph in re.sub(r"```.*?```", "", BLOCK.sub("", replaced(text, parts)), flags=re.DOTALL).split("\n\n"):
+        compares = comparing or QUOTED in paragraph
+        prose = ALLOWED.sub("", NOT_PROSE.sub("", paragraph))
+        patterns = (MEASURED, COMPARISON)[: 2 if compares else 1]
+        problems += [m[0] for pattern in patterns for m in pattern.finditer(prose)]
+    return problems
 
 
 def main() -> None:
     for page in PAGES:
         text = page.read_text()
-        if (new := renewed(text)) != text:
+        if (new := renewed(text, quotes(page))) != text:
             page.write_text(new)
             print("Renewed:", page.relative_to(ROOT))
 

@@ -30,7 +30,7 @@ def print_version(requested: bool) -> None:
 def dcp_zoo(
     version: bool = Option(False, "--version", callback=print_version, is_eager=True, metavar="", help="The version."),
 ) -> None:
-    """Few-shot image classifiers on a frozen CLIP: list them, classify with them, train your own.
+    """A timm-style model zoo for DCP: image classifiers from 1 to 16 images per class, on a frozen CLIP.
 
     First steps: [bold]dcp-zoo predict --sample[/], then [bold]dcp-zoo train MY_PHOTOS --output my_head[/].
     """
