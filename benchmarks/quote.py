@@ -306,13 +306,6 @@ def explained() -> str:
     return as_table(["dataset", "hidden where it points", "elsewhere", "images on which the first is more, %"], cells)
 
 
-def whole_image() -> str:
-    """Cropped, squashed and padded photographs."""
-    rows = results("whole_image")
-    cells = [(row.set, *(f"{x:.1f}" for x in (row.crop, row.squash, row.pad))) for row in rows.itertuples()]
-    return as_table(["photographs", "crop", "squash", "pad"], cells)
-
-
 def reading_costs() -> str:
     """Time of one image by fused heads, in units of a text probe's that reads the embedding alone."""
     rows = select("readings", batch=1)
