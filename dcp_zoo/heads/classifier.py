@@ -25,6 +25,7 @@ from dcp_zoo.backbone._torch import WeightCache, in_eval_mode
 from dcp_zoo.backbone.classes import NO_CLASSES, TEMPLATE, Texts
 from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading, join, joined, parts_of
 from dcp_zoo.backbone.inputs import Images
+from dcp_zoo.backbone.towers import FORMATS, take_blocks
 from dcp_zoo.backbone.towers.open_clip import Step, append_prompts, checkpointed
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
@@ -33,7 +34,6 @@ from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.probe.model import TextProbe
 from dcp_zoo.tables import REFUSED
 
-FORMATS = ("NCHW", "NLC")  # of intermediates: maps (B, Dv, h, w), tokens (B, h * w, Dv)
 Intermediate = Tensor | tuple[Tensor, Tensor]  # patches, or with the tokens before them
 
 
@@ -66,13 +66,11 @@ class Classifier(nn.Module, ABC):
         self._original = original
         self.text_probe: TextProbe | None = None
         self.fc: nn.Linear | None = None
-        self.classes: list[str] = []
-        self.named: list[str] = []
+        self.classes, self.named = list[str](), list[str]()
         self.texts: Texts = TEMPLATE
         self.template = TEMPLATE
         self.method, self.abilities = "", Abilities()
-        self.info: Values = {}
-        self.origin: Values = {}
+        self.info, self.origin = Values(), Values()
         _ = self.frozen.vision_tower_or_none  # cached before torch.compile traces a forward, which cannot take its lock
         self._zero_shot = WeightCache()
         self._grad_checkpointing = False
@@ -334,12 +332,10 @@ class Classifier(nn.Module, ABC):
         and a list with one entry per block, in order. ZooError for a block that does not exist, or an unknown format.
 
         Args:
-            images: (B, 3, H, W), normalised.
             indices: None for all blocks, n for the last n, or a list of block numbers, -1 being the last.
             return_prefix_tokens: return pairs of the patches and the tokens before them, such as a class token.
             norm: apply CLIP's final layer norm to the outputs.
-            stop_early: compute no block after the last of `indices`; the image features are then taken from that block,
-                CLIP's embedding of a head that reads more.
+            stop_early: compute no block after the last of `indices`, and take the image features (B, E) there.
             output_fmt: see `FORMATS`.
             intermediates_only: omit the image features.
             output_dict: return them by timm's names: image_features, image_intermediates, image_intermediates_prefix.
@@ -402,13 +398,3 @@ class Classifier(nn.Module, ABC):
             entering = x
             x = tower.block(i, x)
             yield Step(i), entering, x
-
-
-def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]:
-    """timm's `indices` as block numbers in order, see `forward_intermediates`; ZooError for none or a wrong one."""
-    numbers = range(-indices, 0) if isinstance(indices, int) else range(n_blocks) if indices is None else indices
-    blocks = sorted({i + n_blocks if i < 0 else i for i in numbers})
-    if not blocks or blocks[0] < 0 or blocks[-1] >= n_blocks:
-        problem = f"There are no blocks {indices!r}: the vision tower has blocks 0 to {n_blocks - 1}."
-        raise ZooError(f"{problem} Pass n for the last n, or a list of block numbers, -1 being the last.")
-    return blocks

@@ -19,10 +19,10 @@ from torch import nn
 from dcp_zoo.backbone.classes import Descriptions
 from dcp_zoo.backbone.clip import PREPROCESSING, FrozenCLIP
 from dcp_zoo.backbone.tokens import Tokenizer
+from dcp_zoo.backbone.towers import FORMATS, take_blocks
 from dcp_zoo.data.images import crop, normalise
 from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, check_choice, shorten
 from dcp_zoo.fields import Values
-from dcp_zoo.heads.classifier import FORMATS, take_blocks
 from dcp_zoo.heads.config import is_checkpoint
 from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head import Head

@@ -1,5 +1,6 @@
 """CLIP's two towers block by block, to insert prompts and rewrite them in between; its modules are not modified."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -8,6 +9,8 @@ from dcp_zoo.backbone.towers.open_clip import OpenClipViT, VisionTower
 from dcp_zoo.backbone.towers.text import TextTower
 from dcp_zoo.backbone.towers.timm_vit import TimmViT
 from dcp_zoo.errors import ZooError
+
+FORMATS = ("NCHW", "NLC")  # of intermediates: maps (B, Dv, h, w), tokens (B, h * w, Dv)
 
 
 def vision_tower(clip: nn.Module) -> VisionTower:
@@ -42,3 +45,13 @@ def _refused(clip: nn.Module, missing: list[str]) -> ZooError:
         "Any open_clip model with a ViT works, such as ViT-B-16, ViT-L-14 or ViT-B-16-SigLIP2. The methods on "
         "features, such as tip-adapter-f and clap, work with every CLIP model."
     )
+
+
+def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]:
+    """timm's `indices` as block numbers in order, by `Classifier.forward_intermediates`; ZooError for a wrong one."""
+    numbers = range(-indices, 0) if isinstance(indices, int) else range(n_blocks) if indices is None else indices
+    blocks = sorted({i + n_blocks if i < 0 else i for i in numbers})
+    if not blocks or blocks[0] < 0 or blocks[-1] >= n_blocks:
+        problem = f"There are no blocks {indices!r}: the vision tower has blocks 0 to {n_blocks - 1}."
+        raise ZooError(f"{problem} Pass n for the last n, or a list of block numbers, -1 being the last.")
+    return blocks
