@@ -12,6 +12,7 @@ import io
 import math
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,13 +30,14 @@ from torch.nn import functional as F
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.benchmark.plan import weights_id
-from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, load_image
-from dcp_zoo.data.groups import find_groups, group_ids
-from dcp_zoo.inspection.look import look
+from dcp_zoo.data.groups import find_groups, group_ids, numbers
+from dcp_zoo.data.images import ImageLike, load_with_facts
 from dcp_zoo.probe import ReadingFeatures, TextProbe, fit_on_features
 from dcp_zoo.probe.folds import folds
+from dcp_zoo.training.cache import features_folder, kept_features
 from dcp_zoo.training.evaluation import Evaluation
+from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.build import plain_clip
 
 RESULTS = Path(__file__).parent / "results" / "bursts.csv"
@@ -89,6 +91,14 @@ def variant(image: Image.Image, rng: random.Random) -> Image.Image:
     return Image.open(file)
 
 
+def read(clip: FrozenCLIP, images: Sequence[ImageLike]) -> Tensor:
+    """All that the image tower says of images (n, W); of files, it is kept."""
+    items = [Item(image, str(i), 0) for i, image in enumerate(images)]
+    kept = kept_features(features_folder()) if images and isinstance(images[0], str) else nullcontext()
+    with kept:
+        return image_source(clip, items, once=True).read()[0]
+
+
 @dataclass
 class Drawn:
     """Training images of one draw, with their mirror images, and other photographs."""
@@ -126,19 +136,17 @@ class Drawn:
             shown += [item.path for item in others]
             truth += [label] * len(others)
         names = [classes[label] for label in labels]
-        found = look(images, clip)
-        mirrored = look([image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images], clip)
-        views = torch.stack([torch.from_numpy(each.parts) for each in (found, mirrored)])
+        mirrored = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
+        views = torch.stack([read(clip, images), read(clip, mirrored)])
         weight, bias = clip.scaled(clip.zero_shot_classifier(names))
-        tested = torch.from_numpy(look(shown, clip, True, progress_bar).parts)
-        text = weight.detach(), bias.detach()
-        widths = tuple(clip.widths)
-        return Drawn(
-            names, text, widths, views, found.facts, torch.tensor(of), torch.tensor(made), tested, torch.tensor(truth)
-        )
+        facts = np.stack([numbers(load_with_facts(image)[1]) for image in images])
+        text, tested = (weight.detach(), bias.detach()), read(clip, shown)
+        labels = torch.tensor(of)
+        return Drawn(names, text, clip.widths, views, facts, labels, torch.tensor(made), tested, torch.tensor(truth))
 
     def fit(self, kept: Tensor, groups: Tensor | None) -> TextProbe:
-        reading = ReadingFeatures(self.views[:, kept], self.text, self.widths)
+        inside = len(self.widths) - 2  # parts
+        reading = ReadingFeatures(self.views[:, kept], self.text, self.widths, inside)
         return fit_on_features(self.classes, self.labels[kept], [reading], groups=groups)[0]
 
     def answers(self, probe: TextProbe, parts: Tensor) -> tuple[Tensor, np.ndarray]:
@@ -153,7 +161,8 @@ class Drawn:
         """Groups found, by pairs; then for heads that know the groups found, and for those that do not, what they
         refuse; and the accuracy that is told by folds, with its interval, beside that on other photographs."""
         names = [""] * len(self.labels)
-        for number, group in enumerate(find_groups(self.views[0].numpy(), self.facts), 1):
+        joined = self.views[0, :, : sum(self.widths[:2])].numpy()  # which images are compared by
+        for number, group in enumerate(find_groups(joined, self.facts), 1):
             for i in group:
                 names[i] = str(number)
         groups, all_images = group_ids(names), torch.arange(len(self.labels))
