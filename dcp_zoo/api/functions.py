@@ -29,9 +29,8 @@ from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, refuse, told, witho
 from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range, warn
 from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.explain import Explanation, logit_shares
-from dcp_zoo.prediction.heads import HeadBackend, loaded
+from dcp_zoo.prediction.heads import HeadBackend, loaded, promised
 from dcp_zoo.prediction.together import refined
-from dcp_zoo.tables import REFUSED
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
@@ -161,8 +160,7 @@ def evaluate(
     """
     with lent(model, device) as head:
         items = with_classes(images, labels, head.classnames)
-        reject = None if head.cannot_reject or head.stats != "stored" else REFUSED
-        found, broken = outputs_of(head, items, batch_size, precision, progress, reject, errors, alone=False)
+        found, broken = outputs_of(head, items, batch_size, precision, progress, promised(head), errors, alone=False)
         if broken:
             warn_of(items, broken)
         if not (rows := [i for i in range(len(items)) if i not in broken]):

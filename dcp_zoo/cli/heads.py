@@ -101,7 +101,7 @@ def _measured(
     """What the head says of the images; for a claim the accuracies with all statistics; and the conditions."""
     import torch
 
-    from dcp_zoo.prediction.heads import HeadBackend
+    from dcp_zoo.prediction.heads import HeadBackend, promised
     from dcp_zoo.training.device import pick_precision
     from dcp_zoo.training.evaluation import measured, predict_modes
 
@@ -114,8 +114,7 @@ def _measured(
     refused = list[torch.Tensor | None]()
 
     def read() -> tuple[torch.Tensor, torch.Tensor | None]:
-        reject = None if model.cannot_reject or model.stats != "stored" else REFUSED
-        backend = HeadBackend(model, claim and model.stats == "stored", precision, reject, alone=False)
+        backend = HeadBackend(model, claim and model.stats == "stored", precision, promised(model), alone=False)
         broken, found = backend.outputs([item.path for item in test], batch_size, progress_bar)
         refuse(test, broken, MOVE)
         rejected, features = (None if part is None else torch.from_numpy(part) for part in found[1:])

@@ -145,7 +145,7 @@ class Facts(NamedTuple):
 
     grey: "np.ndarray"  # see `grey_copy`
     taken: tuple[float, float, float]  # see `taken_by`
-    sides: tuple[int, int]
+    sides: tuple[int, int]  # width and height in pixels, upright
     sha256: str = ""  # of a file
 
 

@@ -63,9 +63,9 @@ def table_columns(table: object) -> tuple[list[Any], list[Any]] | None:
         return None
     found: Any = table
     if isinstance(table, dict) or not hasattr(table, "__len__"):
-        part = (
-            f"dataset[{next(iter(table))!r}]" if isinstance(table, dict) else "Dataset.from_list([*stream.take(500)])"
-        )
+        part = "Dataset.from_list([*stream.take(500)])"
+        if isinstance(table, dict):
+            part = f"dataset[{next(iter(table))!r}]"
         raise ZooError(f"Pass one part of a dataset, and no stream, such as {part}.")
     if missing := {"image", "label"}.difference(found.column_names):
         problem = f"This dataset has the columns {shorten(found.column_names)}, not {' and '.join(sorted(missing))}"
@@ -75,9 +75,9 @@ def table_columns(table: object) -> tuple[list[Any], list[Any]] | None:
     if hasattr(image, "decode"):
         found = found.cast_column("image", replace(image, decode=False))
     labels = [*found["label"]]
-    return [*found["image"]], [
-        names[i] if (i or 0) >= 0 and i is not None else None for i in labels
-    ] if names else labels
+    if names:
+        labels = [None if i is None or i < 0 else names[i] for i in labels]  # of none, and -1 of a hidden test
+    return [*found["image"]], labels
 
 
 def load_for_training(

@@ -62,9 +62,8 @@ def logit_shares(head: Head, image: Tensor, label: int) -> Tensor:
 
 def _shares(tower: VisionTower, reading: Reading, weights: Mapping[str, Tensor], image: Tensor) -> Iterator[Tensor]:
     """What the parts of a reading say for a class, in grids of positions (h, w)."""
-    walk, patches = _Walk(tower, reading, image), slice(tower.num_prefix, tower.num_tokens)
-    last = len(tower.blocks) - 1
-    middle = (last + 1) // 2
+    walk = _Walk(tower, reading, image)
+    patches, middle, last = walk.patches, tower.middle, len(tower.blocks) - 1
     if STEM in weights:
         *earlier, maps = tower.stem.stages(tower.checked(image))
         yield from _of_means([tower.stem.widen(maps)], weights[STEM])

@@ -17,6 +17,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction import Backend, Errors
+from dcp_zoo.tables import REFUSED
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.cache import ALL_PARTS, ONE_READING, keeps_features, per_image, tower_setting
 from dcp_zoo.training.device import autocast, pick_device, pick_precision
@@ -31,6 +32,11 @@ def loaded(name: str, device: str = AUTO, classnames: Sequence[str] | None = Non
     """The head of this name, or in this folder, to classify with, on the device."""
     head: Head = create_model(name, True, classnames=classnames)
     return head.eval().to(pick_device(device))
+
+
+def promised(head: Head) -> float | None:
+    """The share of its own images that a head promises to reject at most, where measuring can check it; else None."""
+    return None if head.cannot_reject or head.stats != "stored" else REFUSED
 
 
 class HeadBackend(Backend):

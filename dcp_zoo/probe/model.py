@@ -16,11 +16,8 @@ PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)  # an infinite one le
 STEPS = 20  # of L-BFGS for each penalty, from the solution for the one before
 NEVER = torch.finfo(torch.float16).min  # a threshold that rejects nothing, also in half precision
 BEYOND = 1e4  # a distance that every other threshold rejects
-GATE = (
-    1.1,
-    1.4,
-    0.1,
-)  # distances from which the text has a say, and most of it; the least share, see `benchmarks/notes.md`
+# distances from which the text has a say, and most of it; the least share of the probe: see `benchmarks/notes.md`
+GATE = 1.1, 1.4, 0.1
 TINY = 1e-12  # a share whose logarithm has a gradient
 NO_THRESHOLD = (
     "This head has no threshold to reject images: it was fitted on too few, or for other texts than it has now. "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.answers import in_distribution_score
+from dcp_zoo.answers import is_rejected
 from dcp_zoo.backbone._torch import in_eval_mode
 from dcp_zoo.backbone.clip import parts_of
 from dcp_zoo.data import Item
@@ -239,8 +239,7 @@ def _answers(
     if features is None or head.cannot_reject:
         return modes, None
     distances = head.distances(features.to(head.device)).cpu()
-    scores = in_distribution_score(logits.numpy(), distances.numpy())
-    return modes, torch.from_numpy(scores) < head.rejection_threshold()
+    return modes, torch.from_numpy(is_rejected(logits.numpy(), distances.numpy(), head.rejection_threshold()))
 
 
 def measured(

@@ -196,6 +196,11 @@ class VisionTower:
         return self.num_prefix + self.grid[0] * self.grid[1]
 
     @property
+    def middle(self) -> int:
+        """The block whose entering tokens `read` reads, too."""
+        return len(self.blocks) // 2
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the embedded images."""
         return next(self.visual.parameters()).dtype
@@ -240,7 +245,7 @@ class VisionTower:
 
     def enter(self, entering: Tokens, stop: int) -> Tokens:
         """Tokens that enter a block -> those that enter block `stop`, with what is read on the way there."""
-        middle, seen = len(self.blocks) // 2, entering.seen
+        middle, seen = self.middle, entering.seen
         if entering.block < middle <= stop and MIDDLE in self.further:
             entering = Tokens(self.run(entering.x, (), entering.block, middle), middle)
             x = self.blocks[middle].norm(entering.x)
