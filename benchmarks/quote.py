@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import speed_report
 import yaml
 from doc_tables import (  # noqa: F401 - for the pages' expressions
     as_table,
@@ -32,9 +31,10 @@ from doc_tables import (  # noqa: F401 - for the pages' expressions
     names,
     predictor_plan,
     predictor_table,
-    real_clip_summary,
     real_clip_table,
     result_tables,
+    speed,
+    speed_table,
     train_times,
 )
 from sets import CHOOSING, MINIATURES, REPORTING
@@ -319,7 +319,6 @@ def parity() -> str:
     rows = results("parity").sort_values(["precision", "method", "seed"], ascending=[False, True, True], kind="stable")
     runs = rows.assign(run=rows.method.map(report.title) + ", seed " + rows.seed.astype(str) + ", " + rows.precision)
     shown = runs.pivot_table("value", "what", "run", aggfunc="first", sort=False).fillna("")
-    shown = shown[~shown.index.str.contains("100 steps")]  # the end says it
     return as_table(["", *shown.columns], [[what, *row] for what, row in zip(shown.index, shown.values, strict=True)])
 
 
@@ -500,12 +499,6 @@ def estimates() -> str:
     return as_table(["dataset", *map(str, numbers)], [[name, *line] for name, line in cells.items()])
 
 
-def inspected_share(agg: str) -> float:
-    """The smallest or largest share of flipped labels that `inspect` found on a set: means over draws, in percent."""
-    rows = select("inspection", name="twice as many recall")
-    return 100 * float(rows.groupby("set").value.mean().agg(agg))
-
-
 def strangers() -> str:
     """Images of other sets that `inspect` says to show none of the classes: sums over the other sets and samples."""
     rows = results("inspection").query("measure == 'strangers'")
@@ -514,27 +507,6 @@ def strangers() -> str:
     columns += [counts["planted found"] / (counts["planted found"] + counts["others taken for planted"])]
     lines = [[name, *(f"{100 * column[name]:.0f} %" for column in columns)] for name in counts.index]
     return as_table(["dataset", "other images found", "own images listed", "of the listed, other images"], lines)
-
-
-def speed_table() -> str:
-    """The figures of the speed benchmark, with a column for each machine."""
-    runs = speed_report.runs()
-    figures = [(s, [s.value(speed_report.Figures(run.rows)) for run in runs]) for s in speed_report.STATEMENTS]
-    rows = [[s.text, *(f"{v:.2f} {s.unit}" if v == v else "-" for v in values)] for s, values in figures]
-    header = ["ViT-B/16, inference at batch 16, training at batch 4", *(run.machine["cpu"] for run in runs)]
-    return as_table(header, rows)
-
-
-def speed(start: str, machine: int = 0) -> float:
-    """The figure of a statement of the speed page, named by its first words, on one of the machines."""
-    figures = speed_report.Figures(speed_report.runs()[machine].rows)
-    return next(s.value(figures) for s in speed_report.STATEMENTS if s.text.startswith(start))
-
-
-def zero_shot(model: str) -> float:
-    """The published zero-shot accuracy of a model, the mean over ten datasets."""
-    assert MODELS[model].zero_shot
-    return MODELS[model].zero_shot
 
 
 def head_mb(model: str) -> float:
