@@ -83,6 +83,7 @@ class FakeStudio:
         return {address: address for address in addresses if address and Path(address).is_file()}
 
 
+@pytest.mark.scripts
 def test_it_learns_from_annotations():
     studio, project = FakeStudio(), "7.1700000000"
     client = TestClient(backend.app_of(backend.Backend(studio, "dcp_mini"), ["localhost"]), "http://localhost")
@@ -119,7 +120,6 @@ def test_it_learns_from_annotations():
     assert setup("<View>").startswith("The labeling configuration")
 
 
-@pytest.mark.scripts
 def test_the_latest_annotation_counts():
     def annotation(answer: str, day: int, cancelled: bool = False) -> dict:
         part = {"from_name": "class", "value": {"choices": [answer]}}

@@ -543,8 +543,14 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain):
     assert close(fused.distances(fused.encode_image(x)), distances, 1e-3)
 
 
+@pytest.fixture
+def few_candidates(monkeypatch) -> None:
+    """Of all of them a fit takes seconds."""
+    monkeypatch.setattr("dcp_zoo.probe.candidates.TEXTS", (1.0,))
+
+
 @torch.no_grad()
-def test_examples_of_no_class_reject_what_is_nearer_to_them(plain, tiny_clip, tmp_path):
+def test_examples_of_no_class_reject_what_is_nearer_to_them(plain, tiny_clip, tmp_path, few_candidates):
     """By more than of 98 % of the images that are left out, if that is normally distributed. The frozen features alone
     say so: prompts have seen the images of the classes, and not these."""
     train, none = source(plain, 30, 0), source(plain, 4, 7)
@@ -576,8 +582,7 @@ def test_examples_of_no_class_reject_what_is_nearer_to_them(plain, tiny_clip, tm
     assert cannot_reject(plain, "fitted on too few")
 
 
-def test_added_images_set_the_threshold_only_where_others_are_few(plain, monkeypatch):
-    monkeypatch.setattr("dcp_zoo.probe.candidates.TEXTS", (1.0,))  # of all candidates it would take seconds
+def test_added_images_set_the_threshold_only_where_others_are_few(plain, few_candidates):
     train, thresholds = source(plain, 30, 0), []
     for first in (30, 24, 15):
         added = replace(train, items=[item._replace(added=i >= first) for i, item in enumerate(train.items)])
