@@ -406,14 +406,8 @@ def rejection_examples() -> str:
     for (part, examples), means in sets.groupby(["part", "examples"], sort=False):
         which = "ViT-B/32" if part == "choosing" else "the miniature"
         lines.append([f"{len(means)}, {which}", str(examples), *map("{:.1f}".format, means.mean())])
-    header = [
-        "datasets, features of",
-        "examples",
-        "similar things accepted",
-        "known rejected",
-        "other datasets accepted",
-    ]
-    return as_table(header, lines)
+    header = ["datasets, features of", "examples", "similar things accepted", "known rejected"]
+    return as_table([*header, "other datasets accepted"], lines)
 
 
 def bursts(part: Any = REPORTING) -> str:
@@ -449,16 +443,9 @@ def folder(keys: str = "", last: bool = False) -> str:
         worst = runs.groupby("set").change.apply(lowest_tenth).min()
         cells = [own["ViT-B/32"], own["miniature"], at_16.change.mean(), runs.change.quantile(0.1)]
         lines.append([rule, *map("{:+.1f}".format, [*cells, lowest_tenth(runs.change), worst, runs.ece_change.mean()])])
-    header = [
-        "rule",
-        "ViT-B/32, 1 to 4 images",
-        "miniature, 1 to 4 images",
-        "16 images",
-        "a tenth of all runs is below",
-    ]
-    return as_table(
-        [*header, "mean of the worst tenth", "the same of the worst dataset", "calibration error (ECE)"], lines
-    )
+    header = ["rule", "ViT-B/32, 1 to 4 images", "miniature, 1 to 4 images", "16 images"]
+    header += ["a tenth of all runs is below", "mean of the worst tenth", "the same of the worst dataset"]
+    return as_table([*header, "calibration error (ECE)"], lines)
 
 
 def lowest_tenth(values: "pd.Series[float]") -> float:

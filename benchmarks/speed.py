@@ -15,7 +15,6 @@ import os
 import platform
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -244,22 +243,14 @@ def difference_of(output: Any, expected: Any) -> float:
     return float(abs(output - expected).max() / abs(expected).max())
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         cpu = next((line.split(":")[1].strip() for line in cpuinfo.open() if line.startswith("model name")), cpu)
-    packages = ("torch", "timm", "open_clip_torch", "onnxruntime", "onnx")
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load before": round(os.getloadavg()[0], 2),
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "threads": threads,
-        "command": " ".join(["python", *sys.argv]),
-    }
+    versions = {name: version(name) for name in ("torch", "timm", "open_clip_torch", "onnxruntime", "onnx")}
+    load = round(os.getloadavg()[0], 2)
+    return {"cpu": cpu, "cores": os.cpu_count(), "load before": load, "date": time.strftime("%Y-%m-%d"), **versions}
 
 
 def main() -> None:
@@ -271,7 +262,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "speed.json").write_text(json.dumps(machine(args.threads), indent=1) + "\n")
+    (args.output / "speed.json").write_text(json.dumps(machine() | {"threads": args.threads}, indent=1) + "\n")
     (args.output / "speed.csv").unlink(missing_ok=True)
     table = GrowingTable(args.output / "speed.csv", COLUMNS, COLUMNS[:5])
     for case in GRID:
