@@ -13,7 +13,7 @@ from typer import Exit, Option, Typer
 
 from dcp_zoo.cli import benchmark, deploy, heads, inspect, predict, show, train  # not the functions of these names
 from dcp_zoo.cli.console import errors, from_here, print_error
-from dcp_zoo.cli.options import Command, recipe_help
+from dcp_zoo.cli.options import Command
 from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import wait_passively
 
@@ -42,8 +42,7 @@ COMMANDS: tuple[Any, ...] = (
 )
 NAMES = {show.list_: "list", heads.evaluate: "eval"}  # others are named after their functions
 for command in COMMANDS:
-    epilog = recipe_help() if command is train.train else None
-    app.command(NAMES.get(command), cls=Command, epilog=epilog)(command)
+    app.command(NAMES.get(command), cls=Command)(command)
 app.add_typer(benchmark.data, name="data")
 
 
