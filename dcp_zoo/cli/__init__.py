@@ -38,7 +38,7 @@ def dcp_zoo(
 
 COMMANDS: tuple[Any, ...] = (
     *(show.list_, show.info, predict.predict, inspect.inspect, inspect.search, train.train, heads.evaluate),
-    *(benchmark.benchmark, benchmark.report, deploy.demo, deploy.export, deploy.serve),
+    *(benchmark.benchmark, benchmark.report, deploy.export, deploy.serve),
 )
 NAMES = {show.list_: "list", heads.evaluate: "eval"}  # others are named after their functions
 for command in COMMANDS:

@@ -1,4 +1,4 @@
-"""`dcp-zoo export`, `dcp-zoo serve` and `dcp-zoo demo`."""
+"""`dcp-zoo export` and `dcp-zoo serve`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,6 @@ from dcp_zoo.files import check_empty, check_output, check_writable
 from dcp_zoo.heads.config import is_checkpoint
 from dcp_zoo.serve import Limits, allowed_hosts, listen, server
 from dcp_zoo.threads import available_cores
-from dcp_zoo.zoo.registry import DEFAULT_HEAD
 
 if TYPE_CHECKING:
     from dcp_zoo.heads.head import Head
@@ -106,15 +105,3 @@ def serve(
     address = f"http://{host}:{listening.getsockname()[1]}"
     print(f"Serving {head} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)
     server(app, limits.timeout).run(sockets=[listening])
-
-
-def demo(port: opt.Port = 7860, host: opt.Host = "127.0.0.1", head: opt.HeadName = DEFAULT_HEAD) -> None:
-    """Try heads in the browser: train on a few photographs, classify, reject. Stop with Ctrl-C.
-
-    [dim]dcp-zoo demo[/]
-    [dim]dcp-zoo demo --head my_head --port 8000[/]
-    """
-    import_extra("gradio", "demo")
-    from dcp_zoo.demo import launch
-
-    launch(opt.head_name(head), host, port)
