@@ -151,19 +151,10 @@ def predictor_costs(model: str) -> pd.DataFrame:
     return rows.groupby(["way", "processes"], sort=False)[["seconds_per_image", "start_seconds"]].median()
 
 
-def predictor_table() -> str:
-    """Images per second of processor time, beside the bare loop, and processor seconds to start."""
-    lines = []
-    for model in ("dcp_mini", "dcp_vitb16"):
-        found = predictor_costs(model)
-        bare = found.seconds_per_image["bare loop", 1]
-        for (way, processes), row in found.iterrows():
-            start = "" if pd.isna(row.start_seconds) else f"{row.start_seconds:.0f}"
-            cells = f"{1 / row.seconds_per_image:.1f}", f"{bare / row.seconds_per_image:.2f}", start
-            lines.append([model, way, processes, *cells])
-    return as_table(
-        ["model", "way", "processes", "images per CPU second", "of the bare loop", "CPU seconds to start"], lines
-    )
+def predictor_rate(way: str) -> float:
+    """Images per second of processor time of one process with the miniature, beside the bare loop's."""
+    found = predictor_costs("dcp_mini").seconds_per_image
+    return found["bare loop", 1] / found[way, 1]
 
 
 def predictor_plan(core_hour: float) -> str:

@@ -31,7 +31,7 @@ from doc_tables import (  # noqa: F401 - for the pages' expressions
     models_table,
     names,
     predictor_plan,
-    predictor_table,
+    predictor_rate,
     real_clip_summary,
     train_times,
 )

@@ -90,8 +90,8 @@ def test_a_gate_goes_with_the_head(plain, model, tiny_clip, tmp_path):
     """By every path to the logits, in a checkpoint and a state; of classes without images it says nothing."""
     x, before = images(5, 1), model(images(5, 1))
     features, probe = model.encode_image(x), model.text_probe
-    probe.spread.mul_(model.distances(features).mean() / 1.25)
-    probe.gate = torch.tensor([1.1, 1.4, 0.1])
+    probe.spread.mul_(model.distances(features).mean() / 1.2)
+    probe.gate = torch.tensor([1.1, 1.3, 0.25])
     expected = behind_the_gate(before, 0.5 * text_logits(model, x), model.distances(features)).exp()
     assert not close(expected, before.softmax(-1), 1e-3)
     model.save_pretrained(tmp_path)
@@ -326,9 +326,11 @@ def plain_evidence(views: Tensor, widths: tuple[int, ...], labels: Tensor, text:
 
 
 def behind_the_gate(own: Tensor, text: Tensor, distances: Tensor) -> Tensor:
-    """Log-probabilities: between the distances 1.1 and 1.4 the text takes over, but for a tenth."""
-    share = ((1.4 - distances) / 0.3).clamp(0.1, 1)[:, None]
-    return (share * own.softmax(-1) + (1 - share) * text.softmax(-1)).log()
+    """Log-probabilities: between the distances 1.1 and 1.3 the text gets a say, the more so the surer it is."""
+    own, text = own.softmax(-1), text.softmax(-1)
+    known, seen = (each.amax(1) - 1 / each.shape[1] for each in (text, own))
+    share = (((distances - 1.1) / 0.2).clamp(0, 1) * known / (known + seen / 4))[:, None]
+    return ((1 - share) * own + share * text).log()
 
 
 def sharper(views: Tensor, width: int, labels: Tensor, text: tuple) -> float:
