@@ -145,6 +145,7 @@ def test_a_part_is_not_published_as_the_whole(tmp_path, uploads):
             publish.prepare(folder, "our-org")
         with pytest.raises(ZooError, match=reason):
             dcp_zoo.push_to_hub(dcp_zoo.create_model(str(folder), True), "me/photos")
+    assert uploads.requests == []
     for block, change, reason in (
         ("dcp", {"dataset": "folder"}, r"not one of the zoo's heads, by .*push_to_hub"),
         ("model_args", {"n_ctx": 5}, "of another shape"),
@@ -152,7 +153,6 @@ def test_a_part_is_not_published_as_the_whole(tmp_path, uploads):
         (folder / "config.json").write_text(json.dumps(config | {block: config[block] | change}))
         with pytest.raises(ZooError, match=reason):
             publish.prepare(folder, "our-org")
-    assert uploads.requests == []
     with pytest.raises(ZooError, match="is not a checkpoint"):
         publish.prepare(tmp_path / "none", "our-org")
 

@@ -16,8 +16,6 @@ PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)  # an infinite one le
 STEPS = 20  # of L-BFGS for each penalty, from the solution for the one before
 NEVER = torch.finfo(torch.float16).min  # a threshold that rejects nothing, also in half precision
 BEYOND = 1e4  # a distance that every other threshold rejects
-# distances from which the text has a say, and all of it; what the probe's certainty counts: see `benchmarks/notes.md`
-GATE = 1.1, 1.3, 0.25
 TINY = 1e-12  # a share whose logarithm has a gradient
 NO_THRESHOLD = (
     "This head has no threshold to reject images: it was fitted on too few, or for other texts than it has now. "
@@ -50,7 +48,7 @@ def gated(own: Tensor, text: Tensor, distances: Tensor, gate: Tensor) -> Tensor:
     has seen a probe knows less than the text, unless the text knows nothing of the image.
 
     >>> own, text = torch.tensor([[2.0, 0.0]] * 3), torch.tensor([[0.0, 1.0]] * 3)
-    >>> gated(own, text, torch.tensor([1.0, 1.2, 9.0]), torch.tensor(GATE)).softmax(-1)[:, 0]
+    >>> gated(own, text, torch.tensor([1.0, 1.2, 9.0]), torch.tensor([1.1, 1.3, 0.25])).softmax(-1)[:, 0]
     tensor([0.8808, 0.6641, 0.4475])
     """
     near, far, weight = gate.unbind()
