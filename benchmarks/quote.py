@@ -244,23 +244,24 @@ def reads(what: str = "top1") -> pd.DataFrame:
 
 
 def reads_table() -> str:
-    """What each reading adds to the one before, on each reporting set and over all with its interval, by images."""
+    """What each reading adds to the one before, on each reporting set and over all with its interval, by images; empty
+    where it was not measured."""
     found, lines = reads(), []
     numbers = sorted({images for _, images in found.index})
     for less, more in pairwise(found.columns):
+        name = re.split(", | and ", more)[-1]
         steps = (found[more] - found[less]).unstack()
-        name = "embedding and backbone" if less == "embedding" else "inside"
-        lines += [[each, name, *(f"{row[k]:+.1f}" for k in numbers)] for each, row in steps.iterrows()]
+        lines += [[each, name, *map("{:+.1f}".format, row)] for each, row in steps[numbers].iterrows()]
         for what, title in READ_BY.items():
-            gaps = (reads(what)[more] - reads(what)[less]).unstack()
-            cells = [report.difference_cell(gaps[k]) if k in gaps else "" for k in numbers]
+            gaps = (reads(what)[more] - reads(what)[less]).unstack().reindex(columns=numbers)
+            cells = [report.difference_cell(gap.dropna()) if gap.any() else "" for _, gap in gaps.items()]
             lines.append([f"**all, {title}**", name, *cells])
-    return as_table(["dataset", "adds", *map(str, numbers)], lines)
+    return as_table(["dataset", "adds", *map(str, numbers)], lines).replace("+nan", "")
 
 
 def reads_gain(images: int, what: str = "top1") -> float:
     """What all that is read adds to the embedding: the mean difference over the reporting sets."""
-    found = reads(what).xs(images, level="images_per_class")
+    found = reads(what).xs(images, level="images_per_class").ffill(axis=1)
     return float((found[found.columns[-1]] - found["embedding"]).mean())
 
 
