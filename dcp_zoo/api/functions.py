@@ -71,8 +71,8 @@ def train(
             first; or another name in `dcp_zoo.training.METHODS`.
         classifier: fitted on image features after training: "text-probe", or "none" for the method's own logits.
             Default: the recipe's, which for DCP is "text-probe".
-        recipe: changes such as {"lr": 1e-3}, a recipe, or a name: "fast" for late coupling, "release" for
-            the authors' code, "paper" for their paper's coupling. Default: the method's, fitted to the images.
+        recipe: changes such as {"lr": 1e-3}, a recipe, or a name: "release" for the authors' code, "paper" for their
+            paper's coupling. Default: the method's, fitted to the images.
         classnames: names of the classes, which CLIP reads, by label, or in the order of the labels. Default: these.
         groups: one per image, the same for photographs that were taken together, such as those of a burst: what is
             measured to weigh images against texts is never measured across a group. Default: these are found, by near

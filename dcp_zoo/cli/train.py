@@ -31,10 +31,7 @@ METHOD = (
     f"probe; takes longer), or another: {', '.join(METHODS)}. "
     "With --help: the fields of its recipe."
 )
-RECIPE = (
-    "For dcp: fast (prompts in the last three blocks only, in a fraction of the time), release (as in the authors' "
-    "code) or paper (the same with their paper's coupling)."
-)
+RECIPE = "For dcp: release (as in the authors' code) or paper (the same with their paper's coupling)."
 SKIP = "Replace them, or leave them out by --skip-unreadable."
 of_recipe = partial(opt.option, rich_help_panel="Recipe (default: the method's)")
 
@@ -60,7 +57,7 @@ class TrainOptions:
     precision: opt.Precision = "auto"
     skip_unreadable: bool = opt.option(False, "Leave out images that cannot be read.")
     overwrite: bool = opt.option(False, "Start again and replace the contents of the output folder.")
-    recipe: str | None = of_recipe(None, RECIPE, metavar="fast|release|paper")
+    recipe: str | None = of_recipe(None, RECIPE, metavar="release|paper")
     changes: list[str] = of_recipe((), "Change a field listed below; may be repeated.", "--set", metavar="NAME=VALUE")
 
     def of_head(self) -> "TrainOptions":

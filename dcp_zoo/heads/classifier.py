@@ -158,7 +158,7 @@ class Classifier(nn.Module, ABC):
         """Images (B, 3, H, W), or other `Inputs` -> f, the normalised features (B, F) that the classifier reads."""
         reads, shared = self.reads, images
         if self.has_own_features and len(reads) > 1 and self._original is None:  # what both need is computed once
-            shared = self.encoder.enter(images, reads[0].first)
+            shared = self.encoder.enter(images)
         features = [reading.encode(shared if reading.encoder is self.encoder else images) for reading in reads]
         return joined(features, parts_of(reads))
 

@@ -82,12 +82,11 @@ def needs_checkpointing(model: Head, batch: int) -> bool:
 
 def activation_bytes(model: Head, batch: int) -> int:
     """Bytes that both towers would keep for the backward pass of a step."""
-    vision, (first_v, first_t) = model.encoder.vision_tower, getattr(model, "first_blocks", (0, 0))
-    image_tokens = batch * (vision.num_tokens + model.num_image_prompts)
-    channels = image_tokens * vision.width * (len(vision.blocks) - first_v)
+    vision = model.encoder.vision_tower
+    channels = batch * (vision.num_tokens + model.num_image_prompts) * vision.width * len(vision.blocks)
     if (names := getattr(model, "name_tokens", None)) is not None:  # with learned prompts in the text
         name_tokens, text = sum(chunk.ids.numel() for chunk in names), model.encoder.text_tower
-        channels += name_tokens * text.width * (len(text.blocks) - first_t)
+        channels += name_tokens * text.width * len(text.blocks)
     return channels * vision.dtype.itemsize * VALUES_PER_CHANNEL
 
 

@@ -239,8 +239,7 @@ class ImageSource:
         count = count if self.views is None else min(count, len(self.views))
         if self._read is not None and len(self._read) >= count:
             return self._read[:count]
-        rounded = self.views is not None and self.views.dtype == torch.half
-        kept = "" if self.crops or rounded else ALL_PARTS
+        kept = "" if self.crops else ALL_PARTS
         features = encode_views(self, self.clip.read, count, progress, kept=kept).float()
         if not self.crops:
             self._read = features
