@@ -84,7 +84,7 @@ def train(
         errors: "raise" `dcp_zoo.UnreadableImages` for images that cannot be read, as scikit-learn raises for bad rows,
             or "keep" the others and train on these, with a warning.
         options: `shots`, training images per class, at most (default: all); `seed` of all randomness (1); `device`,
-            "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16", "release" or "auto", the
+            "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16" or "auto", the
             default: bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode
             images (0: threads of this one); `encoder`, an image model of timm, or several, that the text probe
             reads beside CLIP, such as "vit_small_patch14_dinov2.lvd142m"; and the fields of

@@ -28,7 +28,6 @@ from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head import Head
 
 HEAD_WIDTH = 64  # of the attention heads in both CLIP towers, and therefore in CMPA
-KEPT_BYTES = 2**29  # of image tokens, while statistics are measured
 
 
 class PromptAttention(nn.Module):
@@ -209,10 +208,6 @@ class DCP(Head):
         return [step.new_v for step in steps if step.new_v is not None], steps[-1].text.features()
 
     @property
-    def num_image_prompts(self) -> int:
-        return self.config.n_ctx
-
-    @property
     def stats_modes(self) -> tuple[str, ...]:
         return ("batch",) if self.stored_stats is None else ("stored", "batch")
 
@@ -238,8 +233,7 @@ class DCP(Head):
     def store_stats(self, images: Images | Iterable[Any]) -> None:
         """Measure and store the statistics, so that logits depend on no batch. ZooError for no images or an iterator.
 
-        All images count as one batch. They are read once for every coupled block, in the chunks that they come in; what
-        leaves a block is kept for the next one, up to `KEPT_BYTES`.
+        All images count as one batch. They are read once for every coupled block, in the chunks that they come in.
 
         Args:
             images: the few-shot training images without augmentation: (n, 3, H, W), or an iterable that can be read
@@ -251,22 +245,12 @@ class DCP(Head):
         prompts: list[Tensor] = []  # that enter vision blocks 0, 1, ...
         pooled: list[Tensor] = []
 
-        kept: list[Tensor] = []  # image tokens (b, N, Dv) of all chunks that leave the last block with known prompts
-
         def leaving() -> Iterator[Tensor]:
-            """The prompts (b, M, Dv) of each chunk that leave that block."""
-            nonlocal kept
-            done = len(prompts) - 1 if kept else 0
-            left: list[Tensor] | None = []
-            inputs = (chunk[0] if isinstance(chunk, (tuple, list)) else chunk for chunk in chunks)
-            for x in kept or (self.encoder.enter(batch.to(self.device)).x for batch in inputs):
-                tokens = x.shape[1]
-                x = self.encoder.vision_tower.run(x, prompts[done:], done, len(prompts))
-                if left is not None:
-                    left.append(x[:, :tokens])
-                    left = left if sum(t.nbytes for t in left) < KEPT_BYTES else None
-                yield x[:, tokens:].float()
-            kept = left or []
+            """The prompts (b, M, Dv) of each chunk that leave the last block with known prompts."""
+            for chunk in chunks:
+                images = chunk[0] if isinstance(chunk, (tuple, list)) else chunk
+                x = self.encoder.enter(images.to(self.device)).x
+                yield self.encoder.vision_tower.run(x, prompts, 0, len(prompts))[:, x.shape[1] :].float()
 
         def measure(i: int) -> Tensor:
             pooled.append(pool_stream(leaving(), self.config.pooling))
@@ -280,10 +264,10 @@ class DCP(Head):
 
     def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:
         """A state with statistics brings them; one with prompts alone leaves none behind."""
-        found, v = state_dict.get(f"{prefix}stored_stats"), self.prompts["vision"]
-        if found is not None and self.stored_stats is None:
-            self.stored_stats = v.new_full((self.num_coupled, *v.shape), torch.nan)  # stays where `found` does not fit
-        elif found is None and f"{prefix}prompts.text" in state_dict:
+        given, v = state_dict.get(f"{prefix}stored_stats"), self.prompts["vision"]
+        if given is not None and self.stored_stats is None:
+            self.stored_stats = v.new_full((self.num_coupled, *v.shape), torch.nan)  # stays where `given` does not fit
+        elif given is None and f"{prefix}prompts.text" in state_dict:
             self.stored_stats = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 

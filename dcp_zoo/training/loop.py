@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.backbone.inputs import Inputs
 from dcp_zoo.heads.head import Head
-from dcp_zoo.training.device import autocast, needs_checkpointing
+from dcp_zoo.training.device import autocast
 from dcp_zoo.training.evaluation import warn_if_not_learnt
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
 from dcp_zoo.training.sources import Batch, ImageSource, Progress, no_progress, seeded
@@ -61,8 +60,8 @@ def descend(
             for group in state.optimizer.param_groups:
                 group["lr"] = lr_at(step)
             with autocast(device, state.precision):
-                found = loss_of(*(t.to(device, non_blocking=device.type == "cuda") for t in batch))
-            loss, reported = found if isinstance(found, tuple) else (found, found)
+                result = loss_of(*(t.to(device, non_blocking=device.type == "cuda") for t in batch))
+            loss, reported = result if isinstance(result, tuple) else (result, result)
             state.optimizer.zero_grad()
             state.scaler.scale(loss).backward()
             state.step(reported.item())
@@ -126,7 +125,7 @@ def train(
         source: the few-shot training images.
         seed: of the order of the images, their augmentation and dropout, which depend only on it and on the step: a run
             can resume after any step, with any number of workers.
-        precision: of `PRECISIONS`: autocast over float32 prompts and CMPA, but for "release", DCP's authors' float16.
+        precision: of `PRECISIONS`: autocast over float32 prompts and CMPA.
         state: saves the run to a file, so that it can resume when stopped. Default: nothing is saved.
         loss_of: as `objective` returns it. Default: that of the recipe.
         average: of the weights over the epochs, which replaces them at the end.
@@ -158,22 +157,13 @@ def train(
         return any(stops)
 
     batches = _remaining(source, recipe, seed, per_epoch, len(losses))
-    with _training_mode(model, max(sizes)):
-        descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, progress, after)
+    model.train()
+    descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, progress, after)
+    model.eval()
     if average:
         average.finish(trained, len(losses) // per_epoch)
     warn_if_not_learnt(fmean(losses[-per_epoch:]), source.num_classes, "epochs", recipe.num_epochs)
     return losses
-
-
-@contextmanager
-def _training_mode(model: Head, batch: int) -> Iterator[None]:
-    """A head while it is trained on batches of at most this size; then in evaluation mode."""
-    model.set_grad_checkpointing(needs_checkpointing(model, batch))
-    model.train()
-    yield
-    model.eval()
-    model.set_grad_checkpointing(False)
 
 
 def build_optimizer(recipe: TrainingRecipe, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:

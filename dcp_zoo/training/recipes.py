@@ -12,8 +12,7 @@ from dcp_zoo.heads.config import PHRASE, DCPConfig
 from dcp_zoo.zoo.registry import get_spec
 
 OPTIMIZERS = ("sgd", "adamw")
-AS_RELEASED = "release"  # float16 weights, and no scaled loss
-PRECISIONS, AUTO = ("float32", "bfloat16", "float16", AS_RELEASED), "auto"
+PRECISIONS, AUTO = ("float32", "bfloat16", "float16"), "auto"
 TEXT_PROBE = "text-probe"
 CLASSIFIERS = ("none", TEXT_PROBE)
 # what hyperparameters were chosen on; cross-validation is on the training images

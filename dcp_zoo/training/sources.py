@@ -380,8 +380,8 @@ def encode_views(
             read = ((x, x.flip(-1)) if views == 2 else (x,) for x in pixels)
         for shown in by_image(progress, read, description, len(source.items), len(source.items) - len(rows)):
             with autocast(device, source.precision):
-                found = [encode(form(x.to(device))).cpu() for x in shown]
-            yield torch.stack(found)
+                encoded = [encode(form(x.to(device))).cpu() for x in shown]
+            yield torch.stack(encoded)
 
     if not kept:
         return torch.cat(list(batches(range(len(source.items)))), 1)
