@@ -24,10 +24,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SUBMITTED = ROOT / "benchmarks" / "leaderboard"
 UNBROKEN = re.compile(r"(?<=\d) (?=±)|(?<=±) (?=\d)|(?<=\d) (?=to [+-])|(?<=to) (?=[+-]\d)|(?<=\)) (?=\*)")
-ACCURACIES = {
-    "few-shot": report.few_shot_tables,
-    "base-to-new": report.base_to_new_tables,
-}
+COMMANDS = """# Command line
+
+What every command says to `--help`. The [pages of their topics](../README.md#documentation) show them at work.
+
+"""
 
 
 def as_table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
@@ -45,47 +46,26 @@ def labelled(name: str) -> pd.DataFrame:
     return report.with_labels(pd.read_csv(RESULTS / f"{name}.csv"))
 
 
-def result_tables(name: str, part: str) -> str:
-    """Tables of the report for a file: its accuracy, its `ece` or `nll` (few-shot only), or its differences from the
-    text probe."""
-    rows = labelled(name)
-    if part == "differences":
-        made = report.against(rows, "Text probe")
-    elif part in ("ece", "nll"):
-        made = report.few_shot_tables(rows, part)
-    else:
-        made = ACCURACIES[rows.protocol.iloc[0]](rows)
-    return "\n\n".join(f"**{t.caption}**\n\n{table(t.header, t.rows)}\n\n{t.note}" for t in made)
-
-
 def models_table() -> str:
     with (RESULTS / "model_costs.csv").open() as file:  # of one model of each architecture
         costs = {MODELS[row["model"]].clip: row for row in csv.DictReader(file)}
     rows = []
     for spec in MODELS.values():
-        clip = f"open_clip {spec.clip}, {spec.clip_pretrained}" if spec.clip else "the bundled miniature"
-        cost = [f"{spec.parameters} M", f"{spec.gflops:.0f}"]
+        clip = f"{spec.clip}/{spec.clip_pretrained}" if spec.clip else "bundled"
+        cost = [f"{spec.parameters}", f"{spec.gflops:.0f}"]
         measured = costs.get(spec.clip)
         ms, mb = (float(measured[name]) for name in ("core_ms_per_image", "peak_mb")) if measured else (0.0, 0.0)
         cost += [f"{ms:.0f}", f"{mb / 1000:.1f}"] if measured else ["", ""]
         licence = spec.license or f"[see Hub](https://huggingface.co/{spec.clip_repo})"
-        rows.append([f"`{spec.name}`", *spec.accuracies, *cost, f"{spec.image_size} px", licence, clip])
-    cost = ["parameters", "GFLOPs per image", "ms per image", "memory, GB"]
-    return table(["model", "ten datasets, %", "ImageNet, %", *cost, "input", "licence", "CLIP"], rows)
+        rows.append([f"`{spec.name}`", *spec.accuracies, *cost, f"{spec.image_size}", licence, clip])
+    cost = ["parameters, M", "GFLOPs per image", "ms per image", "memory, GB"]
+    return table(["model", "ten datasets, %", "ImageNet, %", *cost, "input, px", "licence", "open_clip"], rows)
 
 
-def every_clip_table() -> str:
-    """The architectures of open_clip with which something does not work, by what that is, and how many weights work."""
+def every_clip(column: str = "") -> int:
+    """How many pairs of an architecture of open_clip and weights were tested, or work with what a column says."""
     with (RESULTS / "every_clip.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    pairs = [len(row["tags"].split()) for row in rows]
-    dcp, features = (sum(n for row, n in zip(rows, pairs, strict=True) if row[k] == "yes") for k in ("dcp", "features"))
-    limited: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        limited.setdefault((row["dcp"], row["features"]), []).append(f"`{row['architecture']}`")
-    lines = [[", ".join(names), *what] for what, names in limited.items() if what != ("yes", "yes")]
-    total = f"Of {sum(pairs)} pairs of architecture and weights, {dcp} work with DCP and {features} with features."
-    return f"{total} All but these:\n\n{table(['architectures', 'DCP', 'features'], lines)}"
+        return sum(len(row["tags"].split()) for row in csv.DictReader(file) if not column or row[column] == "yes")
 
 
 def heads_table() -> str:
@@ -105,8 +85,8 @@ def _percent(metrics: Mapping[str, float], stats: str) -> str:
 
 
 def methods_table() -> str:
-    rows = [[f"`{m.name}`", m.title, "yes" if m.abilities.transfers else "no", m.reference] for m in METHODS.values()]
-    return table(["name", "method", "new classes", "paper"], rows)
+    rows = [[f"`{m.name}`", "yes" if m.abilities.transfers else "no", m.reference] for m in METHODS.values()]
+    return table(["name", "new classes", "paper"], rows)
 
 
 def train_times() -> str:
@@ -116,19 +96,6 @@ def train_times() -> str:
     models = times.model.unique()
     header = ["`dcp-zoo train` with 70 photographs of 5 classes, tested on 30", *models]
     return table(header, [[name, *(cells.get((name, m), "") for m in models)] for name in times.method.unique()])
-
-
-def real_clip_table(with_text: bool) -> str:
-    """Accuracies on features of OpenAI's ViT-B/32, with the calibration error if text is used: methods by shots."""
-    rows = pd.read_csv(RESULTS / "real_clip.csv")
-    rows = rows[(rows.classes_used != "all, without text") == with_text]
-    shots, lines = sorted(rows.shots.unique()), []
-    for (dataset, used, method), group in rows.groupby(["dataset", "classes_used", "method"], sort=False):
-        found = {row.shots: f"{row.top1:.1f}" + f" ({row.ece:.1f})" * with_text for row in group.itertuples()}
-        found |= dict.fromkeys(shots, found[0]) if 0 in found else {}
-        name = f"{dataset}, named classes" if used == "named" else dataset
-        lines.append([name, report.title(method), *(found.get(k, "") for k in shots if k)])
-    return table(["dataset", "method", *(f"{k} shot{'s' if k != 1 else ''}" for k in shots if k)], lines)
 
 
 def real_clip_summary() -> str:
@@ -154,17 +121,16 @@ def leaderboard() -> str:
     """Few-shot results of this project, means over seeds, and of submissions: one row per setup, by shots."""
     own = labelled("few-shot")
     own = own.groupby(["dataset", "model", "label", "selection", "shots"], sort=False, as_index=False).top1.mean()
-    rows = pd.concat([own.assign(source="this project"), *map(_submitted, sorted(SUBMITTED.glob("*.json")))])
-    setup = ["dataset", "model", "label", "selection", "source"]
+    rows = pd.concat([own, *map(_submitted, sorted(SUBMITTED.glob("*.json")))])
+    rows["selection"] = rows.selection.replace("few-shot validation images", "validation")
     shots = sorted(set(rows.shots) - {0})
     lines = []
-    for key, group in rows.groupby(setup, sort=False):
+    for (dataset, model, *key), group in rows.groupby(["dataset", "model", "label", "selection"], sort=False):
         found = dict(zip(group.shots, group.top1, strict=True))
         cells = [found.get(k, found.get(0)) for k in shots]
-        lines.append([*key, *("" if cell is None else f"{cell:.1f}" for cell in cells)])
+        lines.append([f"{dataset}, {model}", *key, *("" if cell is None else f"{cell:.1f}" for cell in cells)])
     lines.sort(key=lambda line: (line[0], -float(line[-1] or 0)))
-    header = ["dataset", "model", "method", "chosen on", "measured by", *(f"{k} shot{'s' * (k > 1)}" for k in shots)]
-    return table(header, lines)
+    return table(["dataset, model", "method", "chosen on", *map(str, shots)], lines)
 
 
 def _submitted(path: Path) -> pd.DataFrame:
@@ -172,8 +138,9 @@ def _submitted(path: Path) -> pd.DataFrame:
     entry = json.loads(path.read_text())
     measured = entry["measured"] is not None
     row = {name: entry[name] for name in ("dataset", "shots", "model", "selection")}
-    row |= {"label": entry["method"], "top1": entry["measured"] if measured else entry["reported"]}
-    return pd.DataFrame([row | {"source": f"{'this project' if measured else 'its authors'}: {entry['where']}"}])
+    by = "" if measured else ", as its authors report it"
+    row |= {"label": f"[{entry['method']}]({entry['where']}){by}"}
+    return pd.DataFrame([row | {"top1": entry["measured"] if measured else entry["reported"]}])
 
 
 def predictor_costs(model: str) -> pd.DataFrame:
@@ -184,19 +151,10 @@ def predictor_costs(model: str) -> pd.DataFrame:
     return rows.groupby(["way", "processes"], sort=False)[["seconds_per_image", "start_seconds"]].median()
 
 
-def predictor_table() -> str:
-    """Images per second of processor time, beside the bare loop, and processor seconds to start."""
-    lines = []
-    for model in ("dcp_mini", "dcp_vitb16"):
-        found = predictor_costs(model)
-        bare = found.seconds_per_image["bare loop", 1]
-        for (way, processes), row in found.iterrows():
-            start = "" if pd.isna(row.start_seconds) else f"{row.start_seconds:.0f}"
-            cells = f"{1 / row.seconds_per_image:.1f}", f"{bare / row.seconds_per_image:.2f}", start
-            lines.append([model, way, processes, *cells])
-    return as_table(
-        ["model", "way", "processes", "images per CPU second", "of the bare loop", "CPU seconds to start"], lines
-    )
+def predictor_rate(way: str) -> float:
+    """Images per second of processor time of one process with the miniature, beside the bare loop's."""
+    found = predictor_costs("dcp_mini").seconds_per_image
+    return found["bare loop", 1] / found[way, 1]
 
 
 def predictor_plan(core_hour: float) -> str:
@@ -209,7 +167,7 @@ def predictor_plan(core_hour: float) -> str:
 
 
 def commands() -> str:
-    """The help of every command; its examples, which are dim on the terminal, become code blocks."""
+    """The page with the help of every command; its examples, which are dim on the terminal, become code blocks."""
     command: Any = typer.main.get_command(app)
     every = [command, *(c for c in command.commands.values() if hasattr(c, "commands"))]
     first = [" ".join(re.split(r"(?<=\.)\s", c.help)[0].split()) for group in every for c in group.commands.values()]
@@ -219,7 +177,7 @@ def commands() -> str:
     text = re.sub(r"\[bold\](.*?)\[/\]", r"**\1**", text.replace("# `dcp-zoo`\n", "", 1))
     for start in re.findall(r"^\* `[\w-]+`: (.*)\.\.\.$", text, flags=re.MULTILINE):  # Typer shortens them
         text = text.replace(f"{start}...\n", f"{next(help for help in first if help.startswith(start.strip()))}\n")
-    return text.replace("```console\n$ ", "```text\n").strip()
+    return COMMANDS + text.replace("```console\n$ ", "```text\n").strip()
 
 
 def _examples(match: re.Match[str]) -> str:

@@ -104,6 +104,20 @@ def models() -> None:
     save(figure, "models.svg")
 
 
+def engines() -> None:
+    """Images per second of processor time of every way to predict."""
+    figure = Figure((5.4, 3.6), layout="constrained")
+    for ax, model in zip(figure.subplots(2, height_ratios=(6, 3)), ("dcp_mini", "dcp_vitb16"), strict=True):
+        rates = 1 / doc_tables.predictor_costs(model).seconds_per_image[::-1]
+        names = [f"{way}, {count} processes" if count > 1 else way for way, count in rates.index]
+        colors = ["#999999" if name == "bare loop" else "#0072B2" for name in names]
+        ax.bar_label(ax.barh(names, rates, color=colors), fmt="%.1f", padding=3, fontsize=8)
+        ax.set_title(model, fontsize=9, loc="left")
+        ax.spines[["top", "right"]].set_visible(False)
+    ax.set(xlabel="images per second of processor time")
+    save(figure, "engines.svg")
+
+
 def explain() -> None:
     """Three of the packaged photographs, and beside each what speaks for its class."""
     head = dcp_zoo.create_model(HEAD, pretrained=True, classnames=SAMPLE_CLASSES)
@@ -125,6 +139,7 @@ class Picture(NamedTuple):
 PICTURES = {
     "explain.webp": Picture(explain, [WEIGHTS / HEAD / "model.safetensors"]),
     "averages.svg": Picture(averages, [doc_tables.RESULTS / "many_sets.csv", ROOT / "benchmarks" / "sets.py"]),
+    "engines.svg": Picture(engines, [doc_tables.RESULTS / "predictor.csv"]),
     "models.svg": Picture(models, [ROOT / "dcp_zoo" / "zoo" / "models.yaml"]),
     "predictions.webp": Picture(
         script("hub/predictions.py"), [WEIGHTS / head / "model.safetensors" for head in (HEAD, OTHER)]

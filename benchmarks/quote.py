@@ -6,14 +6,14 @@
 functions below. The digits after the point stay as many as they are. "Better than", "worse than" and "not significantly
 different from" are values, too: they say whether the confidence interval of a paired difference over datasets (of one
 dataset: over seeds) excludes 0. A number that is no measurement of this project has its source in its place, {{from
-arXiv 2305.17903}}, or is in `FACTS`. A table is listed as "table: EXPRESSION", and found by its first line; on pages of
-docs/ whole parts may also stand between `<!-- begin: EXPRESSION -->` and `<!-- end -->`.
+arXiv 2305.17903}}, or is in `FACTS`. "table: EXPRESSION" lists a table or a list of names, found by its first line;
+"page: EXPRESSION" a whole page; "needs X: LINE" a code block with this line that tests do not run.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import yaml
 from doc_tables import (  # noqa: F401 - for the pages' expressions
     as_table,
     commands,
-    every_clip_table,
+    every_clip,
     heads_table,
     leaderboard,
     like_accepted,
@@ -31,13 +31,11 @@ from doc_tables import (  # noqa: F401 - for the pages' expressions
     models_table,
     names,
     predictor_plan,
-    predictor_table,
+    predictor_rate,
     real_clip_summary,
-    real_clip_table,
-    result_tables,
     train_times,
 )
-from sets import CHOOSING, MINIATURES, REPORTING
+from sets import REPORTING
 
 from dcp_zoo.benchmark import report
 from dcp_zoo.training.methods import METHODS  # noqa: F401 - for the pages' expressions
@@ -48,20 +46,20 @@ QUOTES = ROOT / "benchmarks" / "quotes.yaml"
 RESULTS = ROOT / "benchmarks" / "results"
 MINIATURE = ROOT / "hub" / "recipes" / "miniature" / "README.md"
 PAGES = [ROOT / "README.md", MINIATURE, ROOT / "hub" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMPARING = ("README.md", "results.md", "all_results.md")  # pages on which every comparison needs a mark
+COMPARING = ("README.md", "results.md")  # pages on which every comparison needs a mark
 
 NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?"
-TABLE, FROM, QUOTED = "table: ", "from ", "\0"  # of a listed table, of a number's source; in place of an accuracy
+TABLE, PAGE, NEEDS = "table: ", "page: ", re.compile(r"needs [^:]*: ")  # how entries begin that are no sentences
+FROM, QUOTED = "from ", "\0"  # of a number's source; in place of an accuracy
 VERDICTS = BETTER, LEVEL, WORSE = ("better than", "not significantly different from", "worse than")
-VALUE = rf"({'|'.join(VERDICTS)}|{NUMBER})"
+VALUE = rf"({'|'.join(VERDICTS)}|{NUMBER})".replace(" ", r"\s+")
 HOLE = re.compile(r"\{\{(.*?)\}\}")  # of a listed sentence
-BLOCK = re.compile(r"(?P<begin><!-- begin: (?P<source>.*?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 UNIT = r"(?:%|(?:points?|ms|s|seconds?|minutes?|h|hours?|[kMG]B|times|G?FLOPs?|x(?! ?\d))\b)"
 MEASURED = re.compile(rf"(?<![\w.,/-]){NUMBER}[\s-]?{UNIT}|(?<![\w.,-])\d\d\.\d\b(?![.\d])")
 COMPARISON = re.compile(
     r"\b(?:above|below|ahead|behind|level|on par|better|worse|beats?|outperforms?|trails?|(?:more|less) accurate)\b"
 )
-NOT_PROSE = re.compile(r"```.*?```|`[^`]*`|<!--.*?-->|\]\([^)]*\)", re.DOTALL)
+NOT_PROSE = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)", re.DOTALL)
 
 FACTS = {  # no measurements, allowed on every page
     "95 %": "level of all intervals, and share of training images that pass the threshold for rejection",
@@ -117,11 +115,6 @@ def differences(label: str, reference: str, shots: int | None = None, file: str 
     return report.by_sample(report.differences(first, second))
 
 
-def gap(*args: Any, **kwargs: Any) -> float:
-    """The mean of the paired differences, in percentage points."""
-    return float(differences(*args, **kwargs).mean())
-
-
 def versus(*args: Any, **kwargs: Any) -> str:
     """Whether a label is better or worse than the reference, as far as the interval tells."""
     return verdict(differences(*args, **kwargs))
@@ -133,27 +126,12 @@ def verdict(gaps: pd.Series) -> str:
     return BETTER if low > 0 else WORSE if high < 0 else LEVEL
 
 
-def by_verdict(gaps: Mapping[str, pd.Series]) -> dict[str, str]:
-    """Verdict -> the labels whose gaps have it, with their means, in one line; "" if there is none."""
-    verdicts = {label: verdict(each) for label, each in gaps.items()}
-    return {
-        which: "; ".join(f"{x} ({gaps[x].mean():+.1f})" for x in gaps if verdicts[x] == which) for which in VERDICTS
-    }
-
-
-def standing(file: str = "few-shot", reference: str = "Text probe") -> str:
-    """A list: which methods the reference is better than, on par with and worse than, over all shots."""
-    labels = [x for x in results(file).label.unique() if x != reference and "(" not in x and not x.endswith(", batch")]
-    lines = [f"Over all shots, by the mean paired difference in percentage points, {reference} is", ""]
-    listed = by_verdict({x: differences(reference, x, file=file) for x in labels})
-    return "\n".join([*lines, *(f"- **{which}** {found}" for which, found in listed.items() if found)])
-
-
 def titled(method: str) -> str:
     """The title of a method, with its recipe if it has one."""
     return ",".join([report.title(method.split(",")[0]), *method.split(",")[1:]])
 
 
+NUMBERS = (4, 16)  # images per class with which every method that trains prompts or weights is measured
 PROBES = {"": "", "own": " + one text probe", "both": " + text probes"}  # after a method that changes the features
 READ_BY = {"top1": "top-1", "ece": "ECE", "auroc_near": "AUROC, near"}
 READINGS = {"x": "", "stem": " on the stem", "x+stem": " on both", "x,stem": ""}  # of `baselines.py`
@@ -163,12 +141,13 @@ READINGS = {"x": "", "stem": " on the stem", "x+stem": " on both", "x,stem": ""}
 def on_sets(file: str = "many_sets") -> pd.DataFrame:
     """Top-1, ECE and CPU seconds on the reporting sets of `sets.py`, a column of each for every method and way of
     reading it; a row for every set, number of images per class and seed. Draws that were measured in part are left
-    out."""
-    rows = results(file).fillna({"reading": ""})
+    out. Of two files, as in "many_sets+baselines", the first counts for what is in both."""
+    rows = pd.concat([results(each) for each in file.split("+")]).fillna({"reading": ""})
     rows = rows[rows.set.isin(REPORTING)]
     rows["label"] = rows.method.map(titled) + rows.reading.map(PROBES | READINGS)
     rows.loc[(rows.method == "text-probe") & (rows.reading == "x"), "label"] += " on the embedding"
     keys = ["set", "images_per_class", "seed"]
+    rows = rows.drop_duplicates([*keys, "label"])
     table = rows.pivot_table(["top1", "ece", "train_cpu_seconds"], keys, "label", sort=False)
     measured = table.notna().groupby("seed").transform("sum")
     return table.where(measured == measured.max())
@@ -199,73 +178,62 @@ def set_mean(label: str, images: int | None = None, what: str = "top1", file: st
     return float((found if images is None else found.xs(images, level="images_per_class")).mean())
 
 
-def many_sets(*labels: str, file: str = "many_sets") -> str:
-    """Averages over the reporting sets, of these methods or of all: top-1 by images per class, the mean paired
-    difference from the text probe with its interval over sets, ECE over all numbers of images, CPU seconds of training
-    at 4 images per class, and draws of training images, with the same ones of the text probe in the difference. "-"
-    stands for what was not measured on all sets, and for an ECE over fewer numbers of images than the others'."""
-    found = on_sets(file)
-    numbers = sorted({images for _, images, _ in found.index})
-    header = ["top-1, %, by images per class", *map(str, numbers), "minus the text probe", "ECE, %", "CPU seconds"]
-    header += ["draws"]
-    lines = []
-    for label in labels or found["top1"].columns:
-        measured = found["top1"][label].dropna()
-        means, draws = measured.groupby("images_per_class"), measured.index.get_level_values("seed").nunique()
-        whole = [means.size().get(k) == draws * set_count(file) for k in numbers]
-        cells = [f"{means.get_group(k).mean():.1f}" if known else "-" for k, known in zip(numbers, whole, strict=True)]
-        gaps = "" if label == "Text probe" else report.difference_cell(set_gaps(label, file=file))
-        ece = "-" if "-" in cells else f"{set_mean(label, None, 'ece', file):.1f}"
-        lines.append([label, *cells, gaps, ece, f"{set_mean(label, 4, 'train_cpu_seconds', file):.0f}", str(draws)])
-    return as_table(header, lines)
-
-
 def set_count(file: str = "many_sets") -> int:
     """How many reporting sets the averages are over."""
     return on_sets(file).index.get_level_values("set").nunique()
 
 
-def influences() -> str:
-    """The sets of `sets.py` and what each has influenced."""
-    parts = {"report": REPORTING, "choose": CHOOSING, "the miniature's own": MINIATURES}
-    lines = [[name, part, each.influenced] for part, sets in parts.items() for name, each in sets.items()]
-    return as_table(["dataset", "used to", "what it has influenced"], lines)
+def cells_of(label: str, numbers: Sequence[int], file: str) -> list[str]:
+    """Mean top-1 over the sets, by images per class."""
+    return [f"{set_mean(label, images, file=file):.1f}" for images in numbers]
 
 
-def by_set(*labels: str) -> str:
-    """Top-1 of these methods on each set, by images per class, over the draws that all have."""
-    found = on_sets()["top1"][list(labels)].dropna().groupby(["set", "images_per_class"], sort=False).mean()
-    lines = []
-    for name, rows in found.groupby(level="set", sort=False):
-        rows = rows.droplevel("set").sort_index()
-        lines += [[name, label, *(f"{x:.1f}" for x in rows[label])] for label in labels]
-    numbers = sorted({images for _, images in found.index})
-    return as_table(["dataset", "method", *map(str, numbers)], lines)
-
-
-def set_standing(ending: str, file: str = "many_sets", reference: str = "Text probe") -> str:
-    """A list: which methods are better than, on par with and worse than the text probe, or another reference: those
-    whose label ends so, or for "" those that read the embedding alone."""
-    name = reference[0].lower() + reference[1:]
-    return "\n".join(
-        f"- {which} the {name}: {found or 'none'}" for which, found in set_listed(ending, file, reference).items()
-    )
-
-
-def set_listed(
-    ending: str, file: str = "many_sets", reference: str = "Text probe", images: int | None = None
-) -> dict[str, str]:
-    """What `by_verdict` makes of those methods, with these images per class or all."""
-    labels = [x for x in on_sets(file)["top1"].columns if (x.endswith(ending) if ending else " on " not in x)]
-    gaps = {x: set_gaps(x, reference, images, file) for x in labels if x not in (reference, "Text probe")}
-    return by_verdict({x.removesuffix(ending): gap for x, gap in gaps.items()})
-
-
-def set_level(ending: str, file: str = "many_sets") -> str:
-    """A list: for each number of images per class, which methods are on par with the text probe."""
+def many_sets(*labels: str, file: str = "many_sets+baselines") -> str:
+    """Averages of these methods over the reporting sets: top-1 by images per class, the mean paired difference from
+    zero-shot CLIP with its interval over sets, and CPU seconds of training at 4 images per class."""
     numbers = sorted({images for _, images, _ in on_sets(file).index})
-    listed = {images: set_listed(ending, file, images=images)[LEVEL] for images in numbers}
-    return "\n".join(f"- {images} per class: {found}" for images, found in listed.items() if found)
+    lines = []
+    for label in labels:
+        gaps = "" if label == "Zero-shot" else report.difference_cell(set_gaps(label, "Zero-shot", file=file))
+        seconds = f"{set_mean(label, 4, 'train_cpu_seconds', file):.0f}"
+        lines.append([label, *cells_of(label, numbers, file), gaps, seconds])
+    return as_table(["top-1, %, by images per class", *map(str, numbers), "minus zero-shot", "CPU seconds"], lines)
+
+
+def few_gaps(label: str, reference: str, file: str = "many_sets+baselines") -> Any:
+    """As `set_gaps`, with the numbers of images that all methods are measured with."""
+    found = on_sets(file)["top1"]
+    gaps = (found[label] - found[reference])[found.index.isin(NUMBERS, level="images_per_class")].dropna()
+    return gaps.groupby("set", sort=False).mean()
+
+
+def prompts_table(*labels: str, file: str = "many_sets+baselines") -> str:
+    """Methods that train prompts or weights, on the reporting sets: alone and minus zero-shot CLIP, and followed by
+    text probes, minus the text probe; CPU seconds of training at 4 images per class, and draws."""
+    lines = []
+    for label in labels:
+        pairs = (label, "Zero-shot"), (f"{label} + text probes", "Text probe")
+        cells = [*cells_of(label, NUMBERS, file), *(report.difference_cell(few_gaps(*pair, file)) for pair in pairs)]
+        draws = on_sets(file)["top1"][label].dropna().index.get_level_values("seed").nunique()
+        lines.append([label, *cells, f"{set_mean(label, 4, 'train_cpu_seconds', file):.0f}", draws])
+    header = ["method", *(f"{n} images" for n in NUMBERS), "minus zero-shot"]
+    return as_table([*header, "with text probes, minus the text probe", "CPU seconds", "draws"], lines)
+
+
+def features_table(*methods: str, file: str = "baselines") -> str:
+    """Methods on features, on the reporting sets: each on the embedding alone and on all that the text probe reads,
+    minus the text probe that reads the same."""
+    numbers, lines = (1, 4, 16), []
+    for method in methods:
+        alone = f"{method} on the embedding" if method == "Text probe" else method
+        whole = method if method == "Text probe" else f"{method} on both"
+        line = [method]
+        for label, reference in ((alone, "Text probe on the embedding"), (whole, "Text probe")):
+            gaps = "" if method == "Text probe" else report.difference_cell(set_gaps(label, reference, file=file))
+            line += [*cells_of(label, numbers, file), gaps]
+        lines.append(line)
+    header = ["method", *(f"embedding, {n}" for n in numbers), "minus the text probe on it"]
+    return as_table([*header, *(f"both, {n}" for n in numbers), "minus the text probe"], lines)
 
 
 def reads(what: str = "top1") -> pd.DataFrame:
@@ -276,22 +244,22 @@ def reads(what: str = "top1") -> pd.DataFrame:
 
 
 def reads_table() -> str:
-    """All readings on each reporting set, and the differences of their means with their intervals over sets."""
+    """What each reading adds to the one before, on each reporting set and over all with its interval, by images."""
     found, lines = reads(), []
     numbers = sorted({images for _, images in found.index})
-    for name, rows in found.groupby(level="set", sort=False):
-        rows = rows.droplevel("set")
-        lines += [[name, label, *(f"{rows[label][k]:.1f}" for k in numbers)] for label in found.columns]
-    for (less, more), (what, title) in product(pairwise(found.columns), READ_BY.items()):
-        whole = reads(what)
-        gaps = (whole[more] - whole[less]).unstack()
-        cells = [report.difference_cell(gaps[k]) if k in gaps else "" for k in numbers]
-        lines.append([f"**difference, {title}**", f"{more}, to {less}", *cells])
-    return as_table(["dataset", "reads", *map(str, numbers)], lines)
+    for less, more in pairwise(found.columns):
+        steps = (found[more] - found[less]).unstack()
+        name = "embedding and backbone" if less == "embedding" else "inside"
+        lines += [[each, name, *(f"{row[k]:+.1f}" for k in numbers)] for each, row in steps.iterrows()]
+        for what, title in READ_BY.items():
+            gaps = (reads(what)[more] - reads(what)[less]).unstack()
+            cells = [report.difference_cell(gaps[k]) if k in gaps else "" for k in numbers]
+            lines.append([f"**all, {title}**", name, *cells])
+    return as_table(["dataset", "adds", *map(str, numbers)], lines)
 
 
 def reads_gain(images: int, what: str = "top1") -> float:
-    """The mean difference over the reporting sets."""
+    """What all that is read adds to the embedding: the mean difference over the reporting sets."""
     found = reads(what).xs(images, level="images_per_class")
     return float((found[found.columns[-1]] - found["embedding"]).mean())
 
@@ -331,23 +299,37 @@ def labels_of(rows: pd.DataFrame) -> pd.Series:
     return titles + (reading.where(probe, " + " + reading)).fillna("")
 
 
-def transfer(protocol: str, images: int = 16, *labels: str) -> str:
-    """Top-1 of other styles, new classes or other sets: means over draws, and the difference from zero-shot CLIP with
-    its interval over what was trained on, or for one set over the tests. What is tested "at home" counts in no
-    difference."""
+def transferred(protocol: str, images: int) -> pd.DataFrame:
+    """Rows of `transfer.csv`, with how tables call a method, whether it is tested at home, and the column of a test."""
     rows = results("transfer").fillna({"reading": ""}).query("protocol == @protocol and images_per_class == @images")
     rows = rows.assign(label=labels_of(rows), home=(rows.target == rows.trained_on) | (rows.target == "base"))
     if protocol == "domain-shift":
         rows["column"] = rows.trained_on.where(~rows.home, "at home")
     else:
         rows["column"] = rows.target if protocol == "cross-dataset" else rows.trained_on + ", " + rows.target
+    return rows
+
+
+def transfer_gaps(label: str, protocol: str = "domain-shift", images: int = 16) -> "pd.Series[float]":
+    """Top-1 away from home minus that of zero-shot CLIP: means over draws, for each column of the table."""
+    rows = transferred(protocol, images).query("not home")
+    found = rows.pivot_table("top1", ["label", "column"], "seed", sort=False)
+    own = found.loc[label].dropna(axis=1)
+    return (own - found.loc["Zero-shot"][own.columns]).mean(axis=1)
+
+
+def transfer(protocol: str, images: int = 16, *labels: str) -> str:
+    """Top-1 of other styles, new classes or other sets: means over draws, and the difference from zero-shot CLIP with
+    its interval over what was trained on, or for one set over the tests. What is tested "at home" counts in no
+    difference."""
+    rows = transferred(protocol, images)
     found = rows.pivot_table("top1", ["label", "column"], "seed", sort=False)
     lines, columns, away = [], list(dict.fromkeys(rows.column)), list(dict.fromkeys(rows[~rows.home].column))
     for label in labels or rows.label.unique():
         own = found.loc[label].dropna(axis=1)
         if len(own) < len(columns):  # it is not measured everywhere yet
             continue
-        means, gaps = own.mean(axis=1), (own - found.loc["Zero-shot"][own.columns]).loc[away].mean(axis=1)
+        means, gaps = own.mean(axis=1), transfer_gaps(label, protocol, images)
         cells = [f"{means[c]:.1f}" for c in columns] + [f"{means[away].mean():.1f}"]
         lines.append([label, *cells, report.difference_cell(gaps) if gaps.any() else "", own.shape[1]])
     return as_table(["method", *columns, "mean, not at home", "minus zero-shot", "draws"], lines)
@@ -375,20 +357,20 @@ def parts() -> str:
     return as_table(["change", *found.index.unique("set"), "difference", "draws"], lines)
 
 
-def rejection(file: str = "rejection") -> str:
-    """How well the scores tell known images from others: means over sets and seeds, the worst set of the far ones, and
-    what the heads' threshold rejects and accepts."""
-    rows = results(file)
-    keys, columns = ["images_per_class", "score"], ["known_refused", "near_passed", "far_passed"]
-    header = ["images per class", "score", "AUROC, near", "AUROC, far", "worst dataset, far"]
-    header += ["known rejected", "near accepted", "far accepted"]
-    if "far_passed_estimate" in rows:
-        columns, header = [*columns, "far_passed_estimate"], [*header, "everyday pictures accepted"]
-    means = rows.groupby(keys, sort=False).mean(numeric_only=True)
-    worst = rows.groupby([*keys, "set"], sort=False).auroc_far.mean().groupby(keys, sort=False).min()
-    shown = means[["auroc_near", "auroc_far"]].assign(worst=worst).join(means[columns])
-    cells = shown.map(lambda x: "" if x != x else f"{x:.1f}").values.tolist()
-    return as_table(header, ([str(n), score, *c] for (n, score), c in zip(shown.index, cells, strict=True)))
+def rejection() -> str:
+    """How well the heads' score tells known images from others: means over sets and seeds, the worst set of the far
+    ones, and what the heads' threshold rejects and accepts."""
+    columns, lines = ["known_refused", "near_passed", "far_passed", "far_passed_estimate"], []
+    for file, features in (("rejection", "the miniature"), ("rejection_clip", "ViT-B/32")):
+        rows = select(file, score="entropy and distance")
+        for images, own in rows.groupby("images_per_class"):
+            worst = own.groupby("set").auroc_far.mean().min()
+            means = [own.auroc_near.mean(), own.auroc_far.mean(), worst, *(own[c].mean() for c in columns if c in own)]
+            cells = ["" if x != x else f"{x:.1f}" for x in means]
+            lines.append([features, images, *cells, *[""] * (3 + len(columns) - len(cells))])
+    header = ["features of", "images per class", "AUROC, near", "AUROC, far", "worst dataset, far"]
+    header += ["known rejected", "near accepted", "far accepted", "everyday pictures accepted"]
+    return as_table(header, lines)
 
 
 def rejection_gaps(images: int = 1) -> pd.Series:
@@ -431,35 +413,19 @@ def bursts(part: Any = REPORTING) -> str:
     return as_table([*header, "width of the interval, of a third of the images'"], lines)
 
 
-def folder(keys: str = "", last: bool = False) -> str:
-    """What the rules for a folder as a whole change, in percentage points: of all runs by rule, or by these columns; on
-    the sets for reporting, or on the last ones."""
+def folder(last: bool = False) -> str:
+    """What the rules for a folder as a whole change, in percentage points: on the sets for reporting, or the last."""
     rows = results("together")
     rows = rows[rows.set.str.contains("250 more|60 even|60 odd|scenes|hand signs|corn leaves") == last]
     rows = rows.assign(features=rows.set.str.contains("miniature").map({True: "miniature", False: "ViT-B/32"}))
-    few = rows[rows.images_per_class <= 4]
-    if keys:
-        means = few.pivot_table("change", keys.split(), "rule", sort=False)
-        lines = [[*index, *map("{:+.1f}".format, line)] for index, line in zip(means.index, means.values, strict=True)]
-        return as_table(
-            [*(key.replace("_", " ").replace("set", "dataset") for key in keys.split()), *means.columns], lines
-        )
-    lines = []
+    few, lines = rows[rows.images_per_class <= 4], []
     for rule, runs in rows.groupby("rule", sort=False):
         own, at_16 = few[few.rule == rule].groupby("features").change.mean(), runs[runs.images_per_class == 16]
         worst = runs.groupby("set").change.apply(lowest_tenth).min()
-        cells = [own["ViT-B/32"], own["miniature"], at_16.change.mean(), runs.change.quantile(0.1)]
+        cells = [own["ViT-B/32"], own["miniature"], at_16.change.mean()]
         lines.append([rule, *map("{:+.1f}".format, [*cells, lowest_tenth(runs.change), worst, runs.ece_change.mean()])])
-    header = [
-        "rule",
-        "ViT-B/32, 1 to 4 images",
-        "miniature, 1 to 4 images",
-        "16 images",
-        "a tenth of all runs is below",
-    ]
-    return as_table(
-        [*header, "mean of the worst tenth", "the same of the worst dataset", "calibration error (ECE)"], lines
-    )
+    header = ["rule", "ViT-B/32, 1 to 4 images", "miniature, 1 to 4 images", "16 images", "mean of the worst tenth"]
+    return as_table([*header, "the same of the worst dataset", "calibration error (ECE)"], lines)
 
 
 def lowest_tenth(values: "pd.Series[float]") -> float:
@@ -471,7 +437,7 @@ def inspected() -> str:
     """Flipped labels and suggested images, by set: means over draws, and paired differences in points."""
     rows = results("inspection").pivot_table("value", ["set", "draw"], "name", sort=False)
     header = ["dataset", "flipped labels found", "suspects, right", "accuracy lost", "regained without suspects"]
-    header += ["regained without the flipped labels found", "suggested over random images"]
+    header += ["regained without the found", "suggested over random"]
     lines = []
     for name, draws in rows.groupby(level="set", sort=False):
         means, swapped = draws.mean(), draws["top1 swapped labels"]
@@ -483,7 +449,7 @@ def inspected() -> str:
         ]
         if gains[-1].any():
             found, suspects, right = means[["twice as many recall", "suspects", "precision"]]
-            cells = [f"{report.difference_cell(gain.dropna())}, {gain.count()} samples" for gain in gains]
+            cells = [report.difference_cell(gain.dropna()) for gain in gains]
             counts = [f"{100 * found:.0f} %", f"{suspects:.0f}, {100 * right:.0f} %"] if found == found else ["-"] * 2
             lines.append([str(name), *counts, *cells])
     return as_table(header, lines)
@@ -548,7 +514,7 @@ def head_mb(model: str) -> float:
 def like(old: str, new: float | str) -> str:
     """A new value, written as the old one."""
     if isinstance(new, str):
-        return new
+        return old if old.split() == new.split() else new  # wherever its line breaks
     sign = "+" if old[0] in "+-" else ""
     return f"{new:{sign},.{len(old.partition('.')[2])}f}"
 
@@ -559,11 +525,26 @@ def quotes(page: Path) -> list[str]:
     return listed
 
 
+def evaluated(expression: str) -> Any:
+    """What an expression of a page has now."""
+    return eval(expression)
+
+
+def needs(quote: str) -> str:
+    """The line of the code block that an entry says not to run; "" of other entries."""
+    start = NEEDS.match(quote)
+    return quote[start.end() :] if start else ""
+
+
 def found(quote: str, text: str) -> re.Match[str]:
-    """Where a listed sentence or table is; LookupError unless it is on the page once. A line may break at a space."""
-    if quote.startswith(TABLE):
-        header = re.escape(eval(quote.removeprefix(TABLE)).partition("\n")[0])
-        pattern = rf"^{header}\n(?:\|.*\n?)+"
+    """Where an entry is; LookupError unless it is on the page once. A sentence may break over lines at a space."""
+    if quote.startswith(TABLE):  # of a name in a list, the parameters are not looked for
+        header = re.escape(evaluated(quote.removeprefix(TABLE)).partition("\n")[0].partition("`(")[0])
+        pattern = rf"^{header}.*\n(?:[-| ].*\n?)+"
+    elif quote.startswith(PAGE):
+        pattern = r"\A[\s\S]*\Z"
+    elif line := needs(quote):
+        pattern = rf"^{re.escape(line)}$"
     else:
         pattern = VALUE.join(r"\s+".join(map(re.escape, re.split(r"\s+", part))) for part in HOLE.split(quote)[::2])
     places = list(re.finditer(pattern, text, re.MULTILINE))
@@ -573,14 +554,13 @@ def found(quote: str, text: str) -> re.Match[str]:
 
 
 def renewed(text: str, listed: Sequence[str] = ()) -> str:
-    """The page with all listed values, tables and blocks as they are now; LookupError for what has no result."""
-    text = BLOCK.sub(lambda m: f"{m['begin']}\n{eval(m['source'])}\n\n{m['end']}", text)
+    """The page with all listed values and tables as they are now; LookupError for what has no result."""
     for quote in listed:
         place, sources = found(quote, text), HOLE.findall(quote)
-        values = {i: eval(source) for i, source in enumerate(sources, 1) if not source.startswith(FROM)}
+        values = {i: evaluated(source) for i, source in enumerate(sources, 1) if not source.startswith(FROM)}
         parts = {place.span(i): like(place[i], value) for i, value in values.items()}
-        if quote.startswith(TABLE):
-            parts = {place.span(): eval(quote.removeprefix(TABLE)) + "\n"}
+        if quote.startswith((TABLE, PAGE)):
+            parts = {place.span(): evaluated(quote.partition(": ")[2]) + "\n"}
         text = replaced(text, parts)
     return text
 
@@ -598,10 +578,11 @@ def unmarked(text: str, listed: Sequence[str] = (), comparing: bool = False) -> 
     parts = dict[tuple[int, int], str]()
     for quote, place in places.items():
         accuracies = re.search(r"\{\{(?:top1|gap|versus)\(", quote)
-        spans = [place.span()] if quote.startswith(TABLE) else [place.span(i) for i in range(1, place.re.groups + 1)]
+        whole = quote.startswith((TABLE, PAGE))
+        spans = [place.span()] if whole else [place.span(i) for i in range(1, place.re.groups + 1)]
         parts |= dict.fromkeys(spans, QUOTED if accuracies else "")
     problems = []
-    for paragraph in re.sub(r"```.*?```", "", BLOCK.sub("", replaced(text, parts)), flags=re.DOTALL).split("\n\n"):
+    for paragraph in re.sub(r"```.*?```", "", replaced(text, parts), flags=re.DOTALL).split("\n\n"):
         compares = comparing or QUOTED in paragraph
         prose = ALLOWED.sub("", NOT_PROSE.sub("", paragraph))
         patterns = (MEASURED, COMPARISON)[: 2 if compares else 1]

@@ -94,6 +94,7 @@ TOGETHER = "constants of `--together`, which {} when this set is left out"
 SEEN = "that richer features help was seen here first, no constant"
 COPIES = "that near copies must agree in more of their details (0.85, not 0.7)"
 BOUND = "that the bound of evidence between families was chosen again (64 images, not 16)"
+UNSURE = "that the gate was chosen again (its ECE)"
 SHIFT = "the recipe for domain shift, the limits of the gate (test images)"
 PROBE = "the text probe, how two of them are joined, the score of rejection"
 CLIP = "with features of ViT-B/32: the score of rejection, the rule for examples of none"
@@ -102,7 +103,7 @@ PAINTED = f"{PROBE}, {LINEAR}, what `inspect` judges by, the form of `--together
 PHOTOS = f"recipes, the text probe, {LINEAR}, thresholds of `inspect`"
 TRAINED = "the miniature was trained on other images of these classes"
 REPORTING = {
-    "flowers": ImageSet(partial(parquet, "oxford_flowers"), f"{TOGETHER.format('stay')}; {CLIP}"),
+    "flowers": ImageSet(partial(parquet, "oxford_flowers"), f"{TOGETHER.format('stay')}; {CLIP}; {UNSURE}"),
     "EuroSAT": ImageSet(partial(parquet, "eurosat"), f"{TOGETHER.format('stay')}; {SEEN}; {BOUND}"),
     "groceries": ImageSet(partial(parquet, "grocery_store"), f"{TOGETHER.format('change')}; {SEEN}"),
     "PACS, sketches": ImageSet(

@@ -25,8 +25,8 @@ OUTSIDE = {  # pages of the site that are files of the repository, as links insi
     "../SECURITY.md": "security.md",
     "../hub/recipes/miniature/README.md": "miniature.md",
 }
-WITHOUT_CONTENTS = {"results.md", "all_results.md"}  # room for wide tables
-REFERENCE = re.compile(r'<!-- begin: names\("([\w.]+)",\s*"([\w\s]+)"\) -->.*?<!-- end -->', re.DOTALL)
+WITHOUT_CONTENTS = {"results.md"}  # room for wide tables
+NAME = re.compile(r"^- \*\*`(dcp_zoo[\w.]+)`\*\*.*\n  .*$", re.MULTILINE)  # with its parameters and first sentence
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -64,7 +64,7 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
         markdown = markdown.replace(f"]({notebook.name})", f"]({notebook.stem}.md)")
     # what the site does not contain is named, without a link
     markdown = re.sub(r"\[([^\]]*)\]\(\.\./[^)]*\)", r"\1", markdown)
-    return REFERENCE.sub(lambda m: "\n".join(f"::: {m[1]}.{name}" for name in m[2].split()), markdown)
+    return NAME.sub(r"::: \1", markdown)
 
 
 def on_post_page(output: str, **kwargs: Any) -> str:

@@ -1,10 +1,10 @@
 """README and docs: every page is whole on GitHub. Every code block runs, or its title names what it needs and it is
 checked without running.
 
-A block is fenced and names its language. Blocks of a page run in order in one folder, Python in one namespace. A block
-below a comment `<!-- needs: CLIP's weights -->`, or a line in italics that begins with "Needs" where readers must know
-it, or whose title is the name of a file, is not run: its Python is compiled, and its lines of `dcp-zoo` and of scripts
-like it are parsed.
+A block is fenced and names its language. Blocks of a page run in order in one folder, Python in one namespace. Not run
+is a block of which benchmarks/quotes.yaml lists a line with what it needs, one below a line in italics that begins with
+"Needs", where readers must know it, and one whose title is the name of a file: its Python is compiled, and its lines of
+`dcp-zoo` and of scripts like it are parsed.
 """
 
 import json
@@ -24,6 +24,7 @@ import convert
 import pictures
 import publish
 import pytest
+import quote
 import real_table
 import submit
 import typer.main
@@ -59,11 +60,12 @@ class Block(NamedTuple):
 
 def blocks(page: Path) -> Iterator[Block]:
     """All code blocks of a page."""
-    above = ""  # the paragraph or the block before
+    above, listed = "", {*filter(None, map(quote.needs, quote.quotes(page)))}  # the paragraph or the block before
     for token in MarkdownIt().parse(page.read_text()):
         if token.type in ("fence", "code_block"):
             language, _, rest = token.info.partition(" ")
-            needs = above.startswith(("*Needs ", "<!-- needs: ")) or re.match(r'title="[\w/]+\.\w+"', rest)
+            needs = above.startswith("*Needs ") or re.match(r'title="[\w/]+\.\w+"', rest)
+            needs = needs or not listed.isdisjoint(token.content.splitlines())
             yield Block(language, token.content, token.map[0] + 1, runs=not needs)
         above = token.content or above
 

@@ -34,8 +34,11 @@ def test_values_are_rewritten_as_they_are_written(monkeypatch):
     assert quote.renewed(text, listed[1:3]) == expected.replace("+1,234.6", "+5.0")
     with pytest.raises(LookupError, match="0 times on the page"):
         quote.renewed("nothing", listed[:1])
-    block = f"<!-- begin: {FEW} -->\n{{}}<!-- end -->"
-    assert quote.renewed(block.format("old\n")) == block.format("\n1234.56\n\n")
+    monkeypatch.setattr(quote, "names_of", lambda *args: "- **`a`**`(x)`\n  New.\n- **`b`**\n  Two.", raising=False)
+    page = "# A page\n\n- **`a`**`(y)`\n  Old.\n\nThe end.\n"
+    assert quote.renewed(page, ["table: names_of()"]) == page.replace("(y)`\n  Old.", "(x)`\n  New.\n- **`b`**\n  Two.")
+    assert quote.renewed(page, ["page: names_of()"]) == "- **`a`**`(x)`\n  New.\n- **`b`**\n  Two.\n"
+    assert quote.renewed(page, ["needs the end: The end."]) == page
 
 
 @pytest.mark.scripts

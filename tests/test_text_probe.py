@@ -90,9 +90,9 @@ def test_a_gate_goes_with_the_head(plain, model, tiny_clip, tmp_path):
     """By every path to the logits, in a checkpoint and a state; of classes without images it says nothing."""
     x, before = images(5, 1), model(images(5, 1))
     features, probe = model.encode_image(x), model.text_probe
-    probe.spread.mul_(model.distances(features).mean() / 1.25)
-    probe.gate = torch.tensor([1.1, 1.4, 0.1])
-    expected = behind_the_gate(before, 0.5 * text_logits(model, x), model.distances(features)).exp()
+    probe.spread.mul_(model.distances(features).mean() / 1.2)
+    probe.gate = torch.tensor([1.1, 1.3, 0.25])
+    expected = behind_the_gate(before, 0.5 * text_logits(model, x), model.distances(features), 1.1, 0.2).exp()
     assert not close(expected, before.softmax(-1), 1e-3)
     model.save_pretrained(tmp_path)
     loaded = load_head(DCP(tiny_clip, NAMES, n_ctx=2).eval(), tmp_path)
@@ -325,10 +325,12 @@ def plain_evidence(views: Tensor, widths: tuple[int, ...], labels: Tensor, text:
     return Evidence(weights, mean, strength * torch.cat(texts), torch.cat(distances) / math.sqrt(len(widths)))
 
 
-def behind_the_gate(own: Tensor, text: Tensor, distances: Tensor) -> Tensor:
-    """Log-probabilities: between the distances 1.1 and 1.4 the text takes over, but for a tenth."""
-    share = ((1.4 - distances) / 0.3).clamp(0.1, 1)[:, None]
-    return (share * own.softmax(-1) + (1 - share) * text.softmax(-1)).log()
+def behind_the_gate(own: Tensor, text: Tensor, distances: Tensor, near: float, width: float) -> Tensor:
+    """Log-probabilities: behind the nearer distance the text gets a say, the more so the surer it is."""
+    own, text = own.softmax(-1), text.softmax(-1)
+    known, seen = (each.amax(1) - 1 / each.shape[1] for each in (text, own))
+    share = (((distances - near) / width).clamp(0, 1) * known / (known + seen / 4))[:, None]
+    return ((1 - share) * own + share * text).log()
 
 
 def sharper(views: Tensor, width: int, labels: Tensor, text: tuple) -> float:
@@ -447,11 +449,12 @@ def test_the_probe_is_the_mean_of_all_candidates_by_evidence(counts):
         assert close(whole, found)  # without a gate
         return
     assert probe.spread == pytest.approx(evidence.distances.mean().item(), rel=1e-3)
-    wanted = behind_the_gate(found, probe.text_scale * z, probe.distance(f, probe.classes))
+    near = 1 + (evidence.distances / probe.spread).std() * NormalDist().inv_cdf(0.9)
+    wanted = behind_the_gate(found, probe.text_scale * z, probe.distance(f, probe.classes), near, 0.1)
     assert close(whole.softmax(-1), wanted.exp(), 1e-5)
     assert not close(whole.softmax(-1), found.softmax(-1), 1e-3)
     distances = evidence.distances / probe.spread
-    known = score(behind_the_gate(evidence.logits, evidence.text, distances), distances)
+    known = score(behind_the_gate(evidence.logits, evidence.text, distances, near, 0.1), distances)
     for share, threshold in info["thresholds"].items():
         wanted = known.mean() + known.std() * NormalDist().inv_cdf(float(share))
         assert threshold == pytest.approx(wanted.item(), abs=0.05)

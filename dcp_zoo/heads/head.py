@@ -14,7 +14,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.heads import checkpoint
 from dcp_zoo.heads.classifier import Classifier
 from dcp_zoo.heads.config import ACCEPTED, NO_CLASSIFIER, HeadConfig, made, own_names
-from dcp_zoo.probe.model import GATE, NEVER, PREFIX, TextProbe
+from dcp_zoo.probe.model import NEVER, PREFIX, TextProbe
 
 
 class Head(Classifier):
@@ -228,5 +228,5 @@ class Head(Classifier):
         names = ("means", "examples", "gate")
         means, examples, gate = (shapes.get(f"{PREFIX}{name}", torch.empty(0)) for name in names)
         probe = self._probe_of(classes, means.shape[-1], len(examples)).to(self.encoder.device)
-        probe.gate = probe.bias.new_tensor(GATE if gate.numel() else ())
+        probe.gate = probe.bias.new_empty(gate.shape)
         return probe

@@ -16,8 +16,6 @@ PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)  # an infinite one le
 STEPS = 20  # of L-BFGS for each penalty, from the solution for the one before
 NEVER = torch.finfo(torch.float16).min  # a threshold that rejects nothing, also in half precision
 BEYOND = 1e4  # a distance that every other threshold rejects
-# distances from which the text has a say, and most of it; the least share of the probe: see `benchmarks/notes.md`
-GATE = 1.1, 1.4, 0.1
 TINY = 1e-12  # a share whose logarithm has a gradient
 NO_THRESHOLD = (
     "This head has no threshold to reject images: it was fitted on too few, or for other texts than it has now. "
@@ -44,19 +42,21 @@ class Distance(NamedTuple):
 
 
 def gated(own: Tensor, text: Tensor, distances: Tensor, gate: Tensor) -> Tensor:
-    """Logits (B, C) of the probabilities q softmax(own) + (1 - q) softmax(text), of logits (B, C): q falls from 1
-    between two distances, to the least share, the numbers of the `gate` (3,). Of images unlike those that it has seen a
-    probe knows less than the text, unless the text is near to a guess.
+    """Logits (B, C) of the probabilities (1 - q) softmax(own) + q softmax(text), of logits (B, C). The text's share is
+    q = far(d) c / (c + w c'): far(d) rises from 0 to 1 between two distances d; c and c' are what text and probe give
+    to their first choice beyond a guess. The `gate` (3,) holds the distances, and w. Of images unlike those that it
+    has seen a probe knows less than the text, unless the text knows nothing of the image.
 
     >>> own, text = torch.tensor([[2.0, 0.0]] * 3), torch.tensor([[0.0, 1.0]] * 3)
-    >>> gated(own, text, torch.tensor([1.0, 1.25, 9.0]), torch.tensor(GATE)).softmax(-1)[:, 0]
-    tensor([0.8808, 0.5749, 0.3301])
+    >>> gated(own, text, torch.tensor([1.0, 1.2, 9.0]), torch.tensor([1.1, 1.3, 0.25])).softmax(-1)[:, 0]
+    tensor([0.8808, 0.6641, 0.4475])
     """
-    near, far, least = gate.unbind()
-    share = torch.maximum(((far - distances.float()) / (far - near)).clamp(max=1), least)[:, None]
+    near, far, weight = gate.unbind()
     own, text = own.float(), text.float()
+    known, seen = (each.softmax(-1).amax(-1) - 1 / each.shape[-1] + TINY for each in (text, own))
+    share = (((distances.float() - near) / (far - near)).clamp(0, 1) * known / (known + weight * seen))[:, None]
     text = text + own.logsumexp(-1, keepdim=True) - text.logsumexp(-1, keepdim=True)
-    return torch.logaddexp(share.log() + own, (1 - share).clamp(min=TINY).log() + text)
+    return torch.logaddexp((1 - share).log() + own, share.clamp(min=TINY).log() + text)
 
 
 class TextProbe(nn.Module):

@@ -28,9 +28,13 @@ def thresholds_of(scores: Tensor, weights: Tensor | None = None) -> dict[str, fl
     >>> thresholds_of(Tensor([-1, 0, 1]))["0.05"]
     -1.6448536269514726
     """
-    middle = average(scores, weights).item()
-    deviation = (scores.std() if weights is None else torch.cov(scores, aweights=weights).sqrt()).item()
-    return {f"{rate:g}": middle + deviation * NormalDist().inv_cdf(rate) for rate in REJECT_RATES}
+    return {f"{rate:g}": quantile(scores, weights, rate) for rate in REJECT_RATES}
+
+
+def quantile(values: Tensor, weights: Tensor | None, share: float) -> float:
+    """Below which value this share of normally distributed ones is, by some of them (n,), with weights (n,)."""
+    deviation = values.std() if weights is None else torch.cov(values, aweights=weights).sqrt()
+    return average(values, weights).item() + deviation.item() * NormalDist().inv_cdf(share)
 
 
 def average(values: Tensor, weights: Tensor | None) -> Tensor:
