@@ -15,6 +15,7 @@ from typer.cli import get_docs_for_click
 
 from dcp_zoo.benchmark import report
 from dcp_zoo.cli import app
+from dcp_zoo.cli.options import recipe_help
 from dcp_zoo.heads.config import NO_CLASSIFIER, read_config
 from dcp_zoo.tables import REFUSED
 from dcp_zoo.training.methods import METHODS
@@ -169,6 +170,7 @@ def predictor_plan(core_hour: float) -> str:
 def commands() -> str:
     """The page with the help of every command; its examples, which are dim on the terminal, become code blocks."""
     command: Any = typer.main.get_command(app)
+    command.commands["train"].epilog = recipe_help()  # otherwise of the method that is given
     every = [command, *(c for c in command.commands.values() if hasattr(c, "commands"))]
     first = [" ".join(re.split(r"(?<=\.)\s", c.help)[0].split()) for group in every for c in group.commands.values()]
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="dcp-zoo")

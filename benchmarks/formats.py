@@ -1,11 +1,10 @@
-"""Size, speed and parity of a head's exported files.
+"""Size, speed and parity of a head's exported file.
 
     python benchmarks/formats.py --data-root DATA      writes results/formats.csv; DATA holds caltech-101
 
-Every file classifies the same batches of 8 in turn, in one process with one thread. These images are already resized:
+File and model classify the same batch of 8 in turn, in one process with one thread. These images are already resized:
 decoding does not count. The speed is relative to the fused model in PyTorch. The difference is the largest one of a
-probability to PyTorch's, on 40 validation images from their files; where the preprocessing is inside, the file resizes
-them.
+probability to PyTorch's, on 40 validation images from their files.
 """
 
 import argparse
@@ -41,25 +40,19 @@ def main() -> None:
     with torch.inference_mode(), tempfile.TemporaryDirectory() as temporary:
         expected = fused(images).softmax(-1).numpy()
         rows, runs = [], {"PyTorch, fused": lambda: fused(images[:BATCH])}
-        for where in ("outside", "inside"):
-            file = Path(temporary) / f"{where}.onnx"
-            export(model, file, preprocessing=where)
-            exported = OnnxClassifier(file, threads=1)
-            if where == "inside":
-                found = np.concatenate([exported(np.asarray(image)[None]) for image in photographs])
-            else:
-                found = exported.probabilities(np.stack([exported.preprocess(image) for image in photographs]))
-            name = "ONNX, float32" + (", preprocessing inside" if where == "inside" else "")
-            rows.append(
-                {
-                    "format": name,
-                    "mb": file.stat().st_size / 1e6,
-                    "difference": np.abs(found - expected).max(),
-                    "same_answer": 100 * (found.argmax(1) == expected.argmax(1)).mean(),
-                }
-            )
-            batch = np.stack([exported.preprocess(image) for image in photographs[:BATCH]])
-            runs[name] = lambda exported=exported, batch=batch: exported.probabilities(batch)
+        file, name = Path(temporary) / "model.onnx", "ONNX, float32"
+        exported = OnnxClassifier(export(model, file), threads=1)
+        batch = np.stack([exported.preprocess(image) for image in photographs])
+        found = exported.probabilities(batch)
+        rows.append(
+            {
+                "format": name,
+                "mb": file.stat().st_size / 1e6,
+                "difference": np.abs(found - expected).max(),
+                "same_answer": 100 * (found.argmax(1) == expected.argmax(1)).mean(),
+            }
+        )
+        runs[name] = lambda: exported.probabilities(batch[:BATCH])
         speeds = relative_speeds(runs)
     with (Path(__file__).parent / "results" / "formats.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], "speed"])

@@ -49,8 +49,8 @@ def best(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> li
 
 def top_classes(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[Ranked]:
     """`best`, as it is written: rounded."""
-    found = best(probabilities, classnames, top_k)
-    return [[{"class": name, "probability": round(p, 6)} for name, p in row] for row in found]
+    ranked = best(probabilities, classnames, top_k)
+    return [[{"class": name, "probability": round(p, 6)} for name, p in row] for row in ranked]
 
 
 def is_rejected(logits: np.ndarray, distances: np.ndarray | None, threshold: float) -> np.ndarray:
@@ -100,11 +100,11 @@ class Outputs(NamedTuple):
         values = np.take_along_axis(probabilities, order, 1).astype(np.float32)
         rejected = np.zeros(n, bool) if self.rejected is None else self.rejected
         order[np.isnan(values)], order[rejected, 0] = len(classnames) + 1, len(classnames)
-        names, found = np.array([*classnames, NONE, ""])[order], Values()
+        names, columns = np.array([*classnames, NONE, ""])[order], Values()
         for rank in range(order.shape[1]):
             suffix = f"_{rank + 1}" if rank else ""
-            found |= {f"class{suffix}": names[:, rank], f"probability{suffix}": values[:, rank]}
-        return found | {"rejected": rejected} | ({} if self.features is None else {"features": self.features})
+            columns |= {f"class{suffix}": names[:, rank], f"probability{suffix}": values[:, rank]}
+        return columns | {"rejected": rejected} | ({} if self.features is None else {"features": self.features})
 
     def rows(self, classnames: Sequence[str], top_k: int) -> list[Row]:
         """The answers for n images, with the `top_k` classes of each."""

@@ -16,9 +16,9 @@ Values = dict[str, Any]  # by their names, as in JSON or in keyword arguments
 WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string", NoneType: "null"}
 
 
-def option(default: object, help: str, *names: str, **settings: Any) -> Any:
-    """A field of a dataclass, limited by `choices`, `min` and `max`; other settings are those of `typer.Option`."""
-    return field(default=default, metadata={"help": help, "names": names, **settings})
+def option(default: object, help: str, **limits: Any) -> Any:
+    """A field of a dataclass, limited by `choices`, `min` and `max`."""
+    return field(default=default, metadata={"help": help, **limits})
 
 
 def count(default: int | None, help: str) -> Any:

@@ -109,8 +109,8 @@ def download_head(
     config = download_file(repo_id, constants.CONFIG_NAME, revision, cache_dir)
     # the folder is named after the commit: the second file must come from the same one
     weights = download_file(repo_id, constants.SAFETENSORS_SINGLE_FILE, config.parent.name, cache_dir)
-    if sha256 not in (None, found := sha256_of(weights)):
-        problem = f"{weights} is rejected: its sha256 is {found}, but {sha256} is pinned."
+    if sha256 not in (None, actual := sha256_of(weights)):
+        problem = f"{weights} is rejected: its sha256 is {actual}, but {sha256} is pinned."
         raise ZooError(f"{problem} Delete {weights.resolve()} and try again; if it is still wrong, do not use it.")
     return weights.parent
 

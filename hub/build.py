@@ -21,14 +21,24 @@ import publish
 from pace import gigabytes, hours_text
 from publish import Release
 from rich.markup import escape
-from typer import Typer
+from typer import Option, Typer
 
 from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.plan import SAVED_HEADS, read_split
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.benchmark import ClusterOptions, download_all, grid_table, numbers, several, show_events, split_commas
+from dcp_zoo.cli.benchmark import (
+    PerTrial,
+    Ray,
+    backend,
+    download_all,
+    grid_table,
+    numbers,
+    several,
+    show_events,
+    split_commas,
+)
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.data import DATASETS, DatasetSpec, list_datasets
 from dcp_zoo.data import download as downloads
@@ -160,50 +170,41 @@ def chance(percent: float, images: int) -> float:
     return 200 * math.sqrt(share * (1 - share) / images)
 
 
-@dataclass
-class BuildOptions:
-    models: list[str] = several("Models of the zoo.")
-    preset: str | None = opt.option(None, "What is not given: `smoke` is a small build to see that all works.")
-    protocols: list[str] = several(f"{HEADS}, {', '.join(OTHERS)}. Default: {HEADS}.")
-    data_root: Path | None = opt.option(None, "Folder with the datasets; what is missing is downloaded.")
-    output: Path | None = opt.option(None, "Folder for the state of the build, from which it resumes.")
-    org: str | None = opt.option(None, "Organisation or user on the Hub. Default: train and check, publish nothing.")
-    datasets: list[str] = several("Default: all 11.")
-    shots: list[str] = several("Training images per class. Default: 1,2,4,8,16.")
-    seeds: list[str] = several("Seeds. Default: 1,2,3.")
-    agree: opt.Agree = False
-    device: opt.Device = "auto"
-    precision: opt.Precision = "float32"
-    dry_run: bool = opt.option(False, "Measure a step, and show hours, downloads and disk space; start nothing.")
-
-    def check(self) -> None:
-        """Fill in the preset. ZooError for all options that are missing; --dry-run needs no folders."""
-        if self.preset is not None:
-            check_choice("preset", self.preset, tuple(PRESETS))
-            vars(self).update({name: value for name, value in PRESETS[self.preset].items() if not getattr(self, name)})
-        needed: dict[str, object] = {"--models MODEL": self.models}
-        if not self.dry_run:
-            needed |= {"--data-root DIR": self.data_root, "--output DIR": self.output}
-        if missing := [option for option, value in needed.items() if not value]:
-            raise ZooError(f"Pass {', '.join(missing)}: python hub/build.py {' '.join(needed)}")
-
-    def trials(self) -> list[Trial]:
-        """Those of all protocols; of the others with the most shots, and on datasets that have other styles."""
-        names = split_commas(self.datasets) or list_datasets()
-        shots, seeds = numbers(self.shots, "--shots"), numbers(self.seeds, "--seeds")
-        planned = []
-        for protocol in (HEADS, *(other for other in OTHERS if other in split_commas(self.protocols))):
-            asked = shots if protocol == HEADS or not shots else [max(shots)]
-            able = [name for name in names if protocol != "domain-shift" or DATASETS[name].shifts]
-            if able:
-                models = split_commas(self.models)
-                planned += plan_trials(protocol, models, [METHOD, BASELINE], able, asked, seeds)
-        return planned
+def build_trials(
+    protocols: list[str], models: list[str], datasets: list[str], shots: list[int], seeds: list[int]
+) -> list[Trial]:
+    """Those of all protocols; of the others with the most shots, and on datasets that have other styles."""
+    planned = []
+    for protocol in (HEADS, *(other for other in OTHERS if other in protocols)):
+        asked = shots if protocol == HEADS or not shots else [max(shots)]
+        able = [name for name in datasets if protocol != "domain-shift" or DATASETS[name].shifts]
+        if able:
+            planned += plan_trials(protocol, models, [METHOD, BASELINE], able, asked, seeds)
+    return planned
 
 
 @app.command(cls=opt.Command)
-@opt.takes_options
-def build(options: BuildOptions, cluster: ClusterOptions) -> None:
+def build(
+    models: list[str] = several(help="Models of the zoo."),
+    preset: str | None = Option(None, help="What is not given: `smoke` is a small build to see that all works."),
+    protocols: list[str] = several(help=f"{HEADS}, {', '.join(OTHERS)}. Default: {HEADS}."),
+    data_root: Path | None = Option(None, help="Folder with the datasets; what is missing is downloaded."),
+    output_dir: Path | None = Option(
+        None, "--output", help="Folder for the state of the build, from which it resumes."
+    ),
+    org: str | None = Option(None, help="Organisation or user on the Hub. Default: train and check, publish nothing."),
+    datasets: list[str] = several(help="Default: all 11."),
+    shots: list[str] = several(help="Training images per class. Default: 1,2,4,8,16."),
+    seeds: list[str] = several(help="Seeds. Default: 1,2,3."),
+    agree: opt.Agree = False,
+    device: opt.Device = "auto",
+    precision: opt.Precision = "float32",
+    dry_run: bool = Option(
+        False, "--dry-run", help="Measure a step, and show hours, downloads and disk space; start nothing."
+    ),
+    ray: Ray = None,
+    per_trial: PerTrial = None,
+) -> None:
     """Fill the zoo: download the datasets, train the heads, check them, publish those that pass, and pin them.
 
     Repeat the command to resume a stopped build; heads that are already published are left alone.
@@ -211,38 +212,50 @@ def build(options: BuildOptions, cluster: ClusterOptions) -> None:
     [dim]python hub/build.py --models dcp_vitb16 --data-root DATA --output BUILD --dry-run[/]
     [dim]python hub/build.py --models dcp_vitb16 --data-root DATA --output BUILD --ray auto --per-trial gpus=0.5[/]
     """
-    options.check()
-    trials = options.trials()
+    chosen = {"models": models, "datasets": datasets, "shots": shots, "seeds": seeds}
+    if preset is not None:
+        check_choice("preset", preset, tuple(PRESETS))
+        chosen = {name: values or PRESETS[preset][name] for name, values in chosen.items()}
+    needed: dict[str, object] = {"--models MODEL": chosen["models"]}
+    if not dry_run:
+        needed |= {"--data-root DIR": data_root, "--output DIR": output_dir}
+    if missing_options := [option for option, value in needed.items() if not value]:
+        raise ZooError(f"Pass {', '.join(missing_options)}: python hub/build.py {' '.join(needed)}")
+    trials = build_trials(
+        split_commas(protocols),
+        split_commas(chosen["models"]),
+        split_commas(chosen["datasets"]) or list_datasets(),
+        numbers(chosen["shots"], "--shots"),
+        numbers(chosen["seeds"], "--seeds"),
+    )
     names = dict.fromkeys(name for trial in trials for name in (trial.dataset, *trial.targets))
-    missing = downloads.missing([*names], options.data_root or Path(os.devnull))
-    if options.dry_run:
-        show_build_plan(trials, missing, options)
+    missing = downloads.missing([*names], data_root or Path(os.devnull))
+    settings = Settings(output_dir or Path(os.devnull), data_root, device, precision)
+    if dry_run:
+        show_build_plan(trials, missing, settings)
         return
-    assert options.data_root
-    assert options.output
-    check_writable(options.output)
-    run = cluster.backend()
+    assert data_root
+    check_writable(settings.output)
+    run = backend(ray, per_trial)
     use_threads()
-    absent = download_all(missing, options.data_root, options.agree)
+    absent = download_all(missing, data_root, agree)
     ready = [trial for trial in trials if trial.dataset not in absent]
-    settings = Settings(options.output, options.data_root, options.device, options.precision)
-    build_heads(ready, settings, options.org, log=log, run=run, show=show_events)
-    heads = states(options.output, trials)
+    build_heads(ready, settings, org, log=log, run=run, show=show_events)
+    heads = states(settings.output, trials)
     entries = {head.name: head.entry for head in heads if head.entry}
     if entries and publish.pin(entries):
         output.print(f"{len(entries)} heads are pinned in {publish.MANIFEST}: commit it.")
     show_states(heads)
     bad = sum(head.state in ("failed", "refused") for head in heads)
-    lost = {trial.key for trial in trials if trial.protocol in OTHERS} & store.failures(options.output).keys()
+    lost = {trial.key for trial in trials if trial.protocol in OTHERS} & store.failures(settings.output).keys()
     if bad or lost or absent:
         others = f", {len(lost)} trials of other protocols failed" if lost else ""
         others += f", and {', '.join(absent)} could not be downloaded" if absent else ""
         raise ZooError(f"{bad} heads failed or were refused{others}. Repeat the command to try them again.")
 
 
-def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], options: BuildOptions) -> None:
-    folder = options.output or Path(os.devnull)
-    heads, results = states(folder, trials), store.results(folder)
+def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], settings: Settings) -> None:
+    heads, results = states(settings.output, trials), store.results(settings.output)
     for _, of_protocol in groupby(trials, lambda trial: trial.protocol):
         output.print(grid_table([*of_protocol], results))
     show_states(heads)
@@ -259,7 +272,7 @@ def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], opt
     )
     for spec in specs:
         if left := [trial for trial in trials if trial.model == spec.name and trial.key not in results]:
-            output.print(hours_text(spec.name, left, options.device, options.precision), soft_wrap=True)
+            output.print(hours_text(spec.name, left, settings.device, settings.precision), soft_wrap=True)
 
 
 def show_states(heads: Sequence[HeadState]) -> None:

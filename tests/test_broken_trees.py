@@ -108,7 +108,7 @@ BREAKS: dict[str, list[tuple[list[str], Callable[[Path, str], object], str]]] = 
         (AIRCRAFT, lambda root, name: listing_of(root, name).write_text("{"), "'{' is not an image number"),
     ],
     "label and name disagree": [
-        (LISTED, other_row, "label 0 has two names"),
+        (LISTED, other_row, "pairs of a label and a name, not"),
         (AIRCRAFT, other_row, "is not an image number and a name"),
         (IMAGENETS, rename_class, "class folders"),
     ],
@@ -116,7 +116,7 @@ BREAKS: dict[str, list[tuple[list[str], Callable[[Path, str], object], str]]] = 
         ([*LISTED, *AIRCRAFT], lambda root, name: first_image(root, name).unlink(), r"1 images \(.*\) are missing")
     ],
     "empty class": [
-        ([*LISTED, *AIRCRAFT], empty_class, "no training image for "),
+        ([*LISTED, *AIRCRAFT], empty_class, "each with a training image"),
         (FOLDERS, empty_folder, "has no image .*Add one or remove it"),
     ],
 }

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from functools import partial
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -266,6 +267,24 @@ def test_a_stopped_run_goes_on(photos):
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["f.npz", "g.npz", "p.csv", "photos", "q.csv"]
 
 
+def test_a_run_does_not_go_on_in_another_precision(photos, my_head, monkeypatch):
+    """Of "auto", which another machine resolves otherwise."""
+    images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"))
+
+    def stopped(images, *_):
+        yield from islice(images, 6)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(images, Predictor("my_head", batch_size=5), outputs, progress=stopped)
+    with monkeypatch.context() as patch:
+        patch.setattr("dcp_zoo.training.device.pick_precision", lambda *_: "bfloat16")
+        with pytest.raises(ZooError, match="of another run, which differs in precision"):
+            run_job(images, Predictor("my_head"), outputs)
+    run_job(images, Predictor("my_head", precision="float32"), outputs)
+    assert len(read_csv("p.csv")) == 24
+
+
 def test_two_processes_do_not_write_the_same_output(photos):
     images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"))
     with locked(outputs.partial(".lock")), pytest.raises(ZooError, match=r"Another process .* p.csv.partial"):
@@ -421,7 +440,7 @@ def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, ca
 
 
 def test_rejection_is_one_column_in_every_output(run, photos):
-    """Of the classes of the head, as in Python; and the table, with a class for a rejected image, is a labels file."""
+    """Of the classes of the head, as in Python; and the table is a labels file."""
     head, files = ("--head", "dcp_mini.caltech101-16shot", "--reject"), ("photos/b/12.jpg", *sample_images())
     run.ok("predict", *files, *head, "--output", "p.csv")
     run.ok("predict", *files, *head, "--output", "p.jsonl")
@@ -437,7 +456,7 @@ def test_rejection_is_one_column_in_every_output(run, photos):
     assert 0 < decided.count("none of these") < len(decided)
     assert [row["best"] for row in table] == [row["predictions"][0]["class"] for row in lines]
     assert all(float(row["probability"]) > 0 for row in table)
-    assert {answer for _, _, answer, *_ in label_rows(Path("p.csv"))} == {*decided}
+    assert [row.name for row in label_rows(Path("p.csv"))] == decided
     for others in (("--classes", "ant,beaver,lynx,cup"), ("--classes", "dog,cat", "--output", "q.csv")):
         code, _, err = run("predict", "--sample", *head, *others)
         assert (code, "has seen no image of" in err) == (2, True), err

@@ -82,12 +82,8 @@ def test_malformed_split_is_rejected(tmp_path):
     file = write_listed(tmp_path, "eurosat", {"train": [], "val": [], "test": []})
     for content, message in (
         ({"train": {}, "val": [], "test": []}, "must have the lists"),
-        (first(key="sub/../../outside.jpg"), "leaves the image folder"),
-        (first(key="sub\\..\\..\\outside.jpg"), "leaves the image folder"),
-        (first(key="C:/outside.jpg"), "leaves the image folder"),
-        (first(key="./sub/0_test_0.jpg"), "is listed twice"),
-        (first(label=20), "labels must run from 0 without gaps"),
-        ({"train": [], "val": [], "test": []}, "0 classes, but"),
+        (first(label=20), "11 pairs of a label and a name, not 10, labels from 0"),
+        ({"train": [], "val": [], "test": []}, "has 0 pairs of a label and a name"),
     ):
         file.write_text(json.dumps(content))
         with pytest.raises(ZooError, match=message) as error:

@@ -11,10 +11,11 @@ from PIL import Image
 
 gr = pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
 
+from space import app  # noqa: E402
+from space.app import launch  # noqa: E402
+
 from dcp_zoo import create_model, predict  # noqa: E402
-from dcp_zoo import demo as app  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
-from dcp_zoo.demo import launch  # noqa: E402
 from dcp_zoo.errors import ZooError  # noqa: E402
 from dcp_zoo.zoo.registry import DEFAULT_HEAD  # noqa: E402
 

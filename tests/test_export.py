@@ -5,9 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +22,6 @@ import onnxruntime  # noqa: E402
 
 from dcp_zoo import ZooError, create_transform  # noqa: E402
 from dcp_zoo.answers import log_softmax  # noqa: E402
-from dcp_zoo.cli import deploy  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
 from dcp_zoo.data.images import crop  # noqa: E402
@@ -32,10 +29,10 @@ from dcp_zoo.data.packaged import sample_images  # noqa: E402
 from dcp_zoo.heads.config import read_config  # noqa: E402
 from dcp_zoo.prediction.heads import HeadBackend  # noqa: E402
 from dcp_zoo.prediction.onnx import CUDA, OnnxClassifier, providers  # noqa: E402
+from dcp_zoo.release import export_hub  # noqa: E402
 from dcp_zoo.release import onnx as export_module  # noqa: E402
 from dcp_zoo.release.onnx import export  # noqa: E402
 from dcp_zoo.serve.app import application  # noqa: E402
-from dcp_zoo.zoo.registry import WEIGHTS  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("exported_once")
 PAGE = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text()
@@ -47,12 +44,6 @@ BUNDLED = "dcp_mini.caltech101-1shot"
 @pytest.fixture(scope="module")
 def plain(onnx_file):
     return OnnxClassifier(onnx_file)
-
-
-@pytest.fixture(scope="module")
-def inside(exported_once, tiny_head, tmp_path_factory):
-    file = tmp_path_factory.mktemp("inside") / "model.onnx"
-    return OnnxClassifier(export(tiny_head, file, preprocessing="inside"))
 
 
 @torch.no_grad()
@@ -90,8 +81,8 @@ def test_other_files_and_options_are_refused(onnx_file, tmp_path, run):
     assert "bad.onnx is not an exported model" in run.refused("predict", "--sample", "--head", tmp_path / "bad.onnx")
     for command in (("predict", "--sample"), ("serve",)):
         run.refused(*command, "--head", onnx_file, "--classes", "a,b")
-    args = "--head", BUNDLED, "--format", "hub", "--preprocessing", "outside", "--output", tmp_path / "new"
-    assert "omit --preprocessing" in run.refused("export", *args)
+    args = "--head", BUNDLED, "--format", "onnyx", "--output", tmp_path / "new"
+    assert "choose from onnx, hub" in run.refused("export", *args)
 
 
 def test_onnx_runtime_computes_where_it_is_asked_to(onnx_file, monkeypatch):
@@ -111,30 +102,29 @@ def test_onnx_runtime_computes_where_it_is_asked_to(onnx_file, monkeypatch):
     np.testing.assert_allclose(classifier(images), OnnxClassifier(onnx_file)(images), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("where", "tolerance"), [("outside", "LOGIT_TOLERANCE"), ("inside", "TOLERANCE")])
-def test_a_file_that_disagrees_is_not_kept(tiny_head, tmp_path, monkeypatch, where, tolerance):
+@pytest.mark.parametrize("tolerance", ["LOGIT_TOLERANCE", "TOLERANCE"])
+def test_a_file_that_disagrees_is_not_kept(tiny_head, tmp_path, monkeypatch, tolerance):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"old")
     monkeypatch.setattr(export_module, tolerance, 1e-9)
     with pytest.raises(ZooError, match="does not match the model|differ from the model's by"):
-        export(tiny_head, path, preprocessing=where)
+        export(tiny_head, path) if tolerance == "LOGIT_TOLERANCE" else export_hub(tiny_head, tmp_path / "repo")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
 @torch.no_grad()
-def test_files_reject_the_images_that_the_model_rejects(tiny_head, onnx_file, inside, run):
+def test_a_file_rejects_the_images_that_the_model_rejects(tiny_head, onnx_file, run):
     """And so do the command line and the server with them."""
     images = torch.stack([create_transform(tiny_head)(load_image(path)) for path in sample_images()])
     expected = [name is None for name in tiny_head.predict(images, True)]
     assert set(expected) == {False, True}
-    for file in (onnx_file, inside.path):
-        said = json.loads(run.ok("predict", "--sample", "--head", file, "--reject", "--json"))
-        assert [row["rejected"] for row in said] == expected
-        with TestClient(application(file)) as client:
-            form = [("images", Path(path).read_bytes()) for path in sample_images()]
-            served = client.post("/predict", files=form).json()
-        assert [image["rejected"] for image in served["images"]] == expected
+    said = json.loads(run.ok("predict", "--sample", "--head", onnx_file, "--reject", "--json"))
+    assert [row["rejected"] for row in said] == expected
+    with TestClient(application(onnx_file)) as client:
+        form = [("images", Path(path).read_bytes()) for path in sample_images()]
+        served = client.post("/predict", files=form).json()
+    assert [image["rejected"] for image in served["images"]] == expected
 
 
 @pytest.mark.parametrize("crop_pct", [1.0, 0.875])
@@ -146,27 +136,11 @@ def test_resize_in_the_graph_is_pils(crop_pct):
     rng, differ, values = np.random.default_rng(0), 0, 0
     for width, height in SIZES:
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
-        found = session.run(None, {"pixels": np.asarray(image)[None]})[0][0]
+        found = session.run(None, {"rgb": np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255})[0][0]
         difference = np.abs(found - crop(image, cfg))
         assert difference.max() < 1.01
         differ, values = differ + (difference > 0.5).sum(), values + difference.size
     assert differ <= 0.002 * values
-
-
-def test_pixels_in_probabilities_out(plain, inside, run):
-    """Photographs of all sizes alone, as a batch of what Python resized, and on the command line."""
-    photographs = [load_image(sample_images()[i % 2]).resize(size) for i, size in enumerate(SIZES)]
-    expected = np.concatenate([plain.probabilities(plain.preprocess(image)[None]) for image in photographs])
-    alone = np.concatenate([inside(np.asarray(image)[None]) for image in photographs])
-    np.testing.assert_allclose(alone, expected, atol=1e-3)
-    batch = inside.probabilities(np.stack([inside.preprocess(image) for image in photographs]))
-    np.testing.assert_allclose(batch, expected, atol=1e-3)
-    assert expected.max(1).min() < 0.99  # not saturated
-    assert inside.info == plain.info
-    command = ("predict", "--sample", "--head", inside.path, "--json")
-    said = [row["predictions"][0]["class"] for row in json.loads(run.ok(*command))]
-    assert said == [answers(plain, path, 1)[0]["class"] for path in sample_images()]
-    assert "preprocessing outside, or omit --features, --together" in run.refused(*command, "--together")
 
 
 def test_a_repo_for_other_clients(run, tiny_head, plain, tmp_path, monkeypatch):
@@ -187,12 +161,14 @@ def test_a_repo_for_other_clients(run, tiny_head, plain, tmp_path, monkeypatch):
     assert steps == [False, False, False, True]
     assert (processor["size"], processor["image_mean"]) == ({"shortest_edge": 32}, [0.5] * 3)
     assert "ORTModelForImageClassification" in (folder / "README.md").read_text()
-    image = load_image(sample_images()[0]).resize(SIZES[0])
-    pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] * np.float32(processor["rescale_factor"])
-    expected = plain.probabilities(plain.preprocess(image)[None])
     session = onnxruntime.InferenceSession(folder / "onnx/model.onnx", providers=CPU)
-    (logits,) = session.run(None, {"pixel_values": pixels})
-    np.testing.assert_allclose(np.exp(log_softmax(logits)), expected, atol=1e-5)
+    for i, size in enumerate(SIZES):
+        image = load_image(sample_images()[i % 2]).resize(size)
+        pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] * np.float32(processor["rescale_factor"])
+        expected = plain.probabilities(plain.preprocess(image)[None])
+        assert expected.max() < 0.99  # not saturated
+        (logits,) = session.run(None, {"pixel_values": pixels})
+        np.testing.assert_allclose(np.exp(log_softmax(logits)), expected, atol=1e-3)
 
 
 @pytest.mark.scripts
@@ -209,53 +185,19 @@ def test_the_page_makes_an_int8_file(onnx_file, tmp_path, monkeypatch, capsys):
     assert sum(len(batch) for batch, _ in rows) == 6
 
 
-@pytest.fixture
-def exports(onnx_file, tmp_path, monkeypatch) -> list[Path]:
-    """An empty cache, and the files that are exported into it: copies of `onnx_file`."""
-    monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("dcp_zoo.zoo.factory.create_model", lambda *args, **options: SimpleNamespace(eval=lambda: None))
-    made: list[Path] = []
-
-    def export(model, path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made.append(shutil.copy(onnx_file, path))
-
-    monkeypatch.setattr(export_module, "export", export)
-    return made
-
-
-def test_the_cache_follows_what_it_depends_on(exports, tmp_path, monkeypatch):
-    head = shutil.copytree(WEIGHTS / BUNDLED, tmp_path / "head")
-    names = [(BUNDLED, None), (BUNDLED, ["a"]), (BUNDLED, ["a", "b"]), (f"local-dir:{head}", None)]
-    files = [deploy.onnx_file(*name) for name in names + names]
-    assert files[:4] == files[4:] == exports
-    assert len(set(files)) == 4
-    config = json.loads((head / "config.json").read_text())
-    (head / "config.json").write_text(json.dumps(config | {"label_names": ["x", *config["label_names"][1:]]}))
-    deploy.onnx_file(f"local-dir:{head}")
-    monkeypatch.setattr(deploy, "FOLDER", "onnx-9")  # of another version
-    deploy.onnx_file(BUNDLED)
-    with ThreadPoolExecutor(2) as pool:  # started together, one waits for the other
-        assert len({*pool.map(lambda _: deploy.onnx_file(BUNDLED, ["c"]), range(2))}) == 1
-    assert len(set(exports)) == len(exports) == 7
-
-
-def test_a_cached_head_classifies_without_torch(exports, tiny_head):
-    file = deploy.onnx_file(BUNDLED)
+def test_an_exported_head_classifies_without_torch(onnx_file, tiny_head):
     heavy = "{'torch', 'torchvision', 'timm', 'open_clip', 'sklearn'}"
     program = f"""
 import sys
 from contextlib import suppress
 from dcp_zoo.cli import main
-from dcp_zoo.cli.deploy import onnx_file
-sys.argv += ["--head", str(onnx_file("{BUNDLED}"))]
 with suppress(SystemExit):
     main()
-print(sys.argv[-1], *({heavy} & sys.modules.keys()), file=sys.stderr)
+print("loaded:", *({heavy} & sys.modules.keys()), file=sys.stderr)
 """
-    command = [sys.executable, "-c", program, "predict", "--sample", "--json", "--top-k", "1"]
+    command = [sys.executable, "-c", program, "predict", "--sample", "--json", "--top-k", "1", "--head", str(onnx_file)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stderr.strip() == str(file)
+    assert done.stderr.strip() == "loaded:"
     said = [answer["predictions"][0]["class"] for answer in json.loads(done.stdout)]
     transform = create_transform(tiny_head)
     with torch.no_grad():

@@ -5,7 +5,6 @@ import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from helpers import photo
 from PIL import Image
 
 import dcp_zoo
-from dcp_zoo import ZooError
 from dcp_zoo.data import Item, load_labelled, load_split
 from dcp_zoo.probe.threshold import thresholds_of
 from dcp_zoo.training.methods.text_probe import scores_of
@@ -92,69 +90,47 @@ def test_what_is_like_an_image_of_none_of_the_classes_is_rejected(flowers, run):
     assert (code, "The 13 images of none of the classes are not used: only a text probe" in err) == (0, True)
 
 
-@pytest.mark.parametrize("text", ["file,class\n{}", "Path;Label;note\n{}", "{}", "class\tfile\n{}"])
+@pytest.mark.parametrize("text", ["file,class\n{}", "Path;Label;Image\n{}", "class\tfile\n{}"])
 def test_labels_in_a_table(flowers, text):
-    """Without a header it may begin with a dot."""
     separator = "\t" if "\t" in text else ";" if ";" in text else ","
     rows = [(f"{name}/{i}.jpg", {"rose": "r", "tulip": "t"}[name]) for name in ("rose", "tulip") for i in range(6)]
-    lines = [separator.join(row[::-1] if text.startswith("class") else row) for row in rows]
-    Path("labels.csv").write_text(text.format(("./" if text == "{}" else "") + "\n".join(lines)))
-    openpyxl = pytest.importorskip("openpyxl")
-    book = openpyxl.Workbook()
-    for row in (["file", "class"], *rows):
-        book.active.append(row)
-    book.save("labels.xlsx")
-    for file in ("labels.csv", "labels.xlsx"):
-        found = load_labelled("folder", flowers, file)
-        assert [(item.key, found.classnames[item.label]) for item in found.items] == rows
+    cells = {"file,class": lambda row: row, "Path;Label": lambda row: ("", row[1], row[0]), "class\tfile": reversed}
+    order = next(order for start, order in cells.items() if text.startswith(start))
+    Path("labels.csv").write_text(text.format("\n".join(separator.join(order(row)) for row in rows)))
+    found = load_labelled("folder", flowers, "labels.csv")
+    assert [(item.key, found.classnames[item.label]) for item in found.items] == rows
 
 
-def test_corrections_are_added_to_class_folders(flowers, monkeypatch):
-    """Those of a sheet of other images; a link is its file, and the last class counts."""
+def test_the_last_table_says_the_class(flowers, monkeypatch):
+    """A link is its file, parts stay, and what the first table does not list is no sample."""
     for i in range(4):
         photo(Path(f"UNSORTED/{i}.jpg"), 20 + i)
     (flowers / "rose" / "link.jpg").symlink_to(Path("UNSORTED/0.jpg").absolute())
-    photo(flowers / "None of these" / "x.jpg", 30)
-    photo(flowers / "None of these" / "y.jpg", 31)
+    keys = [f"{name}/{i}.jpg" for name in ("rose", "tulip") for i in range(6)] + ["rose/link.jpg"]
+    rows = [f"{key},{key.split('/')[0]},{'test' if '0' in key else 'train'}\n" for key in keys]
+    Path("0.csv").write_text("".join(["file,class,part\n", *rows]))
     answers = {f"UNSORTED/{i}.jpg": name for i, name in enumerate(("tulip", "rose", "daisy", "none of these"))}
-    answers |= {"MY_PHOTOS/rose/1.jpg": "tulip", "MY_PHOTOS/rose/5.jpg": "none of these"}
-    answers |= {"MY_PHOTOS/None of these/x.jpg": "rose"}
-    rows = "".join(f"{file},{name}\n" for file, name in answers.items())
-    Path("1.csv").write_text(f"file,class\n{rows}")
+    answers |= {"MY_PHOTOS/rose/0.jpg": "tulip", "MY_PHOTOS/rose/5.jpg": "None of these"}
+    answers |= {"MY_PHOTOS/tulip/4.jpg": "Leave out", "MY_PHOTOS/tulip/5.jpg": ""}
+    Path("1.csv").write_text("image,class\n" + "".join(f"{file},{name}\n" for file, name in answers.items()))
     Path("2.csv").write_text("file,class\nUNSORTED/1.jpg,daisy\n")
-    found = load_labelled("folder", flowers, ["1.csv", "2.csv"])
-    expected = {f"{name}/{i}.jpg": name for name in ("rose", "tulip") for i in range(6)}
-    expected |= {"rose/link.jpg": "tulip", "rose/1.jpg": "tulip", "None of these/x.jpg": "rose"}
+    found = load_labelled("folder", flowers, ["0.csv", "1.csv", "2.csv"])
+    expected = {key: key.split("/")[0] for key in keys}
+    expected |= {"rose/link.jpg": "tulip", "rose/0.jpg": "tulip"}
     expected |= {"../UNSORTED/1.jpg": "daisy", "../UNSORTED/2.jpg": "daisy"}
-    del expected["rose/5.jpg"]
+    for gone in ("rose/5.jpg", "tulip/4.jpg", "tulip/5.jpg"):
+        del expected[gone]
     assert {item.key: found.classnames[item.label] for item in found.items} == expected
-    assert [item.label for item in found.items] == sorted(item.label for item in found.items)
-    added = {"../UNSORTED/1.jpg", "../UNSORTED/2.jpg", "None of these/x.jpg"}
-    assert {item.key for item in found.items if item.added} == added
-    assert [item.key for item in found.none] == ["None of these/y.jpg", "../UNSORTED/3.jpg", "rose/5.jpg"]
-    for text in ("1.csv: 3 images added, 2 labelled again, 2 of none of these.", "2.csv: 0 images added, 1 labelled"):
+    assert [item.label for item in found.train] == sorted(item.label for item in found.train)
+    assert {item.key for item in found.items if item.added} == {"../UNSORTED/1.jpg", "../UNSORTED/2.jpg"}
+    assert [item.key for item in found.test] == ["rose/0.jpg", "tulip/0.jpg"]
+    assert [item.key for item in found.none] == ["../UNSORTED/3.jpg", "rose/5.jpg"]
+    for text in ("Left out of 1.csv: 2 images without a class. 1.csv: 3 images added.", "2.csv: 0 images added."):
         assert text in found.note
     Path("Downloads").mkdir()
     Path("Downloads/3.csv").write_text("file,class\nMY_PHOTOS/rose/0.jpg,a\nMY_PHOTOS/rose/1.jpg,b\n")
-    monkeypatch.chdir("Downloads")  # the paths start with the folder's name; in place of the class folders
+    monkeypatch.chdir("Downloads")  # the paths start with the folder's name
     assert [item.key for item in load_labelled("folder", flowers, "3.csv").items] == ["rose/0.jpg", "rose/1.jpg"]
-
-
-def test_spreadsheets_that_are_no_tables_say_why(flowers):
-    openpyxl = pytest.importorskip("openpyxl")
-    book = openpyxl.Workbook()
-    book.active.append(["file", "class"])
-    book.save("good.xlsx")
-    sheet = "xl/worksheets/sheet1.xml"
-    with ZipFile("good.xlsx") as before, ZipFile("entities.xlsx", "w") as after:
-        for part in before.namelist():
-            text = before.read(part).decode()
-            entity = '<!DOCTYPE a [<!ENTITY b "ha">]><worksheet'
-            after.writestr(part, text.replace("<worksheet", entity) if part == sheet else text)
-    Path("broken.xlsx").write_bytes(b"PK")
-    for name, message in (("broken", ""), ("entities", "Unable to read")):
-        with pytest.raises(ZooError, match=rf"Cannot read {name}.xlsx \(.*{message}"):
-            load_labelled("folder", flowers, f"{name}.xlsx")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])

@@ -21,9 +21,10 @@ for module in ("onnxruntime", "onnxscript"):
     pytest.importorskip(module, reason="the export extra is not installed")
 pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
 
+from space.app import launch  # noqa: E402
+
 from dcp_zoo import predict  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
-from dcp_zoo.demo import launch  # noqa: E402
 from dcp_zoo.release import export_hub  # noqa: E402
 
 pytestmark = pytest.mark.scripts

@@ -85,7 +85,7 @@ def test_any_class_names_are_labels_that_clip_reads_or_refused(place, names):
         (place / f"{i}.jpg").touch()
     with suppress(ZooError), warnings.catch_warnings(action="ignore"):  # that some are the same
         found = load_labelled("folder", place, place / "labels.csv")
-        assert found.classnames == sorted({name.strip() for name in names})
+        assert found.classnames == sorted({name.strip() for name in names} - {""})
         default_tokenizer()(class_texts(check_classnames(found.classnames), TEMPLATE)[0])
 
 
@@ -118,7 +118,6 @@ def test_any_member_lands_inside(member, make):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kind", "inputs"), {"pictures": 20, "checkpoints": 5, "labels": 20}.items())
 def test_the_first_inputs_of_the_fuzzing_script(kind, inputs, tmp_path):
-    pytest.importorskip("openpyxl")
     make, damage = fuzz.KINDS[kind]
     corpus = make()
     for number in range(inputs):

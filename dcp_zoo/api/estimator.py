@@ -152,8 +152,8 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
 
     def predict_proba(self, images: Images, *, together: bool = False) -> np.ndarray:
         """Probabilities (n, C) in the order of `classes_`; `together`: see `dcp_zoo.predict`."""
-        found = self._outputs(images)
-        return refined(found, np.full(len(found.logits), together))
+        outputs = self._outputs(images)
+        return refined(outputs, np.full(len(outputs.logits), together))
 
     def decision_function(self, images: Images) -> np.ndarray:
         """Logits (n, C) in the order of `classes_`; of two classes, how far the second is ahead (n,)."""
@@ -176,20 +176,20 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         head, items = self._head(), unlabelled(images)
         with kept_features(self.memory):
             options = self.batch_size, self.precision, self._progress(), reject, self.errors
-            found, broken = outputs_of(head, items, *options, features=head.stats == "stored")
+            outputs, broken = outputs_of(head, items, *options, features=head.stats == "stored")
         if broken:
             warn_of(items, broken)
-        return found
+        return outputs
 
     def predict(self, images: Images, *, reject: float | None = None) -> np.ndarray:
         """The most probable label of each image (n,); with `reject`, None for images of none of the classes, see
         `dcp_zoo.predict`. ZooError for `reject`, and a head without a threshold for its classes."""
-        found = self._outputs(images, reject)
-        labels, broken = self.classes_[found.logits.argmax(-1)], np.isnan(found.logits[:, 0])
-        if found.rejected is not None or (broken.any() and labels.dtype.kind != "f"):
+        outputs = self._outputs(images, reject)
+        labels, broken = self.classes_[outputs.logits.argmax(-1)], np.isnan(outputs.logits[:, 0])
+        if outputs.rejected is not None or (broken.any() and labels.dtype.kind != "f"):
             labels = labels.astype(object)
-        if found.rejected is not None:
-            labels[found.rejected] = None
+        if outputs.rejected is not None:
+            labels[outputs.rejected] = None
         if broken.any():
             labels[broken] = np.nan
         return labels
@@ -203,11 +203,11 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
             images, labels = [item.path for item in items], self.classes_[[item.label for item in items]]
         predicted = self.predict(images)
         check_consistent_length(predicted, labels, sample_weight)
-        if not (read := [i for i, label in enumerate(predicted) if not is_nan(label)]):
+        if not (readable := [i for i, label in enumerate(predicted) if not is_nan(label)]):
             raise ZooError("None of these images can be read: pass others.")
-        weights = None if sample_weight is None else np.asarray(sample_weight)[read]
-        answers = predicted[read].astype(self.classes_.dtype)
-        return float(accuracy_score(np.asarray(one_column(labels))[read], answers, sample_weight=weights))
+        weights = None if sample_weight is None else np.asarray(sample_weight)[readable]
+        answers = predicted[readable].astype(self.classes_.dtype)
+        return float(accuracy_score(np.asarray(one_column(labels))[readable], answers, sample_weight=weights))
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write a checkpoint, which `load`, `dcp_zoo.create_model` and the command line read. ZooError for a folder

@@ -92,9 +92,9 @@ def train(
             `overwrite`, to replace a checkpoint in `output`; `progress`, which wraps loops in a progress bar, as
             `rich.progress.track` does (default: tqdm's).
     """
-    own = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
+    given = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
     data = labelled(images, labels, classnames, groups)
-    settings = RunOptions(**own)
+    settings = RunOptions(**given)
     options |= {"recipe": recipe, "classifier": classifier, "errors": errors, "progress": settings.progress}
     run = plan_own(data, validation, model, method, **options)
     with all_named([*run.split.items, *run.split.none]):
@@ -160,14 +160,14 @@ def evaluate(
     """
     with lent(model, device) as head:
         items = with_classes(images, labels, head.classnames)
-        found, broken = outputs_of(head, items, batch_size, precision, progress, promised(head), errors, alone=False)
+        outputs, broken = outputs_of(head, items, batch_size, precision, progress, promised(head), errors, alone=False)
         if broken:
             warn_of(items, broken)
         if not (rows := [i for i in range(len(items)) if i not in broken]):
             refuse(items, broken)
-        found = found.of(rows)
-        rejected = None if found.rejected is None else torch.from_numpy(found.rejected)
-        return Evaluation(head.classnames, [items[i] for i in rows], torch.from_numpy(found.logits), rejected)
+        outputs = outputs.of(rows)
+        rejected = None if outputs.rejected is None else torch.from_numpy(outputs.rejected)
+        return Evaluation(head.classnames, [items[i] for i in rows], torch.from_numpy(outputs.logits), rejected)
 
 
 def predict(
@@ -200,10 +200,10 @@ def predict(
     items = unlabelled(images)
     with lent(model, device) as head:
         options = batch_size, precision, progress, reject, errors
-        found, broken = outputs_of(head, items, *options, features=together)
+        outputs, broken = outputs_of(head, items, *options, features=together)
         names = head.classnames
-    none = np.zeros(len(items), bool) if found.rejected is None else found.rejected
-    ranked = best(refined(found, ~none & together), names, top_k)
+    none = np.zeros(len(items), bool) if outputs.rejected is None else outputs.rejected
+    ranked = best(refined(outputs, ~none & together), names, top_k)
     answers: list[Any] = [None if no else row for row, no in zip(ranked, none, strict=True)]
     for i, error in broken.items():
         answers[i] = UnreadableImages(str(error), {items[i].name: str(error)})
@@ -230,10 +230,10 @@ def outputs_of(
     images = [item.path for item in items]
     with in_eval_mode(head):
         backend = HeadBackend(head, features, precision, reject, alone)
-        broken, found = backend.outputs(images, batch_size, progress)
+        broken, outputs = backend.outputs(images, batch_size, progress)
     if broken and errors == "raise":
         refuse(items, broken)
-    return found, broken
+    return outputs, broken
 
 
 def warn_of(items: Sequence[Item], broken: Mapping[int, ZooError]) -> None:

@@ -47,7 +47,7 @@ def labelled(images: Images, labels: Labels = None, classnames: ClassNames = Non
     images, labels, keys = _with_labels(images, labels, examples=True)
     if any(label is None or is_nan(label) for label in labels):
         raise ZooError("Some images have no label (None or NaN): leave them out, or label them.")
-    found, has_class = as_images(images), [not (isinstance(x, str) and is_none(x)) for x in labels]
+    images, has_class = as_images(images), [not (isinstance(x, str) and is_none(x)) for x in labels]
     values = np.asarray(labels if all(has_class) else [x for x, has in zip(labels, has_class, strict=True) if has])
     if values.ndim != 1:
         raise ZooError(f"Labels must be one-dimensional, not of shape {values.shape}.")
@@ -55,7 +55,7 @@ def labelled(images: Images, labels: Labels = None, classnames: ClassNames = Non
     if len(classes) < 2:
         raise ZooError(f"Training needs at least two classes, not {len(classes)}.")
     left = iter(values.tolist())
-    items = _items(found, [next(left) if has else NONE for has in has_class], [*classes.tolist(), NONE], keys)
+    items = _items(images, [next(left) if has else NONE for has in has_class], [*classes.tolist(), NONE], keys)
     items = with_groups(items, groups)
     none = [item for item in items if item.label == len(classes)]
     return Labelled(classes, _names(classes, classnames), [x for x in items if x.label < len(classes)], none)
@@ -90,10 +90,10 @@ def among(items: Sequence[Item], names: Sequence[str], classes: Sequence[str]) -
     return _items([item.path for item in items], values, classes, [item.key for item in items])
 
 
-def _items(found: Sequence[Any], values: Sequence[Any], classes: Sequence[Any], keys: list[str] | None) -> list[Item]:
+def _items(images: Sequence[Any], values: Sequence[Any], classes: Sequence[Any], keys: list[str] | None) -> list[Item]:
     index = {label: i for i, label in enumerate(classes)}
-    if len(values) != len(found):
-        raise ZooError(f"{len(found)} images need as many labels, not {len(values)}.")
+    if len(values) != len(images):
+        raise ZooError(f"{len(images)} images need as many labels, not {len(values)}.")
     if unknown := sorted({str(label) for label in values if label not in index}):
         known = f"the classes are {shorten(list(map(str, classes)))}"
         raise ZooError(f"No class {shorten(unknown)}: {known}. Pass images of these only.")
@@ -101,12 +101,12 @@ def _items(found: Sequence[Any], values: Sequence[Any], classes: Sequence[Any], 
         raise ZooError(
             f"Several classes are named {', '.join(repeated)}, so that this label fits each: train with other names."
         )
-    of_path = {image: label for image, label in zip(found, values, strict=True) if isinstance(image, str)}
-    for image, label in zip(found, values, strict=True):
+    of_path = {image: label for image, label in zip(images, values, strict=True) if isinstance(image, str)}
+    for image, label in zip(images, values, strict=True):
         if isinstance(image, str) and of_path[image] != label:
             raise ZooError(f"{image} has two labels, {label!r} and {of_path[image]!r}: keep one of them.")
-    keys = keys or [image if isinstance(image, str) else f"image {i}" for i, image in enumerate(found)]
-    return [Item(image, key, index[label]) for image, key, label in zip(found, keys, values, strict=True)]
+    keys = keys or [image if isinstance(image, str) else f"image {i}" for i, image in enumerate(images)]
+    return [Item(image, key, index[label]) for image, key, label in zip(images, keys, values, strict=True)]
 
 
 def hashed(items: Iterable[Item]) -> list[Item]:
@@ -125,19 +125,19 @@ def _with_labels(images: Images, labels: Labels, examples: bool = False) -> tupl
         return one_column(images), one_column(labels), None
     if not isinstance(images, (str, Path)) or Path(images).is_file():
         raise ZooError("Pass labels, one per image, or a folder with one folder per class.")
-    found = load_labelled("folder", images)
-    if found.has_parts:
+    split = load_labelled("folder", images)
+    if split.has_parts:
         raise ZooError(f"{images} has images for training and for a test: pass {images}/train or {images}/test.")
-    items, none = all_for_training(found).train, found.none if examples else []
-    labels = [found.classnames[item.label] for item in items] + [NONE] * len(none)
+    items, none = all_for_training(split).train, split.none if examples else []
+    labels = [split.classnames[item.label] for item in items] + [NONE] * len(none)
     items = [*items, *none]
     return [item.path for item in items], labels, [item.key for item in items]
 
 
 def unlabelled(images: Images) -> list[Item]:
     """`as_images`, or the images of a folder, see `find_images`."""
-    found = as_images(find_images([str(images)]) if is_folder(images) else images)
-    return [Item(image, f"image {i}", 0) for i, image in enumerate(found)]
+    given = as_images(find_images([str(images)]) if is_folder(images) else images)
+    return [Item(image, f"image {i}", 0) for i, image in enumerate(given)]
 
 
 def one_column(values: Any) -> Any:
@@ -152,7 +152,7 @@ def one_column(values: Any) -> Any:
 
 def as_images(images: Images) -> list[Any]:
     """Paths, bytes, and images of PIL, of one image or a sequence or batch. An error takes the place of what is no
-    image: all that cannot be read are found together, by `check_images`."""
+    image: all that cannot be read are named together, by `check_images`."""
     one = isinstance(images, (str, Path, bytes, Mapping, Image.Image)) or hasattr(images, "read")
     if hasattr(images, "ndim"):  # a table, an array or a tensor
         images = one_column(images)
@@ -160,10 +160,10 @@ def as_images(images: Images) -> list[Any]:
     if one:
         return [_held(images)]
     with as_zoo_error(f"{type(images).__name__} is neither an image nor a list of images: {FORMS}.", TypeError):
-        found = list(images)
-    if not found:
+        several = list(images)
+    if not several:
         raise ZooError("No images: pass at least one.")
-    return [_held(image) for image in found]
+    return [_held(image) for image in several]
 
 
 def _held(image: Any) -> Any:

@@ -212,13 +212,13 @@ def plan_trials(
     grid = [dict(zip(options, values, strict=True)) for values in product(*options.values())] if options else [{}]
     trials: dict[Trial, None] = {}
     for model, dataset in product(models, datasets or chosen.datasets):
-        tested, found = _chosen_targets(protocol, dataset, targets), []
+        tested, of_dataset = _chosen_targets(protocol, dataset, targets), []
         for k, seed, method, changes in product(shots or chosen.shots, seeds or SEEDS, methods, grid):
-            found.append(_trial(Trial(protocol, model, method, dataset, k, seed, tested), changes))
-            if tested and not found[-1].targets:
+            of_dataset.append(_trial(Trial(protocol, model, method, dataset, k, seed, tested), changes))
+            if tested and not of_dataset[-1].targets:
                 problem = f"{method} is limited to the classes of {dataset}, and {', '.join(tested)} has others"
                 raise ZooError(f"{problem}: choose other --targets or --methods.")
-        trials |= dict.fromkeys(sorted(found, key=lambda trial: trial.shots > 0))
+        trials |= dict.fromkeys(sorted(of_dataset, key=lambda trial: trial.shots > 0))
     recipes = {trial.method: trial.default_recipe.as_dict() for trial in trials}
     for name in options or ():
         if not any(name in recipe for recipe in recipes.values()):
@@ -247,7 +247,7 @@ def _trial(trial: Trial, options: Mapping[str, object]) -> Trial:
     recipe = default.updated(valid, where=f"{trial.method}: --set")
     trial = replace(trial, options=tuple(sorted((k, v) for k, v in valid.items() if getattr(default, k) != v)))
     if not method.abilities.transfers:
-        own = find_spec(trial.dataset).names
-        same = (name for name in trial.targets if name == trial.dataset or find_spec(name).names == own is not None)
+        names = find_spec(trial.dataset).names
+        same = (name for name in trial.targets if name == trial.dataset or find_spec(name).names == names is not None)
         trial = replace(trial, targets=tuple(same))
     return trial if method.needs_images(recipe) else replace(trial, shots=0, seed=0)

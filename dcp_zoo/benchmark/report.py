@@ -66,10 +66,10 @@ def title(method: str) -> str:
     return METHODS[method].title if method in METHODS else method
 
 
-def _ranks(known: Iterable[str], found: Iterable[str]) -> dict[str, int]:
+def _ranks(known: Iterable[str], given: Iterable[str]) -> dict[str, int]:
     """Sort keys: names in the project's tables first, in table order, then the others by name."""
     known = list(known)
-    names = [*known, *sorted(set(found) - set(known))]
+    names = [*known, *sorted(set(given) - set(known))]
     return {name: i for i, name in enumerate(names)}
 
 

@@ -93,8 +93,8 @@ class Unfinished:
     def __init__(self, trial: Trial, settings: Settings) -> None:
         self.head = settings.output / "unfinished" / trial.key
         self._file, self._conditions = Path(f"{self.head}.json"), settings.conditions(trial)
-        found = _read_checked(self._file, trial, settings) if self._file.is_file() else {}
-        self.results: list[Values] = found.get("results", [])
+        before = _read_checked(self._file, trial, settings) if self._file.is_file() else {}
+        self.results: list[Values] = before.get("results", [])
 
     def keep(self, results: list[Values]) -> None:
         """Write the results so far, and their conditions; before a training there are none."""
@@ -122,9 +122,9 @@ def _read_json(path: Path) -> Values:
 def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
     """The results of one or several folders, one row per accuracy."""
     folders = [Path(place) / "results" for place in ([outputs] if isinstance(outputs, (str, Path)) else outputs)]
-    found = [(folder / f"{key}.json", result) for folder in folders for key, result in read_folder(folder).items()]
+    every = [(folder / f"{key}.json", result) for folder in folders for key, result in read_folder(folder).items()]
     rows, first = [], dict[str, tuple[str, Path]]()
-    for path, result in found:
+    for path, result in every:
         row = {name: result["trial"][name] for name in TRIAL_COLUMNS}
         row |= {name: result[name] for name in ("weights", "train_seconds", "selection")}
         row |= {"options": Trial.from_dict(result["trial"]).changes, "dataset": _shown(row["dataset"], result)}

@@ -143,15 +143,15 @@ def run_trial(
         metrics = {f"top1_{entry['stats']}": entry["top1"] for entry in results}
         folder = head.save_pretrained(settings.output / SAVED_HEADS / trial.head, **head.info | {"metrics": metrics})
         hashes["head_sha256"] = sha256_of(folder / WEIGHTS_NAME)
-    own = {name: value for name, value in head.info.items() if name not in (*known, "train_seconds")}
+    details = {name: value for name, value in head.info.items() if name not in (*known, "train_seconds")}
     chosen_on = VALIDATION if METHODS[trial.method].chooses and subset.val else "none"
     return {
         "trial": asdict(trial),
         **conditions,
         "device": str(images.device),
         **hashes,
-        "info": own,
-        "selection": own.get("text_probe", own).get("selection") or chosen_on,
+        "info": details,
+        "selection": details.get("text_probe", details).get("selection") or chosen_on,
         "results": results,
         "train_seconds": head.info["train_seconds"],
         "test_seconds": round(time.perf_counter() - trained, 2),
@@ -170,8 +170,8 @@ def _trained(run: Run, folder: Path | None, subset: Split, images: TrialImages) 
 def _tests(trial: Trial, head: Head, images: TrialImages, kept: store.Unfinished) -> list[Values]:
     """One entry per test dataset, part of its classes, and way of measuring the head; the kept ones come first."""
     batch_size = getattr(trial.recipe, "eval_batch_size", EVAL_BATCH)
-    found = list(kept.results)
-    done = {(entry["target"], entry["classes"]) for entry in found}
+    entries = list(kept.results)
+    done = {(entry["target"], entry["classes"]) for entry in entries}
     for target, part in product(trial.targets or (trial.dataset,), PROTOCOLS[trial.protocol].parts):
         if (target, part) in done:
             continue
@@ -186,9 +186,9 @@ def _tests(trial: Trial, head: Head, images: TrialImages, kept: store.Unfinished
             answers = Evaluation(split.classnames, split.test, logits)
             measured = {name: metric(answers.logits, answers.labels) for name, metric in METRICS.items()}
             entry: Values = {"target": target, "classes": part, "stats": mode}
-            found.append(entry | measured | {"images": len(answers.labels)})
-        kept.keep(found)
-    return found
+            entries.append(entry | measured | {"images": len(answers.labels)})
+        kept.keep(entries)
+    return entries
 
 
 def execute(

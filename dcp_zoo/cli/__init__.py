@@ -13,7 +13,7 @@ from typer import Exit, Option, Typer
 
 from dcp_zoo.cli import benchmark, deploy, heads, inspect, predict, show, train  # not the functions of these names
 from dcp_zoo.cli.console import errors, from_here, print_error
-from dcp_zoo.cli.options import Command, recipe_help
+from dcp_zoo.cli.options import Command
 from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import wait_passively
 
@@ -38,12 +38,11 @@ def dcp_zoo(
 
 COMMANDS: tuple[Any, ...] = (
     *(show.list_, show.info, predict.predict, inspect.inspect, inspect.search, train.train, heads.evaluate),
-    *(benchmark.benchmark, benchmark.report, deploy.demo, deploy.export, deploy.serve),
+    *(benchmark.benchmark, benchmark.report, deploy.export, deploy.serve),
 )
 NAMES = {show.list_: "list", heads.evaluate: "eval"}  # others are named after their functions
 for command in COMMANDS:
-    epilog = recipe_help() if command is train.train else None
-    app.command(NAMES.get(command), cls=Command, epilog=epilog)(command)
+    app.command(NAMES.get(command), cls=Command)(command)
 app.add_typer(benchmark.data, name="data")
 
 

@@ -1,7 +1,6 @@
 """`dcp-zoo benchmark`, `dcp-zoo report` and `dcp-zoo data`."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,62 +28,57 @@ if TYPE_CHECKING:
     from dcp_zoo.benchmark.sweep import Event
 
 GRID = "Grid (comma-separated lists or repeated options)"
-several = partial(opt.option, (), rich_help_panel=GRID)
-on_cluster = partial(opt.option, None, rich_help_panel="Cluster")
-
-
-@dataclass(frozen=True)
-class BenchmarkOptions:
-    protocol: Annotated[str, Argument(help="few-shot, base-to-new, cross-dataset, domain-shift", metavar="PROTOCOL")]
-    output_dir: Path | None = opt.option(None, "Folder for results; finished trials are skipped.", "--output")
-    models: list[str] = several("Models of the zoo. Default: dcp_mini.")
-    methods: list[str] = several(f"{', '.join(METHODS)}. Default: all that are possible.")
-    datasets: list[str] = several("Default: the protocol's.")
-    targets: list[str] = several("Of cross-dataset and domain-shift, those to test on. Default: all.")
-    shots: list[str] = several("Images per class. Default: the protocol's.")
-    seeds: list[str] = several("Seeds. Default: the paper's, 1,2,3.")
-    changes: list[str] = several("Change a field: depth=3, or depth=1,3 for a grid.", "--set", metavar="NAME=VALUE")
-    data_root: opt.DataRoot = None
-    device: opt.Device = "auto"
-    precision: opt.Precision = "float32"
-    dry_run: bool = opt.option(False, "Show the plan, and what is missing.")
-
-    def trials(self) -> list[Trial]:
-        lists = "methods", "datasets", "targets"
-        grid: Values = {name: split_commas(getattr(self, name)) for name in lists}
-        grid |= {"shots": numbers(self.shots, "--shots"), "seeds": numbers(self.seeds, "--seeds")}
-        grid["options"] = opt.parse_changes(self.changes)
-        return plan_trials(self.protocol, split_commas(self.models) or ["dcp_mini"], **grid)
-
-
-@dataclass(frozen=True)
-class ClusterOptions:
-    ray: str | None = on_cluster("Run in parallel on Ray: a cluster's address, or `local`.")
-    per_trial: str | None = on_cluster(
-        "Cores and GPUs of a trial; with gpus=0.5, two share a GPU. Default: a core, and a GPU if there are any.",
+several = partial(Option, (), rich_help_panel=GRID)
+Ray = Annotated[
+    str | None, Option(help="Run in parallel on Ray: a cluster's address, or `local`.", rich_help_panel="Cluster")
+]
+PerTrial = Annotated[
+    str | None,
+    Option(
+        help="Cores and GPUs of a trial; with gpus=0.5, two share a GPU. Default: a core, and a GPU if there are any.",
         metavar="cpus=N,gpus=N",
-    )
-
-    def backend(self) -> Callable[..., Any]:
-        """What runs trials, in this process or on the cluster."""
-        from dcp_zoo.benchmark.sweep import import_ray, run_in_process, sweep_on_ray
-
-        if self.ray is not None:
-            wrong = f"--per-trial takes cpus=N, gpus=N or both, such as cpus=2,gpus=0.5, not {self.per_trial}."
-            with as_zoo_error(wrong, ValueError):
-                pairs = (part.split("=") for part in split_list(self.per_trial or "") if part)
-                given: Values = {name: float(value) for name, value in pairs}
-                if not given.keys() <= {"cpus", "gpus"}:
-                    raise ValueError
-            import_ray()  # a missing extra is noticed before anything is written
-            return partial(sweep_on_ray, address=self.ray, **given)
-        if self.per_trial:
-            raise ZooError("--per-trial applies to Ray: add --ray local, or a cluster's address.")
-        return partial(run_in_process, progress=partial(progress_bar, transient=True))
+        rich_help_panel="Cluster",
+    ),
+]
 
 
-@opt.takes_options
-def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
+def backend(ray: str | None, per_trial: str | None) -> Callable[..., Any]:
+    """What runs trials, in this process or on the cluster."""
+    from dcp_zoo.benchmark.sweep import import_ray, run_in_process, sweep_on_ray
+
+    if ray is not None:
+        wrong = f"--per-trial takes cpus=N, gpus=N or both, such as cpus=2,gpus=0.5, not {per_trial}."
+        with as_zoo_error(wrong, ValueError):
+            pairs = (part.split("=") for part in split_list(per_trial or "") if part)
+            given: Values = {name: float(value) for name, value in pairs}
+            if not given.keys() <= {"cpus", "gpus"}:
+                raise ValueError
+        import_ray()  # a missing extra is noticed before anything is written
+        return partial(sweep_on_ray, address=ray, **given)
+    if per_trial:
+        raise ZooError("--per-trial applies to Ray: add --ray local, or a cluster's address.")
+    return partial(run_in_process, progress=progress_bar)
+
+
+def benchmark(
+    protocol: str = Argument(metavar="PROTOCOL", help="few-shot, base-to-new, cross-dataset, domain-shift"),
+    output_dir: Path | None = Option(None, "--output", help="Folder for results; finished trials are skipped."),
+    models: list[str] = several(help="Models of the zoo. Default: dcp_mini."),
+    methods: list[str] = several(help=f"{', '.join(METHODS)}. Default: all that are possible."),
+    datasets: list[str] = several(help="Default: the protocol's."),
+    targets: list[str] = several(help="Of cross-dataset and domain-shift, those to test on. Default: all."),
+    shots: list[str] = several(help="Images per class. Default: the protocol's."),
+    seeds: list[str] = several(help="Seeds. Default: the paper's, 1,2,3."),
+    changes: list[str] = several(
+        "--set", metavar="NAME=VALUE", help="Change a field: depth=3, or depth=1,3 for a grid."
+    ),
+    data_root: opt.DataRoot = None,
+    device: opt.Device = "auto",
+    precision: opt.Precision = "float32",
+    dry_run: bool = Option(False, "--dry-run", help="Show the plan, and what is missing."),
+    ray: Ray = None,
+    per_trial: PerTrial = None,
+) -> None:
     """Compare few-shot methods under one of four protocols, and gather the results.
 
     Repeat the command to resume a stopped sweep.
@@ -93,31 +87,39 @@ def benchmark(options: BenchmarkOptions, cluster: ClusterOptions) -> None:
     [dim]dcp-zoo benchmark base-to-new --methods coop,dcp --datasets caltech101 --data-root DATA --output SWEEP[/]
     [dim]dcp-zoo benchmark few-shot --data-root DATA --output SWEEP --ray auto --per-trial gpus=0.5[/]
     """
-    trials = options.trials()
-    done = store.done(options.output_dir) if options.output_dir else set()
+    trials = plan_trials(
+        protocol,
+        split_commas(models) or ["dcp_mini"],
+        split_commas(methods),
+        split_commas(datasets),
+        numbers(shots, "--shots"),
+        numbers(seeds, "--seeds"),
+        opt.parse_changes(changes),
+        split_commas(targets),
+    )
+    done = store.done(output_dir) if output_dir else set()
     todo = [trial for trial in trials if trial.key not in done]
-    if options.dry_run:
+    if dry_run:
         output.print(grid_table(trials, done))
         output.print(f"{len(trials)} trials, {len(todo)} to run.")
-        if options.data_root:
-            check_data(todo, options.data_root)
+        if data_root:
+            check_data(todo, data_root)
         return
     from dcp_zoo.benchmark.sweep import sweep
 
     import_extra("pandas", "plots")  # otherwise a missing pandas would only be noticed at the end
     use_threads()
-    run = cluster.backend()
-    if options.output_dir is None:
+    run = backend(ray, per_trial)
+    if output_dir is None:
         raise ZooError("Pass --output DIR for the results, or --dry-run.")
-    check_writable(options.output_dir)
-    check_data(todo, options.data_root)
-    settings = Settings(options.output_dir, options.data_root, options.device, options.precision)
+    check_writable(output_dir)
+    check_data(todo, data_root)
     try:
-        failed = sweep(trials, settings, run=run, show=show_events)
+        failed = sweep(trials, Settings(output_dir, data_root, device, precision), run=run, show=show_events)
     except KeyboardInterrupt:
         log("Stopped. Finished trials are kept; the same command resumes from there.")
         raise
-    show_results(trials, options.output_dir, failed)
+    show_results(trials, output_dir, failed)
     if failed:
         raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
 

@@ -2,24 +2,23 @@
 
 import os
 import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Column, Table
 
-from dcp_zoo.files import cache_folder, file_name, format_duration, printable, printable_lines
+from dcp_zoo.data.images import bar
+from dcp_zoo.fields import Values
+from dcp_zoo.files import cache_folder, file_name, printable, printable_lines
 from dcp_zoo.heads.config import ACCEPTED
 from dcp_zoo.tables import REFUSED
 
 QUIET = 30.0  # seconds between the lines of a log that show where a run is
-AT_ONCE = 0.1  # seconds
 
 
 class SafeConsole(Console):
@@ -33,44 +32,11 @@ class SafeConsole(Console):
 output = SafeConsole(highlight=False)
 errors = SafeConsole(stderr=True, highlight=False)
 
-Size = Callable[[Any], int]  # how much an item counts
 
-
-def progress_bar(
-    iterable: Iterable[Any], what: str, total: int, transient: bool = False, done: int = 0, size: Size = lambda item: 1
-) -> Iterator[Any]:
-    """Yield from `iterable` with a progress bar from `done`, what an earlier run has done, to `total`; an item adds its
-    `size`. A transient bar is removed at the end. In a log, lines say now and then how far it is."""
-    started = said = time.monotonic()
-    count, in_log = done, not errors.is_terminal
-
-    def say() -> None:
-        seconds, new = time.monotonic() - started, count - done
-        left = f", about {format_duration(seconds / new * (total - count))} left" if new and count < total else ""
-        log(f"{what}: {count:,} of {total:,} in {format_duration(seconds)}{left}")
-
-    if done:
-        log(f"Resuming after {done:,} of {total:,} {what}.")
-    columns = "{task.description:12}", BarColumn(), MofNCompleteColumn(), "[progress.data.speed]{task.fields[rate]}"
-    times = TimeElapsedColumn(), "left", TimeRemainingColumn()
-    shown = SafeConsole(quiet=True) if in_log else errors  # older versions of rich end a disabled bar with a line
-    with Progress(*columns, *times, console=shown, transient=transient, disable=in_log) as bar:
-        task = bar.add_task(what, total=total, completed=done, rate="")
-        try:
-            for item in iterable:
-                yield item
-                count += size(item)
-                if time.monotonic() - started < AT_ONCE:
-                    done = count  # cached: they say nothing about the time of others
-                # rich's own speed is wrong for items that come in batches
-                speed = (count - done) / max(time.monotonic() - started, 1e-9)
-                bar.update(task, completed=count, rate=f"{speed:.3g}/s" if speed else "")
-                if in_log and time.monotonic() - said >= QUIET and count < total:
-                    say()
-                    said = time.monotonic()
-        finally:
-            if in_log and not transient:
-                say()
+def progress_bar(items: Iterable[Any], what: str, total: int, **options: Any) -> Iterable[Any]:
+    """The items with a bar of their number: in a terminal until the end; in a log a line now and then."""
+    in_log: Values = {} if errors.is_terminal else {"disable": False, "mininterval": QUIET, "delay": QUIET}
+    return bar(items, what, total, **in_log | options)
 
 
 def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -115,11 +115,11 @@ def _measured(
 
     def read() -> tuple[torch.Tensor, torch.Tensor | None]:
         backend = HeadBackend(model, claim and model.stats == "stored", precision, promised(model), alone=False)
-        broken, found = backend.outputs([item.path for item in test], batch_size, progress_bar)
+        broken, outputs = backend.outputs([item.path for item in test], batch_size, progress_bar)
         refuse(test, broken, MOVE)
-        rejected, features = (None if part is None else torch.from_numpy(part) for part in found[1:])
+        rejected, features = (None if part is None else torch.from_numpy(part) for part in outputs[1:])
         refused.append(rejected)
-        return torch.from_numpy(found.logits), features
+        return torch.from_numpy(outputs.logits), features
 
     conditions = {"stats": model.stats, "precision": precision, "batch_size": batch_size}
     modes = predict_modes(model, read)[0] if claim else {model.stats: read()[0]}
@@ -142,10 +142,10 @@ def as_values(evaluation: "Evaluation") -> Values:
 
 
 def test_images(images: Split, model: "Head", head: str, claim: bool) -> tuple[list[Item], str]:
-    """The test part of a dataset; of own images without parts those held out in training, or all if it saw others. None
-    of the images that the head was trained on, if it names those. And what the accuracy on them is called. ZooError if
-    these images measure no `claim`."""
-    info, own = model.info, is_own(images.name)
+    """The test part of a dataset; of the user's images without parts those held out in training, or all if it saw
+    others. None of the images that the head was trained on, if it names those. And what the accuracy on them is called.
+    ZooError if these images measure no `claim`."""
+    info, is_users = model.info, is_own(images.name)
     split = training_split(images, info.get("test_share"))
     same = split.sha256 == info.get("split_sha256")
     if claim and not same:
@@ -154,7 +154,7 @@ def test_images(images: Split, model: "Head", head: str, claim: bool) -> tuple[l
     items, title = images.items, TEST
     if same and (split.test or not info.get("image_hashes")):
         items = split.test
-    elif images.has_parts or not own:
+    elif images.has_parts or not is_users:
         items = split_images(images).test
     elif not info.get("image_hashes"):
         log(UNKNOWN.format(head))

@@ -10,7 +10,7 @@ from dcp_zoo.cli.console import advise, log, output, progress_bar
 from dcp_zoo.cli.options import Device, GroupBy, Labels, Model, Overwrite, Photos, data_source, head_name
 from dcp_zoo.data import load_labelled
 from dcp_zoo.data.splits import group_by
-from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_output, check_outside, printable
 from dcp_zoo.tables import INSPECTION_PAGE, INSPECTION_TABLE
@@ -51,12 +51,12 @@ def inspect(
     from dcp_zoo.inspection.inspection import unreadable
 
     use_threads()
-    found = find(data, model=model, device=device, progress=progress_bar)
-    page, table = found.write(folder)
-    output.print(f"{found.summary[0].upper()}{found.summary[1:]}.")
-    if found.seen.errors:
-        log(printable(f"Images that cannot be read: {unreadable(found.data, found.seen)}."))
-    output.print(f"Look at {page}; to change labels, fill in the column change of {table}", markup=False)
+    inspection = find(data, model=model, device=device, progress=progress_bar)
+    page, table = inspection.write(folder)
+    output.print(f"{inspection.summary[0].upper()}{inspection.summary[1:]}.")
+    if inspection.seen.errors:
+        log(printable(f"Images that cannot be read: {unreadable(inspection.data, inspection.seen)}."))
+    output.print(f"Look at {page}; to change labels, edit the column class of {table}", markup=False)
 
 
 def search(
@@ -83,21 +83,17 @@ def search(
         raise ZooError(f"--to-label looks for nothing else: omit {text}, or --to-label.")
     if (head or labels) and not to_label:
         raise ZooError("--head and --labels work only with --to-label: add it.")
-    tables, folders = ([path for path in labels or () if path.is_dir() == of_kind] for of_kind in (False, True))
-    if len(folders) > 1:
-        raise ZooError(f"--labels takes one folder, and any number of tables, not {shorten(list(map(str, folders)))}.")
     use_threads()
     from dcp_zoo.inspection import search as find
 
     options: Values = {"count": count, "output": output_dir, "model": model, "device": device}
-    found: Sequence[find.Match | find.Suggestion]
+    images: Sequence[find.Match | find.Suggestion]
     if to_label:
-        options |= {"labelled": folders[0] if folders else None, "labels": tables}
-        found = find.suggest(folder, head and head_name(head), progress=progress_bar, **options)
+        images = find.suggest(folder, head and head_name(head), labels=labels, progress=progress_bar, **options)
     else:
         like = text if text and Path(text).is_file() else None
-        found = find.search(folder, None if like else text, like=like, progress=progress_bar, **options)
-    for row in found:
+        images = find.search(folder, None if like else text, like=like, progress=progress_bar, **options)
+    for row in images:
         output.print(escape(f"{row.note}  {row[0]}".lstrip()), soft_wrap=True)
     if text and not like and model == "dcp_mini":
         advise(MINIATURE)

@@ -3,13 +3,11 @@
 import fnmatch
 import json
 import os.path
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, fields, is_dataclass
-from functools import wraps
-from inspect import Parameter, Signature, signature
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 from typer import Argument, Option
 from typer.core import TyperCommand
@@ -17,8 +15,7 @@ from typer.core import TyperCommand
 from dcp_zoo.data import DATASETS, find_spec
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.errors import ZooError, check_choice, nearest_hint
-from dcp_zoo.fields import Values  # for the commands
-from dcp_zoo.fields import option as option
+from dcp_zoo.fields import Values
 from dcp_zoo.tables import split_list
 from dcp_zoo.training.methods.table import DCP_METHOD, METHODS
 from dcp_zoo.training.recipes import Recipe
@@ -30,10 +27,9 @@ File = Path | None
 MODEL = "small, medium or large, or a model's name; see `dcp-zoo list`."
 HEAD = "A head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO."
 LABELS = (
-    "A .csv or .xlsx file with the columns file and class, in place of class folders. The images are in PHOTOS, next "
-    "to this file, or in the current folder. Images outside PHOTOS, such as corrected predictions, are added to its "
-    "class folders. May be repeated: of several "
-    "classes of an image, the last one counts."
+    "A CSV file with the columns file and class, in place of class folders. The images are in PHOTOS, next to this "
+    "file, or in the current folder. May be repeated, as for corrections: of several classes of an image, the last one "
+    "counts."
 )
 PRECISION = (
     "auto (bfloat16 for a full-size model on devices with native bfloat16, else float32), float32 (the reference), "
@@ -78,34 +74,6 @@ Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing output.
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
 Port = Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")]
 Host = Annotated[str, Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")]
-
-
-def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Let Typer call a command with dataclasses as parameters: their fields, annotated or by `option`, are options."""
-    taken = signature(command, eval_str=True).parameters.values()
-    groups: Values = {part.name: part.annotation for part in taken if is_dataclass(part.annotation)}
-    parameters = [part.replace(kind=Parameter.KEYWORD_ONLY) for part in taken if part.name not in groups]
-    parameters += [part for kind in groups.values() for part in _parameters(kind)]
-
-    @wraps(command)
-    def call(**values: Any) -> None:
-        for name, kind in groups.items():
-            values[name] = kind(**{part.name: values.pop(part.name) for part in fields(kind)})
-        command(**values)
-
-    call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-    return call
-
-
-def _parameters(options: type) -> Iterator[Parameter]:
-    hints = get_type_hints(options, include_extras=True)
-    for part in fields(options):
-        hint, settings = hints[part.name], dict(part.metadata)
-        if settings:
-            names = settings.pop("names") or ([f"--{part.name.replace('_', '-')}"] if hint is bool else [])
-            hint = Annotated[hint, Option(*names, **settings)]
-        default = Parameter.empty if part.default is MISSING else part.default
-        yield Parameter(part.name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 
 def head_name(head: str) -> str:
@@ -204,11 +172,11 @@ class Command(TyperCommand):
     recipe of a --method, and flags without the <bool> of Typer, which reads as if they took a value."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        found: list[Any] = super().get_params(ctx)
-        for parameter in found:
+        parameters: list[Any] = super().get_params(ctx)
+        for parameter in parameters:
             if getattr(parameter, "is_flag", False):
                 parameter.metavar = ""
-        return found
+        return parameters
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         declared, method = {opt for parameter in self.params for opt in parameter.opts}, ""

@@ -68,12 +68,12 @@ def list_(
     not_trained = [name for name in registry.list_heads(filter, "planned") if not is_checkpoint(name)]
     heads = [registry.loadable_heads()[name] for name in registry.list_pretrained(filter)]
     heads += [replace(get_head(name), status="local") for name in fnmatch.filter(local_heads(), filter or "*")]
-    found = {*registry.list_models(filter), *(head.model for head in heads)}
-    found |= {name.split(".")[0] for name in not_trained}
-    if not found:
+    shown = {*registry.list_models(filter), *(head.model for head in heads)}
+    shown |= {name.split(".")[0] for name in not_trained}
+    if not shown:
         hint = nearest_hint(filter.strip("*"), [*MODELS, *all_heads()])
         raise ZooError(f"No model or head matches {filter!r}.{hint} All: dcp-zoo list.")
-    specs = [spec for spec in MODELS.values() if spec.name in found]
+    specs = [spec for spec in MODELS.values() if spec.name in shown]
     models = [(s.name, s.license or "see Hub", s.download or "bundled", *s.accuracies) for s in specs]
     output.print(plain_table(("model", "licence", "size", *ACCURACIES), models))
     output.print(ACCURACY_NOTE, "", style="dim")

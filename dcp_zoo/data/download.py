@@ -1,9 +1,7 @@
-"""Download datasets into CoOp's layout: archives are continued where they stopped, checked and unpacked; ImageNet's
-official ones are arranged."""
+"""Download datasets into CoOp's layout: archives are continued where they stopped, checked and unpacked."""
 
 import os
 import shutil
-import tarfile
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -18,8 +16,8 @@ AGENT = {"User-Agent": "dcp_zoo"}  # some servers refuse Python's own
 
 
 def downloadable() -> list[str]:
-    """The datasets that `download_dataset` can get, or says how to get."""
-    return [name for name, spec in DATASETS.items() if spec.archives or name == "imagenet"]
+    """The datasets that `download_dataset` can get."""
+    return [name for name, spec in DATASETS.items() if spec.archives]
 
 
 def missing(names: Sequence[str], root: Path) -> list[DatasetSpec]:
@@ -32,11 +30,9 @@ def missing(names: Sequence[str], root: Path) -> list[DatasetSpec]:
 
 
 def download_dataset(spec: DatasetSpec, root: Path) -> CheckRow:
-    """Fetch and unpack a dataset's archives, check it, and delete them; for ImageNet see `arrange`. ZooError as
-    of `fetch_archive` and `unpack`, or if it is not complete then: archives with a checksum are kept."""
+    """Fetch and unpack a dataset's archives, check it, and delete them. ZooError as of `fetch_archive` and `unpack`, or
+    if it is not complete then: archives with a checksum are kept."""
     assert spec.folder
-    if spec.name == "imagenet":
-        arrange(root / spec.folder, root / ARCHIVES)
     for archive in spec.archives:
         unpack(archive, fetch_archive(archive, root / ARCHIVES), root / spec.folder)
     row = check(root, names=[spec.name])[0]
@@ -97,39 +93,10 @@ def unpack(archive: Archive, file: Path, folder: Path) -> None:
 
 def extract(file: Path, folder: Path, advice: str) -> None:
     """Unpack a zip or tar archive, of which nothing leads out of the folder. ZooError, with advice, if it is damaged,
-    encrypted, or neither of the two, has links or paths that lead out, or if the disk is full."""
+    encrypted, neither of the two, or has links or paths that lead out, or if the disk is full."""
     # the standard library raises almost any exception for archives that it cannot read
     with as_zoo_error(f"{file} cannot be unpacked ({{}}): {advice}", Exception):
         if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as files:
-                files.extractall(folder)  # which drops what would lead out
-        elif tarfile.is_tarfile(file):  # otherwise the error would have a line for each kind of compression
-            with tarfile.open(file) as archive:
-                archive.extractall(folder, filter="data")
+            shutil.unpack_archive(file, folder, "zip")
         else:
-            raise ValueError("neither a zip nor a tar file")
-
-
-TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
-
-
-def arrange(folder: Path, archives: Path) -> None:
-    """Unpack ImageNet's official archives into `folder`/images/train and val, one folder per WordNet id, by
-    torchvision, which checks their checksums first. ZooError if they are not there, or others."""
-    site = "https://image-net.org/download.php"
-    if absent := [name for name in TARS if not (archives / name).is_file()]:
-        raise ZooError(f"ImageNet needs a login: get {', '.join(absent)} from {site}, and put them into {archives}.")
-    from torchvision.datasets import imagenet
-
-    train, val, devkit = (str((archives / name).absolute()) for name in TARS)
-    with writing_to(folder, "run the same command again"):
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as temporary:
-            # the message of torchvision names the archive
-            with as_zoo_error("{} Its checksum is not the published one.", RuntimeError):
-                imagenet.parse_devkit_archive(temporary, devkit)
-                imagenet.parse_val_archive(temporary, val)
-                imagenet.parse_train_archive(temporary, train)
-            for part in ("train", "val"):
-                shutil.rmtree(folder / "images" / part, ignore_errors=True)
-                (Path(temporary) / part).rename(folder / "images" / part)
+            shutil.unpack_archive(file, folder, "tar", filter="data")

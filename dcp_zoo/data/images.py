@@ -5,7 +5,6 @@ import math
 import struct
 import sys
 from base64 import b64encode
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -40,8 +39,7 @@ FORMS = (
 )
 GREY = 32  # pixels of both sides of a grey copy
 SIDE = 160  # pixels of a thumbnail's longer side
-# (iterable, description, length) -> the iterable; of many images also `done` and `size`, see `cli.console.progress_bar`
-Progress = Callable[..., Iterable[Any]]
+Progress = Callable[..., Iterable[Any]]  # (iterable, description, length) -> the iterable
 DELAY = 1.0  # seconds before a bar is shown
 S = TypeVar("S")
 T = TypeVar("T")
@@ -218,7 +216,7 @@ def in_threads(read: Callable[[S], T], images: Iterable[S]) -> list[T]:
         return list(pool.map(read, images))
 
 
-def no_progress(iterable: Iterable[Any], description: str, total: int, **counts: object) -> Iterable[Any]:
+def no_progress(iterable: Iterable[Any], description: str, total: int) -> Iterable[Any]:
     return iterable
 
 
@@ -233,15 +231,15 @@ def bar(items: Iterable[Any] | None, what: str, total: int | None = None, **opti
     return tqdm(items, what, total, **settings | options)
 
 
-def by_image(
-    progress: Progress, batches: Iterable[Any], description: str, images: int, cached: int = 0
-) -> Iterator[Any]:
-    """The batches (inputs, ...) of the images that are not cached; the progress bar counts all `images`."""
+def by_image(progress: Progress, batches: Iterable[Any], description: str, images: int, done: int = 0) -> Iterator[Any]:
+    """The batches (inputs, ...) of the images that are not done; the progress bar counts all `images`."""
     counted = iter(progress(range(images), description, images))
-    deque(islice(counted, 1 + cached), 0)  # the first starts the bar at 0
+    for _ in islice(counted, 1 + done):  # the first starts the bar at 0
+        pass
     for batch in batches:
         yield batch
-        deque(islice(counted, len(batch[0])), 0)
+        for _ in islice(counted, len(batch[0])):
+            pass
 
 
 def thumbnails(images: Iterable[ImageLike], side: int = SIDE, quality: int = 75) -> list[str]:

@@ -3,14 +3,14 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from dcp_zoo.data import packaged, readers
+from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import bar
 from dcp_zoo.data.packaged import DATASETS, DatasetSpec, classnames, find_spec, is_own
-from dcp_zoo.data.splits import Split, check_test_share, group_by, split_images, training_split, with_labels
+from dcp_zoo.data.splits import Split, check_test_share, group_by, split_images, training_split
 from dcp_zoo.data.unreadable import damaged, without_unreadable
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, shorten, warn
 
@@ -39,7 +39,7 @@ def load_labelled(name: str, root: str | os.PathLike | None = None, labels: Labe
     names differ from `classnames(name)`."""
     spec = find_spec(name)
     folder = _locate(spec, root)
-    images = _read_labels(spec, folder, labels) if labels else READERS[spec.layout](spec, folder)
+    images = readers.read_labels(spec, folder, _files(labels)) if labels else READERS[spec.layout](spec, folder)
     if len(images.classnames) == 1:
         place, only = folder if name == "folder" else name, images.classnames[0]
         raise ZooError(f"{place} has one class only, {only!r}: pass a place with a folder of images for each class.")
@@ -61,23 +61,23 @@ def table_columns(table: object) -> tuple[list[Any], list[Any]] | None:
             table = dataset.from_parquet(str(table))
     if type(table).__module__.partition(".")[0] != "datasets":
         return None
-    found: Any = table
+    data: Any = table
     if isinstance(table, dict) or not hasattr(table, "__len__"):
         part = "Dataset.from_list([*stream.take(500)])"
         if isinstance(table, dict):
             part = f"dataset[{next(iter(table))!r}]"
         raise ZooError(f"Pass one part of a dataset, and no stream, such as {part}.")
-    if missing := {"image", "label"}.difference(found.column_names):
-        problem = f"This dataset has the columns {shorten(found.column_names)}, not {' and '.join(sorted(missing))}"
+    if missing := {"image", "label"}.difference(data.column_names):
+        problem = f"This dataset has the columns {shorten(data.column_names)}, not {' and '.join(sorted(missing))}"
         raise ZooError(f"{problem}: pass dataset.rename_column(...).")
-    image, names = found.features["image"], getattr(found.features["label"], "names", None)
-    found = found.with_format(None)
+    image, names = data.features["image"], getattr(data.features["label"], "names", None)
+    data = data.with_format(None)
     if hasattr(image, "decode"):
-        found = found.cast_column("image", replace(image, decode=False))
-    labels = [*found["label"]]
+        data = data.cast_column("image", replace(image, decode=False))
+    labels = [*data["label"]]
     if names:
         labels = [None if i is None or i < 0 else names[i] for i in labels]  # of none, and -1 of a hidden test
-    return [*found["image"]], labels
+    return [*data["image"]], labels
 
 
 def load_for_training(
@@ -100,34 +100,23 @@ def load_for_training(
     return images if is_own(images.name) and not images.has_parts else training_split(images, test)
 
 
-def _read_labels(spec: DatasetSpec, folder: Path, labels: LabelFiles) -> Split:
-    """The images that labels files list, see `readers.read_labels`; the last one counts. They are in place of class
-    folders, but if no file is in the folder and one lists images outside of it, they add to its class folders."""
-    files = _files(labels)
-    listed = [readers.read_labels(spec, folder, file) for file in files]
-    elsewhere = not any(file.resolve().parent == folder.resolve() for file in files)
-    if elsewhere and any(item.key.startswith("../") for split in listed for item in split.items):
-        listed = [readers.read_folder(spec, folder), *listed]
-    return reduce(with_labels, listed)
+def listed_images(labels: LabelFiles, folder: str | os.PathLike) -> list[str]:
+    """The images that labels files list with a class, see `readers.read_labels`, and those in folders among them.
+    ZooError for a file that lists none."""
+    images = []
+    for file in _files(labels):
+        if file.is_dir():
+            images += find_images([str(file)])
+            continue
+        paths = (readers.listed_image(row.image, Path(folder)) for row in readers.label_rows(file) if row.name)
+        if not (of_file := [path for path in paths if path]):
+            raise ZooError(f"{file} lists no image of {folder}: pass the folder that its paths start from.")
+        images += of_file
+    return images
 
 
 def _files(labels: LabelFiles) -> list[Path]:
     return [Path(str(file)) for file in ([labels] if isinstance(labels, (str, os.PathLike)) else labels or ())]
-
-
-def listed_images(labels: LabelFiles, images: Sequence[str], folder: str | os.PathLike) -> list[str]:
-    """The images of which labels files say something, at paths from the current folder, this one or the file's.
-    ZooError for a file that lists none of them."""
-    names, listed = {os.path.abspath(image): image for image in images}, dict[str, None]()  # noqa: PTH100
-    for file in _files(labels):
-        given = [row.image for row in readers.label_rows(file) if not row.unreadable]
-        paths = (os.path.abspath(Path(p, image)) for image in given for p in ("", folder, file.parent))  # noqa: PTH100
-        of_file = {names[path]: None for path in paths if path in names}
-        if not of_file:
-            advice = "Pass the images that have a label, or run the command where their paths start."
-            raise ZooError(f"{file} names none of these images, but {shorten(given, 3)}. {advice}")
-        listed |= of_file
-    return list(listed)
 
 
 def _locate(spec: DatasetSpec, root: str | os.PathLike | None) -> Path:

@@ -4,10 +4,9 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from io import BytesIO
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
@@ -16,17 +15,14 @@ from dcp_zoo.data import packaged
 from dcp_zoo.data.find import KNOWN, images_in, is_image, is_visible, warn_of_skipped
 from dcp_zoo.data.packaged import DatasetSpec, SplitRows
 from dcp_zoo.data.splits import NO_CLASS, PARTS, Item, Split, few_shot, listed_split
-from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, shorten
+from dcp_zoo.errors import ZooError, as_zoo_error, shorten
 from dcp_zoo.fields import Values, mismatch
 from dcp_zoo.files import read_plain
-from dcp_zoo.tables import NONE, active, is_none, is_reserved, read_csv, read_text
+from dcp_zoo.tables import NONE, is_none, is_reserved, read_csv, read_text
 
-FILES = ("file", "filename", "file_name", "path", "filepath", "image", "image_path")
-CLASSES = ("class", "label", "classname", "class_name", "category", "species")
-# the last four are of the package's tables
-LABEL_COLUMNS = (FILES, CLASSES, ("change",), ("error",), ("rejected",), ("probability",), ("part",), ("group",))
-LABELS_FORM = "a labels file is a CSV or .xlsx file with the columns file and class"
-ANSWERS = "the answers of a head: unless you corrected them, the accuracy says how well they are repeated"
+LABEL_COLUMNS = (("file", "image"), ("class", "label"), ("part",), ("group",), ("probability",))
+LABELS_FORM = "a labels file is a CSV file with the columns file and class"
+ANSWERS = "has the answers of a head: unless you corrected them, the accuracy says how well they are repeated"
 PART_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}  # a train is a class, too
 
 
@@ -67,11 +63,12 @@ def _read_text(file: Path, spec: DatasetSpec) -> str:
 
 
 def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: SplitRows) -> Split:
-    """Check the rows listed in `file` and convert them to items."""
-    base = folder / spec.images
-    if problem := _problem(spec, base, rows):
-        raise ZooError(f"{file}: {problem}. {spec.where}")
-    split = listed_split(spec.name, rows, str(base))
+    """The split that `file` lists; ZooError unless each label has one name and a training image."""
+    named = {(label, name) for part in PARTS for _, label, name in rows[part]}
+    if len(named) != spec.num_classes or {label for _, label, _ in rows["train"]} != set(range(len(named))):
+        wrong = f"{file} has {len(named)} pairs of a label and a name, not {spec.num_classes}"
+        raise ZooError(f"{wrong}, labels from 0, each with a training image. {spec.where}")
+    split = listed_split(spec.name, rows, str(folder / spec.images))
     return replace(split, note=_note_on(split, file))
 
 
@@ -86,29 +83,6 @@ def _note_on(split: Split, file: Path) -> str:
     if is_coops:
         return ""
     return f"{file} is not CoOp's split of {split.name}: results on it cannot be compared with published ones."
-
-
-def _problem(spec: DatasetSpec, images: Path, rows: SplitRows) -> str:
-    """What is wrong with the rows' paths, labels and names, or ""."""
-    seen: set[tuple[str, ...]] = set()
-    names: dict[int, str] = {}
-    for key, label, name in (row for part in PARTS for row in rows[part]):
-        path = PureWindowsPath(key)  # handles both separators, and drives
-        if path.anchor or ".." in path.parts or not path.parts:
-            return f"the path {key!r} leaves the image folder {images}"
-        if path.parts in seen:
-            return f"the path {key!r} is listed twice"
-        seen.add(path.parts)
-        if names.setdefault(label, name) != name:
-            return f"label {label} has two names, {names[label]!r} and {name!r} (at {key!r})"
-    if sorted(names) != list(range(len(names))):
-        return f"the {len(names)} labels must run from 0 without gaps, found {sorted(names)[:3]} ... {max(names)}"
-    if len(names) != spec.num_classes:
-        return f"{len(names)} classes, but {spec.name} has {spec.num_classes}"
-    if repeated := [name for name, times in Counter(names.values()).items() if times > 1]:
-        return f"several labels have the same name: {', '.join(sorted(repeated))}"
-    empty = set(names.values()).difference(name for _, _, name in rows["train"])
-    return f"no training image for {shorten(sorted(empty))}" if empty else ""
 
 
 def read_imagenet(spec: DatasetSpec, folder: Path) -> Split:
@@ -169,90 +143,77 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
 class LabelRow(NamedTuple):
     """A row of a labels file."""
 
-    where: str  # for messages
     image: str  # its path
-    name: str  # of the class, or a reserved one
-    unreadable: bool  # of a table that says why the image cannot be read
-    is_answer: bool  # of a head, with its probability, or `NONE` by its threshold
-    part: str = "train"  # of inspection.csv
-    group: str = ""  # the same for images that were taken together
+    name: str  # of the class, `NONE`, or "" for an image to leave out
+    part: str  # train, val or test
+    group: str  # the same for images that were taken together, or ""
+    is_answer: bool  # whether it has a head's probability
 
 
-def label_rows(file: Path) -> Iterator[LabelRow]:
-    """The rows of a .csv or .xlsx file of images and their classes: columns `file` and `class`, or these in this order
-    without a header. A `change` of inspection.csv replaces the class, and its `part` counts. A
-    column `group` says which images were taken together. A class of an image that a head rejected is a person's."""
-    with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}.", Exception):  # openpyxl raises almost any
-        rows = [[cell.strip() for cell in row] for row in _table(file)]
-        header = [cell.lower() for cell in rows[0]]
-    columns = [next((i for i, cell in enumerate(header) if cell in names), -1) for names in LABEL_COLUMNS]
-    if "suggestion" not in header:  # it is no inspection.csv
-        columns[2] = columns[6] = -1
-    first = 2
+def label_rows(file: Path) -> list[LabelRow]:
+    """The rows of a CSV file of images: the columns `file`, `class` and, if they are there, `part` and `group`. What is
+    called "leave out", or nothing, has no class."""
+    with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}."):
+        header, *rows = [[cell.strip() for cell in row] for row in read_csv(file)]
+    columns = [next((i for i, cell in enumerate(header) if cell.lower() in names), -1) for names in LABEL_COLUMNS]
     if -1 in columns[:2]:
-        if len(header) != 2 or not is_image(rows[0][0]):
-            raise ZooError(f"{file} has the columns {', '.join(rows[0])}: {LABELS_FORM}.")
-        columns, rows, first = [0, 1, *[-1] * 6], [[], *rows], 1
-    for number, row in enumerate(rows[1:], first):
-        image, name, change, error, rejected, probability, part, group = ("" if i < 0 else row[i] for i in columns)
-        is_rejected = rejected.lower() == "true"
-        name = NONE if is_none(change or name) else change or name
-        wrong = not image or not name or len(row) > len(header) or rejected.lower() not in ("", "true", "false")
-        wrong = wrong or part not in ("", *PARTS)
-        if wrong and not error:
-            raise ZooError(f"{file}, row {number}: {row} is not a file and one class; {LABELS_FORM}.")
-        is_answer = is_rejected if name == NONE else bool(probability) and not is_rejected  # but a person's class
-        yield LabelRow(f"{file}, row {number}: {row}", image, name, bool(error), is_answer, part or PARTS[0], group)
+        raise ZooError(f"{file} has the columns {', '.join(header)}: {LABELS_FORM}.")
+    listed = []
+    for number, row in enumerate(rows, 2):
+        image, name, part, group, probability = ("" if i < 0 else row[i] for i in columns)
+        if not image or len(row) > len(header) or part not in ("", *PARTS):
+            raise ZooError(f"{file}, row {number}: {row} is not a file, its class and perhaps its part; {LABELS_FORM}.")
+        name = NONE if is_none(name) else "" if is_reserved(name) else name
+        listed.append(LabelRow(image, name, part or PARTS[0], group and f"given {group}", bool(probability)))
+    return listed
 
 
-def read_labels(spec: DatasetSpec, folder: Path, file: Path) -> Split:
-    """The images that a labels file lists, see `label_rows`, at paths in `folder` or, as in the tables of `dcp-zoo
-    predict`, in the current folder. What has no class is left out: unreadable images, and those that a head rejected;
-    what a person called "none of these" is an example of that."""
-    listed: dict[str, tuple[str, str, str, str]] = {}  # paths, classes, parts and groups
-    left_out, missing, answers = Counter[str](), [], 0
-    for where, image, name, unreadable, is_answer, part, group in label_rows(file):
-        answers += is_answer
-        if unreadable or (is_reserved(name) and (is_answer or name != NONE)):
-            left_out["that cannot be read" if unreadable else f"{name!r}"] += 1
-        elif not (path := _listed(image, folder)):
-            missing.append(image)
-        elif listed.setdefault(os.path.relpath(path, folder), (path, name, part, group))[1] != name:
-            raise ZooError(f"{where} has another class than the same file above.")
-    if missing or not listed:
-        known = f"{file} lists {len(listed) + len(missing)} images with a class, of which {len(missing)} are not in"
-        where = f"{folder} or the current folder: {shorten(missing)}"
-        raise ZooError(f"{known} {where}. Pass the folder that their paths start from, or run the command there.")
-    classes = sorted({name for _, name, *_ in listed.values()} - {NONE})
+def read_labels(spec: DatasetSpec, folder: Path, files: Sequence[Path]) -> Split:
+    """The images that labels files list, see `label_rows`, at paths in `folder` or, as in the tables of `dcp-zoo
+    predict`, in the current folder. The last file that lists an image says its class; images that the first one does
+    not list are `added`. What is called "none of these" is an example of that."""
+    images: dict[str, tuple[str, str, Item]] = {}  # by its place on the disk: class and part, and the image
+    notes = []
+    for file in files:
+        rows, missing, before = label_rows(file), list[str](), len(images)
+        listed: dict[str, str] = {}
+        for image, name, part, group, _ in rows:
+            if not (path := listed_image(image, folder)):
+                missing += [image] if name else []
+                continue
+            place, key = os.path.realpath(path), os.path.relpath(path, folder).replace(os.sep, "/")
+            if listed.setdefault(place, name) != name:
+                raise ZooError(f"{file}: {image} has two classes, {listed[place]!r} and {name!r}: keep one of them.")
+            new = name, part, Item(path, key, NO_CLASS, file != files[0], group)
+            images[place] = (name, *images[place][1:]) if place in images else new
+        if missing or not any(listed.values()):
+            known = f"{file} lists {len(listed) + len(missing)} images, of which {len(missing)} are not in"
+            where = f"{folder} or the current folder: {shorten(missing)}"
+            raise ZooError(f"{known} {where}. Pass the folder that their paths start from, or run the command there.")
+        if left_out := [*listed.values()].count(""):
+            notes.append(f"Left out of {file}: {left_out:,} images without a class.")
+        if file != files[0]:
+            notes.append(f"{file}: {len(images) - before:,} images added.")
+        if any(row.is_answer for row in rows):
+            notes.append(f"{file} {ANSWERS}.")
+    classes = sorted({name for name, *_ in images.values()} - {NONE, ""})
     labels = {name: label for label, name in enumerate(classes)} | {NONE: NO_CLASS}
     parts: Values = {name: [] for name in (*PARTS, "none")}
-    for key, (path, name, part, group) in sorted(listed.items(), key=lambda row: (labels[row[1][1]], row[0])):
-        parts["none" if name == NONE else part].append(
-            Item(path, key.replace(os.sep, "/"), labels[name], group=group and f"given {group}")
-        )
-    without = ", ".join(f"{count} {what}" for what, count in left_out.items())
-    notes = f"Left out of {file}: {without}." * bool(without), f"{file} has {ANSWERS}." * bool(answers)
-    return Split(spec.name, classes, **parts, note=" ".join(filter(None, notes)), place=str(file))
+    for name, part, item in images.values():
+        if name:
+            parts["none" if name == NONE else part].append(item._replace(label=labels[name]))
+    for items in parts.values():
+        items.sort(key=lambda item: (item.label, item.key))
+    return Split(spec.name, classes, **parts, note=" ".join(notes), place=", ".join(map(str, files)))
 
 
-def _listed(image: str, folder: Path) -> str:
+def listed_image(image: str, folder: Path) -> str:
     """The path of an image that a labels file lists, or "" if it is neither in the folder, also by the name of this
     folder, nor in the current one."""
     places = [Path(os.path.abspath(place)) for place in (folder, "")]  # noqa: PTH100  without .., so that each file ...
     paths = (os.path.abspath(place / image) for place in (*places, places[0].parent))  # noqa: PTH100  ... has one path
     inside = (path for path in paths if any(map(Path(path).is_relative_to, places)))
     return next(filter(os.path.isfile, inside), "")  # Path would raise for long texts
-
-
-def _table(file: Path) -> list[list[str]]:
-    """The rows of a CSV file, see `read_csv`, or of a spreadsheet's active sheet, but for empty ones."""
-    if file.suffix.lower() != ".xlsx":
-        return read_csv(file)
-    content = BytesIO(read_plain(file))
-    sheet = import_extra("openpyxl", "data").load_workbook(content, read_only=True, data_only=True).active
-    if not hasattr(sheet, "values"):
-        raise ValueError("its active sheet is no table")
-    return [["" if cell is None else active(str(cell)) for cell in row] for row in sheet.values if any(row)]
 
 
 def read_style(spec: DatasetSpec, folder: Path) -> Split:

@@ -2,13 +2,12 @@
 
 import hashlib
 import math
-import os
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from dcp_zoo.data import packaged
@@ -105,10 +104,10 @@ def group_by(split: Split, how: str) -> Split:
         pattern = re.compile(how)
 
     def name(item: Item) -> str:
-        folder, found = item.key.rpartition("/")[0], pattern.search(item.key)
+        folder, match = item.key.rpartition("/")[0], pattern.search(item.key)
         if how == "folder":
             return folder if folder.rpartition("/")[2] != split.classnames[item.label] else ""
-        return found[min(1, pattern.groups)] or "" if found else ""
+        return match[min(1, pattern.groups)] or "" if match else ""
 
     parts: Values = {
         part: [item._replace(group=name(item) and f"given {name(item)}") for item in getattr(split, part)]
@@ -227,29 +226,6 @@ def warn_of_numbers(classnames: Sequence[str]) -> None:
 def all_for_training(split: Split) -> Split:
     """The split with all its images as training images."""
     return replace(split, train=sorted(split.items, key=lambda item: (item.label, item.key)), val=[], test=[])
-
-
-def with_labels(images: Split, listed: Split) -> Split:
-    """The images of both, with the classes of `listed` where they differ, or as images of none of the classes; images
-    that only it has are for training."""
-    file = cache(os.path.realpath)
-    none = {file(item.path): item for item in (*images.none, *listed.none)}
-    for item in listed.items:
-        none.pop(file(item.path), None)
-    before = {file(item.path): images.classnames[item.label] for item in images.items}
-    classes = before | {file(item.path): listed.classnames[item.label] for item in listed.items}
-    classes = {path: name for path, name in classes.items() if path not in none}
-    new = [item._replace(added=True) for item in listed.items if file(item.path) not in before]
-    names = {name: label for label, name in enumerate(sorted(set(classes.values())))}
-    parts: Values = {"train": [*images.train, *new], "val": images.val, "test": images.test}
-    for part, items in parts.items():
-        named = ((item, classes.get(file(item.path))) for item in items)
-        parts[part] = [item._replace(label=names[name]) for item, name in named if name is not None]
-    parts["train"].sort(key=lambda item: (item.label, item.key))
-    done = f"{listed.place}: {len(new):,} images added, {len(listed.items) - len(new):,} labelled again"
-    done += f", {len(listed.none):,} of none of these." if listed.none else "."
-    note = " ".join(filter(None, (images.note, done, listed.note)))
-    return replace(images, classnames=list(names), none=list(none.values()), note=note, **parts)
 
 
 def divide(items: list[Item], test: float | None = None) -> tuple[list[Item], list[Item], list[Item]]:

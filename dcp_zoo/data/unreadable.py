@@ -27,12 +27,12 @@ def damaged(
     `load_image` finds the rest."""
 
     def problem(item: Item) -> ZooError | None:
-        found = None if hasattr(item.path, "ndim") else attempted(read, item.path)  # features have no image
-        return found if isinstance(found, ZooError) else None  # images would fill the memory
+        error = None if hasattr(item.path, "ndim") else attempted(read, item.path)  # features have no image
+        return error if isinstance(error, ZooError) else None  # images would fill the memory
 
     with ThreadPool(available_cores()) as pool:  # PIL decodes outside the interpreter lock
         problems = enumerate(progress(pool.imap(problem, items, chunksize=64), f"Checking {name}", len(items)))
-        return {i: found for i, found in problems if found}
+        return {i: error for i, error in problems if error}
 
 
 def check_images(
@@ -43,23 +43,25 @@ def check_images(
 ) -> None:
     """Raise one `UnreadableImages` if some are not images or are truncated, see `damaged`; it then names all that
     cannot be decoded, too."""
-    if found := damaged(items, read, progress):
-        refuse(items, found if read is load_image else damaged(items, load_image, progress), advice)
+    if errors := damaged(items, read, progress):
+        refuse(items, errors if read is load_image else damaged(items, load_image, progress), advice)
 
 
-def refuse(items: Sequence[Item], found: Mapping[int, ZooError], advice: str = KEEP) -> None:
+def refuse(items: Sequence[Item], errors: Mapping[int, ZooError], advice: str = KEEP) -> None:
     """Raise one `UnreadableImages` for the images that cannot be read, if there are any: why, by their positions."""
-    if found:
-        raise found[0] if len(items) == 1 else UnreadableImages(f"{told(items, found)}. {advice}", _named(items, found))
+    if errors and len(items) == 1:
+        raise errors[0]
+    if errors:
+        raise UnreadableImages(f"{told(items, errors)}. {advice}", _named(items, errors))
 
 
-def told(items: Sequence[Item], found: Mapping[int, ZooError]) -> str:
+def told(items: Sequence[Item], errors: Mapping[int, ZooError]) -> str:
     """How many images cannot be read, which and why."""
-    return f"{len(found)} of {len(items)} images cannot be read: {by_reason(_named(items, found))}"
+    return f"{len(errors)} of {len(items)} images cannot be read: {by_reason(_named(items, errors))}"
 
 
-def _named(items: Sequence[Item], found: Mapping[int, ZooError]) -> dict[str, str]:
-    return {items[i].name: error.reason for i, error in found.items()}
+def _named(items: Sequence[Item], errors: Mapping[int, ZooError]) -> dict[str, str]:
+    return {items[i].name: error.reason for i, error in errors.items()}
 
 
 @contextmanager
@@ -76,12 +78,12 @@ def without_unreadable(split: Split, progress: Progress = bar) -> Split:
     """The images of a split that can be read, as if the others were not there; a warning names these. All are decoded.
     ZooError for a class that has no other training image."""
     items = [*split.items, *split.none]
-    if not (found := damaged(items, load_image, progress)):
+    if not (errors := damaged(items, load_image, progress)):
         return split
-    gone = {id(items[i]) for i in found}
+    gone = {id(items[i]) for i in errors}
     parts: Values = {part: [item for item in getattr(split, part) if id(item) not in gone] for part in (*PARTS, "none")}
     if empty := {item.label for item in split.train} - {item.label for item in parts["train"]}:
         names = shorten([split.classnames[label] for label in sorted(empty)])
-        raise ZooError(f"{told(items, found)}. {names} has no other image: add some, or remove the class.")
-    warn(f"{told(items, found)}. Training goes on without them.")
-    return replace(split, unreadable=len(found), **parts)
+        raise ZooError(f"{told(items, errors)}. {names} has no other image: add some, or remove the class.")
+    warn(f"{told(items, errors)}. Training goes on without them.")
+    return replace(split, unreadable=len(errors), **parts)

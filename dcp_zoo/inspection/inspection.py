@@ -135,14 +135,13 @@ class Inspection:
         return sorted(rows, key=lambda row: (not row.suggestion, not row.problems))
 
     def write(self, folder: str | Path) -> tuple[Path, Path]:
-        """Write the page and the CSV file into a folder; their paths. The file is a labels file, in whose column
-        `change` a person writes another class, or "leave out". ZooError if it is not writable."""
+        """Write the page and the CSV file into a folder; their paths. The file is a labels file: in its column `class`
+        a person writes another class, or "leave out". ZooError if it is not writable."""
         page, table = Path(folder) / INSPECTION_PAGE, Path(folder) / INSPECTION_TABLE
         write_file(page, self.page())
-        columns = ["file", "class", *Inspected._fields[2:], "change"]
+        columns = ["file", "class", *Inspected._fields[2:]]
         none = [Inspected(item.key, NONE, PARTS[0], "", "", None, "", "", "") for item in self.data.none]
-        rows = [[*row, ""] for row in (*self.rows, *none)]
-        write_file(table, lambda temporary: write_csv(temporary, columns, rows))
+        write_file(table, lambda temporary: write_csv(temporary, columns, [*self.rows, *none]))
         return page, table
 
     def page(self) -> str:
@@ -214,8 +213,8 @@ def inspect(
     text = on_cpu(clip.scaled(clip.zero_shot_classifier(data.classnames)))
     features = ReadingFeatures(torch.from_numpy(seen.parts[None, readable]), text, tuple(seen.widths))
     copies = near_copies(seen.joined, seen.facts)
-    found = grouped(data.items, lambda: joined([*copies, *bursts(seen.facts)]))
-    groups = group_ids([item.group for item in found])
+    in_groups = grouped(data.items, lambda: joined([*copies, *bursts(seen.facts)]))
+    groups = group_ids([item.group for item in in_groups])
     judged = out_of_fold(features, target, groups[readable])
     return Inspection(
         data,

@@ -53,8 +53,8 @@ def look(images: Sequence[ImageLike], model: FrozenCLIP, keep: bool = False, pro
         return by_image(progress, batches, "images", total, total - len(positions))
 
     with kept_features(features_folder()) if keep else nullcontext():
-        found = per_image(images, lambda: tower_setting(model, "facts and read"), 1, rows)[0].numpy()
-    return Seen(found[:, FACTS:], model.joined_widths, found[:, :FACTS], errors)
+        known = per_image(images, lambda: tower_setting(model, "facts and read"), 1, rows)[0].numpy()
+    return Seen(known[:, FACTS:], model.joined_widths, known[:, :FACTS], errors)
 
 
 @torch.inference_mode()

@@ -112,7 +112,6 @@ def suggest(
     images: str | Path,
     head: Head | str | None = None,
     *,
-    labelled: str | Path | None = None,
     labels: LabelFiles = None,
     count: int = 20,
     output: str | Path | None = None,
@@ -127,9 +126,8 @@ def suggest(
     Args:
         images: a folder, also with subfolders. Of more than 5,000 images every second, third, ... is considered.
         head: guesses the classes: a head, its name, or the folder of a checkpoint. Its CLIP's features are used.
-        labelled: a folder with the images that have a label, or copies of them: they are not suggested again.
-        labels: tables with the columns file and class, such as corrections of predictions: their images are not
-            suggested either.
+        labels: what has a label and is not suggested again: tables with the columns file and class, or folders with the
+            images or copies of them.
         count: how many images.
         output: a new folder for found.html, with pictures, and found.csv: a labels file, whose column `class` waits
             for what a person sees.
@@ -138,15 +136,13 @@ def suggest(
     if output is not None:
         _check_new(Path(output), Path(images))
     paths = find_images([str(images)])
-    listed = listed_images(labels, paths, images)
+    done = listed_images(labels, images)
     paths = paths[:: -(-len(paths) // MOST)]
     with nullcontext() if head is None else lent(head, device) as known:
         clip = plain_clip(model).to(pick_device(device)) if known is None else known.frozen
         seen = look(paths, clip, True, progress)
         usable = np.percentile(seen.grey, 99, 1) >= 255 * BLACK  # the grey copy of a broken image is black, too
-        usable &= [path not in listed for path in paths]
         paths = [path for path, is_usable in zip(paths, usable, strict=True) if is_usable]
-        done = [*listed, *([] if labelled is None else find_images([str(labelled)]))]
         of_done = look(done, clip, True, progress).joined if done else seen.joined[:0]
         features, of_labelled = map(torch.from_numpy, (seen.joined[usable], of_done[~np.isnan(of_done[:, 0])]))
         files = [paths[i] for i in spread(features, of_labelled, count)]

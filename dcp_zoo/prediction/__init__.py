@@ -164,8 +164,8 @@ class Predictor:
         check_range("batch_size", self.batch_size, 1)
         name, self.rank = str(self.head), 0  # of this process, among those that share the GPUs of a machine
         self.on_onnx = name.endswith(".onnx")
-        own = self.classnames or self.precision not in ("auto", "float32") or self.reject not in (None, False, True)
-        if self.on_onnx and own:
+        changed = self.classnames or self.precision not in ("auto", "float32") or self.reject not in (None, False, True)
+        if self.on_onnx and changed:
             exported = f"{name} is run as it was exported"
             raise ZooError(f"{exported}: omit other classes and precision, and let reject be True or None.")
         self.head = str(Path(name).absolute()) if self.on_onnx else str(parse_name(name))
@@ -183,9 +183,20 @@ class Predictor:
         return Path(str(self.head)) if self.on_onnx else head_folder(str(self.head))
 
     def depends_on(self) -> Values:
-        """What the answers depend on besides the images, as plain JSON."""
-        options = {"classnames": self.classnames, "reject": self.reject, "precision": self.precision}
+        """What the answers depend on besides the images, as plain JSON; the precision is the one that is used here."""
+        precision = "float32"
+        if not self.on_onnx:  # known without loading the head
+            from dcp_zoo.heads.config import read_config
+            from dcp_zoo.training.device import pick_device, pick_precision
+
+            architecture = read_config(self._place)["architecture"]
+            precision = pick_precision(self.precision, architecture, pick_device(self._device))
+        options = {"classnames": self.classnames, "reject": self.reject, "precision": precision}
         return {"head": self.sha256} | options
+
+    @property
+    def _device(self) -> str:
+        return f"auto:{self.rank}" if self.device == "auto" else self.device
 
     @cached_property
     def backend(self) -> Backend:
@@ -200,15 +211,14 @@ class Predictor:
         return self._loaded(str(self.head))
 
     def _loaded(self, head: str) -> Backend:
-        device = f"auto:{self.rank}" if self.device == "auto" else self.device
         if self.on_onnx:
             from dcp_zoo.prediction.onnx import OnnxClassifier
 
-            reject = bool(self.reject)
-            return OnnxClassifier(head, available_cores(), device, reject=reject, features=self.features)
+            options: Values = {"reject": bool(self.reject), "features": self.features}
+            return OnnxClassifier(head, available_cores(), self._device, **options)
         from dcp_zoo.prediction.heads import HeadBackend, loaded
 
-        return HeadBackend(loaded(head, device, self.classnames), self.features, self.precision, self.reject)
+        return HeadBackend(loaded(head, self._device, self.classnames), self.features, self.precision, self.reject)
 
     @property
     def decode(self) -> Decode:
@@ -223,8 +233,8 @@ class Predictor:
     def __call__(self, batch: Mapping[str, Any], rank: int | None = None) -> Values:
         self.rank = rank or self.rank
         images, left = images_of(batch, self.image)
-        errors, found = self.backend.outputs(images or [None], self.batch_size)  # of no image, the types alone
-        columns = left | found.of(slice(len(images))).columns(self.backend.classnames, self.top_k)
+        errors, outputs = self.backend.outputs(images or [None], self.batch_size)  # of no image, the types alone
+        columns = left | outputs.of(slice(len(images))).columns(self.backend.classnames, self.top_k)
         return columns | {ERROR: np.array([str(errors.get(i, "")) for i in range(len(images))], str)}
 
 

@@ -93,10 +93,10 @@ class HeadBackend(Backend):
             with autocast(self.device, self.precision):
                 logits = torch.cat([self.head(batch) for batch in x.split(1 if self.alone else len(x))])
                 x = torch.cat([self.head.encode_image(image[None]) for image in x]) if self.threshold is not None else x
-        found, rejected = logits.float().cpu().numpy(), None
+        values, rejected = logits.float().cpu().numpy(), None
         if self.threshold is not None:
-            rejected = is_rejected(found, self.fused.distances(x.float()).cpu().numpy(), self.threshold)
-        return Outputs(found, rejected, features.float().cpu().numpy() if self.features else None)
+            rejected = is_rejected(values, self.fused.distances(x.float()).cpu().numpy(), self.threshold)
+        return Outputs(values, rejected, features.float().cpu().numpy() if self.features else None)
 
     def batches(
         self, images: Sequence[ImageLike], batch_size: int, progress: Progress = no_progress

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dcp_zoo.answers import Outputs, Row, is_changed, label, top_classes
-from dcp_zoo.data.images import Progress, no_progress
+from dcp_zoo.data.images import Progress, by_image, no_progress
 from dcp_zoo.errors import ZooError, import_extra, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_output, locked, write_file
@@ -31,11 +31,11 @@ Batch = tuple[list[Row], np.ndarray | None]  # rows, and their features (n, E) o
 def classify(images: Sequence[str], predictor: Predictor, together: bool = False) -> Iterator[Batch]:
     """Classify images in order, batch by batch; with `together` by a predictor that keeps features."""
     left, backend = iter(images), predictor.backend
-    for errors, found in backend.batches(images, predictor.batch_size):
-        answers = zip(errors, left, found.rows(backend.classnames, predictor.top_k), strict=False)
+    for errors, outputs in backend.batches(images, predictor.batch_size):
+        answers = zip(errors, left, outputs.rows(backend.classnames, predictor.top_k), strict=False)
         rows = [{"image": image} | ({"error": str(error)} if error else row) for error, image, row in answers]
-        kept = found.features
-        yield rows, np.concatenate([kept, found.logits], 1) if together and kept is not None else kept
+        kept = outputs.features
+        yield rows, np.concatenate([kept, outputs.logits], 1) if together and kept is not None else kept
 
 
 def refine(rows: Iterable[Row], kept: np.ndarray, predictor: Predictor, progress: Progress = no_progress) -> list[Row]:
@@ -43,19 +43,18 @@ def refine(rows: Iterable[Row], kept: np.ndarray, predictor: Predictor, progress
     image had without the others. Those of no class, or that cannot be read, stay so and lend nothing."""
     classnames = predictor.backend.classnames
     rows = [row if "error" in row else row | {"alone": label(row)} for row in rows]
-    own = np.array(["error" not in row and label(row) != NONE for row in rows], bool)
+    named = np.array(["error" not in row and label(row) != NONE for row in rows], bool)
     features, logits = np.split(kept, [-len(classnames)], axis=1)
-    probabilities = refined(Outputs(logits, features=features), own, progress)
+    probabilities = refined(Outputs(logits, features=features), named, progress)
     ranked = top_classes(probabilities, classnames, predictor.top_k)
-    return [row | {"predictions": best} if mine else row for row, best, mine in zip(rows, ranked, own, strict=True)]
+    return [row | {"predictions": best} if mine else row for row, best, mine in zip(rows, ranked, named, strict=True)]
 
 
 def classified(
     images: Sequence[str], predictor: Predictor, together: bool = False, progress: Progress = no_progress
 ) -> list[Row]:
     """The rows of all images, refined if they are to be."""
-    batches = classify(images, predictor, together)
-    rows, kept = zip(*progress(batches, "images", len(images), size=lambda batch: len(batch[0])), strict=True)
+    rows, kept = zip(*by_image(progress, classify(images, predictor, together), "images", len(images)), strict=True)
     every = [*chain(*rows)]
     return refine(every, np.concatenate(kept), predictor) if together else every
 
@@ -87,8 +86,8 @@ class OutputFiles:
             if file.suffix not in (known := formats.get(option, [file.suffix])):
                 raise ZooError(f"{option} {file}: its suffix must be {' or '.join(known)}.")
             # a run that was stopped at its end has written some of them
-            own = file.exists() and rows.exists() and file.stat().st_mtime >= rows.stat().st_mtime
-            check_output(file, self.overwrite or own, option)
+            was_stopped = file.exists() and rows.exists() and file.stat().st_mtime >= rows.stat().st_mtime
+            check_output(file, self.overwrite or was_stopped, option)
 
 
 def run(
@@ -112,16 +111,16 @@ def run(
         done, end = _begun(file, plan)
         if done < len(images):
             batches = classify(images[done:], predictor, together)
-            for rows, kept in progress(batches, "images", len(images), done=done, size=lambda batch: len(batch[0])):
+            for rows, kept in by_image(progress, batches, "images", len(images), done):
                 if kept is not None:
                     _put(kept.tobytes(), features, done * kept[0].nbytes)
                 lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
                 _put(lines, file, end)
                 done, end = done + len(rows), end + len(lines)
-        found = _finish(images, predictor, outputs, together, progress)
+        summary = _finish(images, predictor, outputs, together, progress)
         for old in (file, features):
             old.unlink(missing_ok=True)
-    return found
+    return summary
 
 
 def _begun(file: Path, plan: Values) -> tuple[int, int]:

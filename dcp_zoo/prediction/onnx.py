@@ -11,7 +11,6 @@ from dcp_zoo.data.images import ImageLike, normalise
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra, warn
 from dcp_zoo.prediction import Backend, decode
 
-SMALLEST = np.finfo(np.float32).tiny
 INPUT = "pixel_values"  # of normalised images, as other programs call it
 CUDA = "CUDAExecutionProvider"
 NO_CUDA = "ONNX Runtime computes on the CPU, not on {}: install onnxruntime-gpu in its place, and check the driver."
@@ -31,8 +30,8 @@ def providers(device: str) -> list[Any]:
 
 
 class OnnxClassifier(Backend):
-    """An exported model. ZooError for a file that is missing, or no export of this package; or that cannot reject, or
-    has no features, where these are asked for.
+    """An exported model. ZooError for a file that is missing, or no export of this package, or that cannot reject where
+    that is asked for.
 
     Args:
         path: a file written by `dcp-zoo export --format onnx`.
@@ -43,8 +42,6 @@ class OnnxClassifier(Backend):
     Attributes:
         info: class names, preprocessing and origin, from the file's metadata.
         name: MODEL, or MODEL.TAG, of the head.
-        takes_pixels: whether the preprocessing is inside the file, which then takes `pixels` (B, H, W, 3), uint8 RGB
-            of any size, and returns probabilities.
     """
 
     def __init__(
@@ -72,37 +69,30 @@ class OnnxClassifier(Backend):
             self.name = ".".join(filter(None, (info["model"], info["tag"])))
         if len(chosen) > 1 and CUDA not in self.session.get_providers():  # it is installed, and cannot start
             warn(NO_CUDA.format(device))
-        self._taken = self.session.get_inputs()[0].name
-        self.takes_pixels = self._taken == "pixels"
-        self._returned = ["probabilities" if self.takes_pixels else "logits"]
-        self._returned += [] if self.threshold is None else ["distance"]
-        self._returned += ["features"] if features else []
-        if features and self.takes_pixels:
-            advice = "export it with the preprocessing outside, or omit --features, --together"
-            raise ZooError(f"{path} has no image features: {advice}.")
+        self._returned = ["logits", *["distance"] * (self.threshold is not None), *["features"] * features]
         if reject and self.threshold is None:
             advice = "Export a head that can (dcp-zoo train), with exactly the classes for which it was fitted."
             raise ZooError(f"{path} has no threshold to reject images. {advice}")
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """A batch of what `preprocess` returns -> logits (B, C), or probabilities if the file `takes_pixels`."""
-        return self.session.run(self._returned[:1], {self._taken: images})[0]
+        """A batch of what `preprocess` returns -> logits (B, C)."""
+        return self.session.run(["logits"], {INPUT: images})[0]
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """A batch of what `preprocess` returns -> probabilities (B, C)."""
-        return self(images) if self.takes_pixels else np.exp(log_softmax(self(images)))
+        return np.exp(log_softmax(self(images)))
 
     def preprocess(self, image: ImageLike) -> np.ndarray:
-        """An image -> (3, H, W), as `create_transform` returns it; if the file `takes_pixels`, (H, W, 3)."""
+        """An image -> (3, H, W), as `create_transform` returns it."""
         return self.encode(decode(image, self.preprocessing)[None])[0]
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Pixels, uint8 (n, 3, H, W) -> the images as the file takes them."""
-        return pixels.transpose(0, 2, 3, 1) if self.takes_pixels else normalise(pixels, self.preprocessing)
+        return normalise(pixels, self.preprocessing)
 
     def classify(self, images: np.ndarray) -> Outputs:
-        """What `encode` returns -> the outputs; of a file that `takes_pixels` logits are logs of probabilities."""
-        found = dict(zip(self._returned, self.session.run(self._returned, {self._taken: images}), strict=True))
-        logits = np.log(found["probabilities"] + SMALLEST) if self.takes_pixels else found["logits"]
-        rejected = None if self.threshold is None else is_rejected(logits, found["distance"], self.threshold)
-        return Outputs(logits, rejected, found.get("features"))
+        """What `encode` returns -> the outputs."""
+        results = dict(zip(self._returned, self.session.run(self._returned, {INPUT: images}), strict=True))
+        logits = results["logits"]
+        rejected = None if self.threshold is None else is_rejected(logits, results["distance"], self.threshold)
+        return Outputs(logits, rejected, results.get("features"))

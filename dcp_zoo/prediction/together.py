@@ -50,14 +50,14 @@ def together(probabilities: np.ndarray, features: np.ndarray, progress: Progress
     return z
 
 
-def refined(found: Outputs, own: np.ndarray, progress: Progress = no_progress) -> np.ndarray:
-    """The probabilities (n, C) of images: of those that are of the classes, `own` (n,), refined by each other. Those
+def refined(outputs: Outputs, chosen: np.ndarray, progress: Progress = no_progress) -> np.ndarray:
+    """The probabilities (n, C) of images: of those that are of the classes, `chosen` (n,), refined by each other. Those
     that cannot be read, NaN, stay so."""
-    probabilities, features = found.probabilities, found.features
-    own = own & ~np.isnan(probabilities[:, 0])
-    if features is not None and own.any():
-        lengths = np.linalg.norm(features[own], axis=1, keepdims=True)
-        probabilities[own] = together(probabilities[own], features[own] / lengths, progress)
+    probabilities, features = outputs.probabilities, outputs.features
+    chosen = chosen & ~np.isnan(probabilities[:, 0])
+    if features is not None and chosen.any():
+        lengths = np.linalg.norm(features[chosen], axis=1, keepdims=True)
+        probabilities[chosen] = together(probabilities[chosen], features[chosen] / lengths, progress)
     return probabilities
 
 
@@ -72,12 +72,12 @@ def _average(features: np.ndarray, nearest: int, progress: Progress) -> Any:
     from scipy.sparse import csr_array
     from sklearn.neighbors import NearestNeighbors  # slow to import
 
-    n, every, found = len(features), NearestNeighbors(algorithm="brute").fit(features), []
+    n, every, neighbours = len(features), NearestNeighbors(algorithm="brute").fit(features), []
     parts = [np.arange(start, min(start + ROWS, n)) for start in range(0, n, ROWS)]
-    for part in progress(parts, "images compared", n, transient=True, size=len):
+    for part in progress(parts, "Comparing images, in parts", len(parts)):
         near = every.kneighbors(features[part], nearest + 1, return_distance=False)
         others = near != part[:, None]
         others[others.all(1), -1] = False  # of many copies, an image may not find itself
-        found.append(near[others])
+        neighbours.append(near[others])
     weights, ends = np.full(n * nearest, 1 / nearest, np.float32), np.arange(0, n * nearest + 1, nearest)
-    return csr_array((weights, np.concatenate(found), ends), (n, n))
+    return csr_array((weights, np.concatenate(neighbours), ends), (n, n))

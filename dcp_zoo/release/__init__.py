@@ -6,11 +6,8 @@ import json
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from PIL import Image
 
-from dcp_zoo.answers import log_softmax
 from dcp_zoo.data.packaged import DATASETS, classnames, is_own
 from dcp_zoo.data.splits import split_sha256
 from dcp_zoo.errors import ZooError, writing_to
@@ -19,8 +16,7 @@ from dcp_zoo.files import check_empty, write_file
 from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME
 from dcp_zoo.heads.head import Head
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained
-from dcp_zoo.prediction.onnx import INPUT, OnnxClassifier
-from dcp_zoo.release.onnx import compare_probabilities, export, with_preprocessing
+from dcp_zoo.release.onnx import export, take_any_size
 from dcp_zoo.zoo.registry import MODELS, get_head, newest
 from dcp_zoo.zoo.resolve import parse_name
 
@@ -125,12 +121,12 @@ def claimed(name: str, model: Head) -> dict[str, float]:
     data = ModelCard.load(card).data if card.is_file() else ModelCardData()
     stated = {result.metric_name: result.metric_value for result in data.eval_results or []}
     metrics = (newest(get_head(name)).metrics if kind == "zoo" and tag else {}) or model.info.get("metrics") or {}
-    found = accuracies(metrics)
+    claims = accuracies(metrics)
     for names in (MODES, PROBED):
-        found |= {mode: stated[card_name] for mode, card_name in names.items() if card_name in stated}
-    if not found:
+        claims |= {mode: stated[card_name] for mode, card_name in names.items() if card_name in stated}
+    if not claims:
         raise ZooError(f"{name} claims no accuracy: there is nothing to compare with. Omit --claim.")
-    return found
+    return claims
 
 
 LICENSE = "apache-2.0"
@@ -140,7 +136,7 @@ ONNX_FILE = "onnx/model.onnx"  # as transformers.js names it, of float32
 
 def export_hub(model: Head, folder: str | Path) -> Path:
     """Write a folder with the files of a repo on the Hub that other clients read, too: optimum and transformers.js.
-    ZooError as of `export`, `with_preprocessing` and `make_card`, and for a folder that is not empty or not writable.
+    ZooError as of `export`, `take_any_size` and `make_card`, and for a folder that is not empty or not writable.
 
     Args:
         model: with stored statistics; float32, on the CPU.
@@ -199,8 +195,8 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
 
 def write_client_files(model: Head, folder: Path) -> None:
     """Add to a model's checkpoint what other clients read: an ONNX file, a `preprocessor_config.json`, and fields of
-    `config.json`. ZooError as of `export` and `with_preprocessing`."""
-    _take_any_size(export(model, folder / ONNX_FILE))
+    `config.json`. ZooError as of `export` and `take_any_size`."""
+    take_any_size(export(model, folder / ONNX_FILE))
     cfg = model.pretrained_cfg
     _, height, width = cfg["input_size"]
     preprocessor = {
@@ -224,25 +220,3 @@ def write_client_files(model: Head, folder: Path) -> None:
     }
     for name, content in ((PREPROCESSOR, preprocessor), (CONFIG_NAME, config)):
         write_file(folder / name, json.dumps(content, indent=1) + "\n")
-
-
-def _take_any_size(path: Path) -> None:
-    """Replace an exported file by one from `INPUT` (B, 3, any height, any width), RGB in [0, 1], to logits (B, C)."""
-    import onnx
-    import onnxruntime
-
-    plain = OnnxClassifier(path)
-    model = with_preprocessing(onnx.load(path), plain.info["preprocessing"], "rgb")
-    rgb = model.graph.input[0].name
-    for node in model.graph.node:
-        node.input[:] = [INPUT if name == rgb else name for name in node.input]
-    model.graph.input[0].name = INPUT
-    del model.graph.output[1:], model.metadata_props[:]
-    onnx.save(model, path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-    def probabilities(image: Image.Image) -> np.ndarray:
-        pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255
-        return np.exp(log_softmax(session.run(["logits"], {INPUT: pixels})[0]))
-
-    compare_probabilities(probabilities, plain)

@@ -3,7 +3,6 @@
 import json
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,9 +12,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from dcp_zoo.answers import log_softmax
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.errors import ZooError, check_choice, import_extra, writing_to
+from dcp_zoo.errors import ZooError, import_extra, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import templates, write_file
 from dcp_zoo.heads.fused import FusedHead
@@ -28,20 +28,18 @@ LOGIT_TOLERANCE = 1e-3  # in logits, which are about 10 to 40
 ANY_BATCH = {"images": {0: torch.export.Dim("batch")}}
 
 
-def export(model: Head | FusedHead, path: str | Path, *, preprocessing: str = "outside") -> Path:
-    """Export a model with its current classes to ONNX, for any batch size: its input is "pixel_values", its outputs are
-    "logits" and "features", the normalised image features; class names and preprocessing are in its metadata. ZooError
-    for no stored statistics, a model elsewhere than on the CPU, missing packages, a file that cannot be written, or one
-    that disagrees with the model in ONNX Runtime (by more than 1e-3 in a logit, or in the top-1 class; with the
-    preprocessing inside by more than 1e-3 in a probability).
+def export(model: Head | FusedHead, path: str | Path) -> Path:
+    """Export a model with its current classes to ONNX, for any batch size: its input is "pixel_values", normalised
+    images (B, 3, H, W), float32; its outputs are "logits" (B, C), "features" (B, E), the normalised image features,
+    and "distance" (B,) if the model can reject. Class names and preprocessing are in its metadata. ZooError for no
+    stored statistics, a model elsewhere than on the CPU, missing packages, a file that cannot be written, or one that
+    disagrees with the model in ONNX Runtime (by more than 1e-3 in a logit, or in the top-1 class).
 
     Args:
         model: a fused model, or one with stored statistics; float32, on the CPU.
         path: the file; replaced atomically.
-        preprocessing: "outside" (images (B, 3, H, W), float32, normalised -> logits) or "inside" (pixels
-            (B, H, W, 3), uint8 RGB of any size -> probabilities).
     """
-    check_export(preprocessing)
+    check_export()
     path, fused = Path(path), model.fuse()
     if (size := fused.info["preprocessing"].get("input_size")) is None:
         raise ZooError('The input size of this model is unknown: set model.encoder.pretrained_cfg["input_size"] first.')
@@ -51,15 +49,13 @@ def export(model: Head | FusedHead, path: str | Path, *, preprocessing: str = "o
 
     def write_and_check(temporary: str) -> None:
         write_onnx(fused, temporary, images)
-        read = OnnxClassifier(temporary)
+        exported = OnnxClassifier(temporary)
         for n in (3, 1):  # a file with a fixed batch size fails here
-            found, expected = torch.from_numpy(read(images[:n].numpy())), fused(images[:n])
-            error = (found - expected).abs().max().item()
-            if error > LOGIT_TOLERANCE or not torch.equal(found.argmax(-1), expected.argmax(-1)):
+            actual, expected = torch.from_numpy(exported(images[:n].numpy())), fused(images[:n])
+            error = (actual - expected).abs().max().item()
+            if error > LOGIT_TOLERANCE or not torch.equal(actual.argmax(-1), expected.argmax(-1)):
                 problem = f"(logits differ by {error:.2g}) and was not kept. {REPORT}"
                 raise ZooError(f"The ONNX file does not match the model {problem}")
-        if preprocessing == "inside":
-            take_pixels(temporary)
 
     with torch.no_grad(), warnings.catch_warnings(), writing_to(path, "choose another file"):
         warnings.simplefilter("ignore")  # torch's exporters warn about their internals
@@ -69,9 +65,8 @@ def export(model: Head | FusedHead, path: str | Path, *, preprocessing: str = "o
     return path
 
 
-def check_export(preprocessing: str = "outside") -> None:
-    """Raise ZooError for an unknown place of the preprocessing, or if the installed packages cannot export."""
-    check_choice("preprocessing", preprocessing, ("outside", "inside"))
+def check_export() -> None:
+    """Raise ZooError if the installed packages cannot export."""
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         raise ZooError(f"Exporting needs torch 2.8 or newer, not {torch.__version__}: upgrade torch.")
     for module in ("onnx", "onnxscript", "onnxruntime"):
@@ -115,54 +110,42 @@ SIZES = ((640, 427), (427, 641), (300, 201), (97, 240))  # of test photographs, 
 TOLERANCE = 1e-3  # in probabilities
 
 
-def take_pixels(path: str) -> None:
-    """Put the preprocessing into a file that was checked."""
+def take_any_size(path: Path) -> None:
+    """Put the preprocessing into an exported file, which then takes "pixel_values" (B, 3, any height, any width), RGB
+    from 0 to 1, and returns "logits" (B, C) alone. ZooError for another preprocessing than a bicubic resize and a
+    centre crop, and for probabilities that differ, for photographs of odd sizes."""
     import onnx
+    import onnxruntime
 
-    plain = OnnxClassifier(path)
-    model = with_preprocessing(onnx.load(path), plain.info["preprocessing"])
-    model.graph.output[0].name = "probabilities"  # (B, C)
-    model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1))
-    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(plain.info)})
+    plain, model = OnnxClassifier(path), onnx.load(path)
+    cfg = plain.preprocessing
+    if cfg.get("interpolation", "bicubic") != "bicubic" or cfg.get("crop_mode", "center") != "center":
+        other = f"{cfg['interpolation']} and {cfg['crop_mode']}: export the head to a file, as --format onnx does"
+        raise ZooError(f"Only a bicubic resize and a centre crop can be part of the file, not {other}.")
+    ir, opset = model.ir_version, next(entry.version for entry in model.opset_import if entry.domain == "")
+    before = onnx.parser.parse_model(preprocessing_graph(cfg, ir, opset))
+    before = onnx.compose.add_prefix(before, "preprocessing/", rename_inputs=False, rename_outputs=False)
+    model = onnx.compose.merge_models(before, model, [("images", INPUT)])
+    for node in model.graph.node:
+        node.input[:] = [INPUT if name == "rgb" else name for name in node.input]
+    model.graph.input[0].name = INPUT
+    del model.graph.output[1:], model.metadata_props[:]
     onnx.save(model, path)
-    whole = OnnxClassifier(path)
-    compare_probabilities(lambda image: whole(np.asarray(image)[None]), plain)
-
-
-def compare_probabilities(whole: Callable[[Image.Image], np.ndarray], plain: OnnxClassifier) -> None:
-    """Raise ZooError if the probabilities (1, C) of a file that preprocesses differ, for photographs of odd sizes."""
-    for path, size in zip(sample_images(), SIZES, strict=False):
-        image = load_image(path).resize(size, Image.Resampling.BICUBIC)
-        expected = plain.probabilities(plain.preprocess(image)[None])
-        error = float(np.abs(whole(image) - expected).max())
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for photograph, size in zip(sample_images(), SIZES, strict=False):
+        image = load_image(photograph).resize(size, Image.Resampling.BICUBIC)
+        rgb = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255
+        actual = np.exp(log_softmax(session.run(["logits"], {INPUT: rgb})[0]))
+        error = float(np.abs(actual - plain.probabilities(plain.preprocess(image)[None])).max())
         if error > TOLERANCE:
             problem = f"by {error:.2g}, more than {TOLERANCE:g}: it was not kept. {REPORT}"
             raise ZooError(f"Probabilities of the file for a photograph differ from the model's {problem}")
 
 
-def with_preprocessing(model: Any, cfg: Values, layout: str = "pixels") -> Any:
-    """An `onnx.ModelProto` images -> logits becomes RGB of any size -> logits (B, C), without features: `layout` is
-    "pixels", uint8 (B, H, W, 3), or "rgb", from 0 to 1 (B, 3, H, W). ZooError for another preprocessing `cfg` than a
-    bicubic resize and a centre crop."""
-    import onnx
-
-    if cfg.get("interpolation", "bicubic") != "bicubic" or cfg.get("crop_mode", "center") != "center":
-        other = f"{cfg['interpolation']} and {cfg['crop_mode']}: export with the preprocessing outside"
-        raise ZooError(f"Only a bicubic resize and a centre crop can be part of the file, not {other}.")
-    ir, opset = model.ir_version, next(entry.version for entry in model.opset_import if entry.domain == "")
-    before = onnx.parser.parse_model(preprocessing_graph(cfg, ir, opset, layout))
-    before = onnx.compose.add_prefix(before, "preprocessing/", rename_inputs=False, rename_outputs=False)
-    model = onnx.compose.merge_models(before, model, [("images", INPUT)])
-    kept = [output for output in model.graph.output if output.name != "features"]
-    del model.graph.output[:]
-    model.graph.output.extend(kept)
-    return model
-
-
-def preprocessing_graph(cfg: Values, ir: int, opset: int, layout: str = "pixels") -> str:
+def preprocessing_graph(cfg: Values, ir: int, opset: int) -> str:
     _, rows, columns = cfg["input_size"]
     scale = ", ".join(f"{1 / (255 * std):.9e}" for std in cfg["std"])
     offset = ", ".join(f"{-mean / std:.9e}" for mean, std in zip(cfg["mean"], cfg["std"], strict=True))
     sizes = {"rows": rows, "columns": columns, "short_side": int(rows / cfg["crop_pct"])}
     graph = templates(__package__).get_template("preprocessing.onnx.jinja")
-    return graph.render(ir=ir, opset=opset, layout=layout, **sizes, scale=scale, offset=offset)
+    return graph.render(ir=ir, opset=opset, **sizes, scale=scale, offset=offset)

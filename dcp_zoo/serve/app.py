@@ -104,8 +104,8 @@ class Service:
             while len(batch) < BATCH and not self.queue.empty():
                 batch.append(self.queue.get_nowait())
             try:
-                found = await asyncio.to_thread(self.classifier.compute, np.stack([pixels for pixels, _ in batch]))
-                results: list[Any] = [found.of([i]) for i in range(len(batch))]
+                outputs = await asyncio.to_thread(self.classifier.compute, np.stack([pixels for pixels, _ in batch]))
+                results: list[Any] = [outputs.of([i]) for i in range(len(batch))]
             except Exception as error:  # the next batch may work
                 results = [error] * len(batch)
             for (_, future), result in zip(batch, results, strict=True):
