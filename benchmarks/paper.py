@@ -40,7 +40,7 @@ from dcp_zoo.training.evaluation import EVAL_BATCH, predict, read, top1
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.text_probe import fit_probe, on_cpu
-from dcp_zoo.training.recipes import named_recipe
+from dcp_zoo.training.recipes import AUTHORS, Recipe
 from dcp_zoo.training.run import plan
 from dcp_zoo.training.sources import ImageSource
 
@@ -49,9 +49,10 @@ OTHERS = ("flowers", "EuroSAT", "groceries", "scenes", "hand signs", "corn leave
 NEW, CROSS, SHIFT = "base-to-new", "cross-dataset", "domain-shift"  # protocols
 TRAINED = [*((SHIFT, name) for name in STYLES), (NEW, "Caltech-101"), (NEW, "flowers"), (CROSS, "Caltech-101")]
 ON_FEATURES = ("zero-shot", "linear-probe", "gda", "lp-plus-plus", "clap", "text-probe")
-NAMED = {"dcp, paper": "paper", "dcp, release": "release", "dcp, fast": "fast"}
-PROMPTS = ("dcp", "dcp, fast", "coop", "maple", "promptsrc", "dcp, paper", "dcp, release", "clip-lora")
+NAMED = {"dcp, paper": "paper", "dcp, release": "release"}
+PROMPTS = ("dcp", "coop", "maple", "promptsrc", "dcp, paper", "dcp, release", "clip-lora")
 IMAGES = 16  # per class
+ALL = "x,stem,stage"  # what a text probe of the miniature reads
 HEAD = "weights protocol trained_on images_per_class seed method".split()
 TRANSFER = [*HEAD, "reading", "target", "top1", "test_images", "cpu_seconds"]
 PARTS = "weights set images_per_class seed changes stats top1 test_images cpu_seconds".split()
@@ -71,7 +72,7 @@ Test = tuple[Sequence[str], ImageSource]  # class names, and images
 def features(kept: Annotated[Path, typer.Argument(help="As `baselines.py` keeps them.")], draws: Draws = 5) -> None:
     """Measure methods on image features, with 4 and 16 images per class, on the sets whose features are there."""
     there = [name for name in SETS if (kept / f"{name}.npz").exists()]
-    read = {reading: {name: Known(kept / f"{name}.npz", reading) for name in there} for reading in ("x", "x,stem")}
+    read = {reading: {name: Known(kept / f"{name}.npz", reading) for name in there} for reading in ("x", ALL)}
     for known in read.values():  # any may read any class
         texts = {name: text for each in known.values() for name, text in each.clip.given_texts.items()}
         for each in known.values():
@@ -109,7 +110,7 @@ def prompts(
             split = of_part(draw(pools[name], IMAGES, seed), protocol)
             first = method.split(",")[0]
             recipe = METHODS[first].recipe(MODEL, "folder", IMAGES, protocol)
-            recipe = named_recipe(NAMED[method], MODEL) if method in NAMED else recipe
+            recipe = Recipe(**AUTHORS[NAMED[method]]) if method in NAMED else recipe
             run = plan(split, MODEL, first, seed=seed, recipe=recipe, classifier="none", device="cpu")
             tested = {target: (pools[target][0], test_of(pools[target])) for target in targets_of(protocol, name)}
             task = run.task(split, frozen_clip(), progress_bar)

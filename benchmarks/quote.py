@@ -35,6 +35,7 @@ from doc_tables import (  # noqa: F401 - for the pages' expressions
     real_clip_summary,
     train_times,
 )
+from reads import METHOD, READINGS
 from sets import REPORTING
 
 from dcp_zoo.benchmark import report
@@ -134,7 +135,7 @@ def titled(method: str) -> str:
 NUMBERS = (4, 16)  # images per class with which every method that trains prompts or weights is measured
 PROBES = {"": "", "own": " + one text probe", "both": " + text probes"}  # after a method that changes the features
 READ_BY = {"top1": "top-1", "ece": "ECE", "auroc_near": "AUROC, near"}
-READINGS = {"x": "", "stem": " on the stem", "x+stem": " on both", "x,stem": ""}  # of `baselines.py`
+PARTS = {"x": "", "stem": " on the stem", "x+stem": " on both", "x,stem": " on both", "x,stem,stage": ""}
 
 
 @cache
@@ -142,9 +143,11 @@ def on_sets(file: str = "many_sets") -> pd.DataFrame:
     """Top-1, ECE and CPU seconds on the reporting sets of `sets.py`, a column of each for every method and way of
     reading it; a row for every set, number of images per class and seed. Draws that were measured in part are left
     out. Of two files, as in "many_sets+baselines", the first counts for what is in both."""
-    rows = pd.concat([results(each) for each in file.split("+")]).fillna({"reading": ""})
+    probes = results("reads").replace({"reading": READINGS}).assign(method=METHOD)  # that "baselines" lacks
+    tables = [part for each in file.split("+") for part in (results(each), probes)[: 1 + (each == "baselines")]]
+    rows = pd.concat(tables, ignore_index=True).fillna({"reading": ""})
     rows = rows[rows.set.isin(REPORTING)]
-    rows["label"] = rows.method.map(titled) + rows.reading.map(PROBES | READINGS)
+    rows["label"] = rows.method.map(titled) + rows.reading.map(PROBES | PARTS)
     rows.loc[(rows.method == "text-probe") & (rows.reading == "x"), "label"] += " on the embedding"
     keys = ["set", "images_per_class", "seed"]
     rows = rows.drop_duplicates([*keys, "label"])
@@ -188,7 +191,7 @@ def cells_of(label: str, numbers: Sequence[int], file: str) -> list[str]:
     return [f"{set_mean(label, images, file=file):.1f}" for images in numbers]
 
 
-def many_sets(*labels: str, file: str = "many_sets+baselines") -> str:
+def many_sets(*labels: str, file: str = "baselines+many_sets") -> str:
     """Averages of these methods over the reporting sets: top-1 by images per class, the mean paired difference from
     zero-shot CLIP with its interval over sets, and CPU seconds of training at 4 images per class."""
     numbers = sorted({images for _, images, _ in on_sets(file).index})
@@ -221,14 +224,13 @@ def prompts_table(*labels: str, file: str = "many_sets+baselines") -> str:
 
 
 def features_table(*methods: str, file: str = "baselines") -> str:
-    """Methods on features, on the reporting sets: each on the embedding alone and on all that the text probe reads,
-    minus the text probe that reads the same."""
+    """Methods on features, on the reporting sets: each on the embedding alone and on both vectors, minus the text probe
+    that reads the same."""
     numbers, lines = (1, 4, 16), []
     for method in methods:
         alone = f"{method} on the embedding" if method == "Text probe" else method
-        whole = method if method == "Text probe" else f"{method} on both"
         line = [method]
-        for label, reference in ((alone, "Text probe on the embedding"), (whole, "Text probe")):
+        for label, reference in ((alone, "Text probe on the embedding"), (f"{method} on both", "Text probe on both")):
             gaps = "" if method == "Text probe" else report.difference_cell(set_gaps(label, reference, file=file))
             line += [*cells_of(label, numbers, file), gaps]
         lines.append(line)
@@ -244,23 +246,24 @@ def reads(what: str = "top1") -> pd.DataFrame:
 
 
 def reads_table() -> str:
-    """What each reading adds to the one before, on each reporting set and over all with its interval, by images."""
+    """What each reading adds to the one before, on each reporting set and over all with its interval, by images; empty
+    where it was not measured."""
     found, lines = reads(), []
     numbers = sorted({images for _, images in found.index})
     for less, more in pairwise(found.columns):
+        name = re.split(", | and ", more)[-1]
         steps = (found[more] - found[less]).unstack()
-        name = "embedding and backbone" if less == "embedding" else "inside"
-        lines += [[each, name, *(f"{row[k]:+.1f}" for k in numbers)] for each, row in steps.iterrows()]
+        lines += [[each, name, *map("{:+.1f}".format, row)] for each, row in steps[numbers].iterrows()]
         for what, title in READ_BY.items():
-            gaps = (reads(what)[more] - reads(what)[less]).unstack()
-            cells = [report.difference_cell(gaps[k]) if k in gaps else "" for k in numbers]
+            gaps = (reads(what)[more] - reads(what)[less]).unstack().reindex(columns=numbers)
+            cells = [report.difference_cell(gap.dropna()) if gap.any() else "" for _, gap in gaps.items()]
             lines.append([f"**all, {title}**", name, *cells])
-    return as_table(["dataset", "adds", *map(str, numbers)], lines)
+    return as_table(["dataset", "adds", *map(str, numbers)], lines).replace("+nan", "")
 
 
 def reads_gain(images: int, what: str = "top1") -> float:
     """What all that is read adds to the embedding: the mean difference over the reporting sets."""
-    found = reads(what).xs(images, level="images_per_class")
+    found = reads(what).xs(images, level="images_per_class").ffill(axis=1)
     return float((found[found.columns[-1]] - found["embedding"]).mean())
 
 

@@ -71,8 +71,8 @@ def train(
             first; or another name in `dcp_zoo.training.METHODS`.
         classifier: fitted on image features after training: "text-probe", or "none" for the method's own logits.
             Default: the recipe's, which for DCP is "text-probe".
-        recipe: changes such as {"lr": 1e-3}, a recipe, or a name: "fast" for late coupling, "release" for
-            the authors' code, "paper" for their paper's coupling. Default: the method's, fitted to the images.
+        recipe: changes such as {"lr": 1e-3}, a recipe, or a name: "release" for the authors' code, "paper" for their
+            paper's coupling. Default: the method's, fitted to the images.
         classnames: names of the classes, which CLIP reads, by label, or in the order of the labels. Default: these.
         groups: one per image, the same for photographs that were taken together, such as those of a burst: what is
             measured to weigh images against texts is never measured across a group. Default: these are found, by near
@@ -84,7 +84,7 @@ def train(
         errors: "raise" `dcp_zoo.UnreadableImages` for images that cannot be read, as scikit-learn raises for bad rows,
             or "keep": train without them, with a warning.
         options: `shots`, training images per class, at most (default: all); `seed` of all randomness (1); `device`,
-            "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16", "release" or "auto", the
+            "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16" or "auto", the
             default: bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode
             images (0: threads of this one); `encoder`, an image model of timm, or several, that the text probe
             reads beside CLIP, such as "vit_small_patch14_dinov2.lvd142m"; and the fields of

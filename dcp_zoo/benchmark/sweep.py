@@ -181,7 +181,7 @@ def _tests(trial: Trial, head: Head, images: TrialImages, kept: store.Unfinished
         if split.classnames != head.classnames:
             head.set_classnames(split.classnames, find_spec(target).template)
         source = images.read(split.test)
-        modes = predict_modes(head, partial(read, head, source, batch_size, images.progress))
+        modes, _ = predict_modes(head, partial(read, head, source, batch_size, images.progress))
         if [*modes] == ["stored"] or not head.has_own_features:
             modes = {"": modes["stored"]}  # without its text probe it is another method
         for mode, logits in modes.items():

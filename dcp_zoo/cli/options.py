@@ -33,7 +33,7 @@ LABELS = (
 )
 PRECISION = (
     "auto (bfloat16 for a full-size model on devices with native bfloat16, else float32), float32 (the reference), "
-    "bfloat16, float16, or release (float16 weights, as in the code of DCP's authors)."
+    "bfloat16, or float16."
 )
 
 
