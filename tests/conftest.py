@@ -15,10 +15,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_ENDPOINT", "http://127.0.0.1:9")  # no test asks the Hub: those that need one start one
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--without-onednn", action="store_true", help="as with a torch that was built without oneDNN")
-
-
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores, as tests spend a fifth of their time waiting: for a browser, servers, Ray."""
     return (os.cpu_count() or 1) + 1

@@ -43,11 +43,6 @@ CFG = {
 }
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--without-onednn"):
-        torch._C._has_mkldnn = False  # what torch.backends.mkldnn.is_available answers
-
-
 class CommandLine:
     """Calls `dcp-zoo` or a script in this process: exit code, stdout and stderr, without colours and line breaks."""
 

@@ -1,6 +1,5 @@
 """The fast paths against plain equations, and the caches against every way to change their inputs."""
 
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from torchvision.transforms.functional import center_crop
 from torchvision.transforms.functional import to_tensor as pil_to_tensor
 
 from dcp_zoo import DCP, create_model
-from dcp_zoo.backbone._torch import linear
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.towers.open_clip import attend
 from dcp_zoo.data import Item
@@ -33,36 +31,6 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 def build(clip: nn.Module, **options) -> DCP:
     return loud(DCP(clip, NAMES, n_ctx=3, **options)).eval()
-
-
-@pytest.mark.parametrize("shape", [(2, 5, 8), (8,), (2, 0, 8)], ids=str)
-def test_linear_and_its_gradients(shape):
-    """Of every combination of input, weight and bias; BitFit, for example, trains biases of frozen weights."""
-    for trained, size in product(product([False, True], repeat=3), (2, 3)):
-        tensors = [torch.randn(size) for size in (shape, (6, 8), (6,))][:size]
-        found = []
-        for product_of in (linear, F.linear):
-            inputs = [t.clone().requires_grad_(needs) for t, needs in zip(tensors, trained, strict=False)]
-            out = product_of(*inputs)
-            if out.requires_grad:
-                out.sin().sum().backward()
-            found.append((out.detach(), *(t.grad for t in inputs)))
-        for fast, plain in zip(*found, strict=True):
-            assert (fast is None) == (plain is None)
-            if plain is not None:
-                torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
-
-
-def test_linear_is_differentiated_twice_and_by_torch_func():
-    x, weight = torch.randn(3, 8), torch.randn(6, 8)
-
-    def derivatives(product):
-        loss = lambda x: product(x, weight).sin().sum()  # noqa: E731
-        rows = torch.func.vmap(lambda row: product(row, weight))(x)
-        return torch.func.grad(loss)(x), torch.func.hessian(loss)(x), rows, torch.autograd.functional.hessian(loss, x)
-
-    for fast, plain in zip(derivatives(linear), derivatives(F.linear), strict=True):
-        torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
 
 
 def test_attention_in_bfloat16_is_nearly_as_exact_as_torchs():

@@ -1,5 +1,5 @@
 """DCP on every kind of tower and of torch: each fast path against the plain forward pass with the library's own blocks;
-open_clip's attention, compilers, no oneDNN; and the fused head, a plain module."""
+open_clip's attention, compilers; and the fused head, a plain module."""
 
 import io
 import shutil
@@ -23,7 +23,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from dcp_zoo import DCP, ZooError
-from dcp_zoo.backbone import _torch
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.towers.open_clip import VisionTower
 from dcp_zoo.backbone.towers.text import TextTower
@@ -373,24 +372,6 @@ def test_a_model_with_stats_exports_with_a_dynamic_batch(short):
     program = torch.export.export(short, (IMAGES,), dynamic_shapes=batch).module()
     for images in (IMAGES, IMAGES[:2]):
         torch.testing.assert_close(program(images), short(images), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
-@pytest.mark.filterwarnings("ignore:TF32")
-def test_onednn_computes_products_if_it_is_there_and_enabled(with_stats, monkeypatch):
-    """Its availability is checked anew, before and after the test."""
-    products, onednn, found = [], _torch._onednn, []
-    monkeypatch.setattr(_torch, "_onednn", lambda *args: products.append(1) or onednn(*args))
-    for there, enabled in ((True, True), (True, False), (False, True)):
-        _torch._has_onednn.cache_clear()
-        with monkeypatch.context() as patch, torch.backends.mkldnn.flags(enabled=enabled):
-            patch.setattr(torch.backends.mkldnn, "is_available", lambda there=there: there)
-            products.clear()
-            found.append((with_stats.eval()(IMAGES), logits_and_gradients(with_stats)))
-        assert bool(products) == (there and enabled)
-    _torch._has_onednn.cache_clear()
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], atol=1e-4, rtol=1e-4)
 
 
 def calibrated(model: DCP) -> DCP:

@@ -34,7 +34,7 @@ from dcp_zoo.prediction.together import refined
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
-from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
+from dcp_zoo.training.methods.table import DEFAULT_METHOD, METHODS, RecipeLike
 from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.training.run import Run, RunOptions, plan, train_head
 from dcp_zoo.zoo.factory import create_transform
@@ -126,7 +126,7 @@ def plan_own(
     split = replace(split, train=hashed(split.train), val=hashed(split.val), none=hashed(split.none))
     run = plan(split, model, method, test_share=0.0, **options)
     if sample_weight is not None:
-        if not run.is_probe_alone:
+        if run.recipe.classifier == "none" or METHODS[method].trains:
             raise ZooError(f"{method} does not support sample_weight: choose method={DEFAULT_METHOD!r}.")
         weights = (w for item, w in zip(data.items, sample_weight, strict=True) if id(item) in left)
         run = replace(run, sample_weight=tuple(weights))

@@ -1,82 +1,19 @@
-"""What torch lacks here: fast products with frozen weights on CPUs, models that are built without random
-initialisation, a cache of what is computed from weights, texts that tell weights and modules apart, and pooling over a
-stream of batches."""
+"""What torch lacks here: models that are built without random initialisation, a cache of what is computed from weights,
+texts that tell weights and modules apart, and pooling over a stream of batches."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 from hashlib import sha256
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.overrides import TorchFunctionMode
 
 from dcp_zoo.errors import ZooError
 
 T = TypeVar("T")
-PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear)  # the second is the output layer of torch's attention
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`: x (..., in), weight (out, in), bias (out) -> (..., out). For frozen float32 weights on a CPU it calls
-    oneDNN, which uses AVX-512 wherever it is available; MKL, which `F.linear` calls, does not use it on AMD processors
-    and takes up to twice as long (benchmarks/speed.md). `torch.backends.mkldnn.flags(enabled=False)` disables this."""
-    if not _can_use_onednn(x, weight):
-        return F.linear(x, weight, bias)
-    return _OneDNN.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
-
-
-def call_linear(module: nn.Linear, x: Tensor) -> Tensor:
-    """`module(x)` for a linear module, computed by `linear` unless it is quantised."""
-    return linear(x, module.weight, module.bias) if type(module) in PLAIN else module(x)
-
-
-def _can_use_onednn(x: Tensor, weight: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.backends.mkldnn.enabled:
-        return False
-    if torch._C._are_functorch_transforms_active():  # torch.func knows no rule for the operator
-        return False
-    if (weight.requires_grad and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
-        return False
-    if not (x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32):
-        return False
-    return x.numel() > 0 and _has_onednn()
-
-
-@cache
-def _has_onednn() -> bool:
-    """Whether the operator, which is not part of torch's public API, is available: tried once with a small product."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
-    try:
-        _onednn(one, one, None)
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-    return True
-
-
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
-
-
-class _OneDNN(torch.autograd.Function):
-    """`_onednn` with gradients for x and the bias, which can be differentiated again."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return _onednn(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        (weight,), (of_x, _, of_bias) = ctx.saved_tensors, ctx.needs_input_grad
-        return linear(grad, weight.t()) if of_x else None, None, grad.sum_to_size(grad.shape[-1]) if of_bias else None
-
 
 # in-place random initialisation, called directly or through torch.nn.init
 RANDOM_INIT = "normal_ uniform_ trunc_normal_ kaiming_uniform_ kaiming_normal_ xavier_uniform_ xavier_normal_".split()

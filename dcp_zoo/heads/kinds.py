@@ -37,7 +37,6 @@ from dcp_zoo.backbone.classes import (
     rows_of,
 )
 from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading
-from dcp_zoo.backbone.inputs import Images
 from dcp_zoo.backbone.towers.open_clip import EMBEDDING
 from dcp_zoo.backbone.towers.text import TextChunks, prompted_text
 from dcp_zoo.errors import ZooError
@@ -263,15 +262,13 @@ class PromptHead(Head):
         if not self._prompts_images:
             return Reading(self.encoder, self.encoder.parts, self.encoder.read, self._text_linear)
         parts = {EMBEDDING: self.encoder.num_features}
-        return Reading(self.encoder, parts, self._encode_own, self._text_linear, self.image_prompts)
+        encode = lambda images: self.encoder.encode_image(images, self.image_prompts(), self._checkpointed)  # noqa: E731
+        return Reading(self.encoder, parts, encode, self._text_linear, self.image_prompts)
 
     @property
     def _prompts_images(self) -> bool:
         """Whether there are prompts in the image tower, without computing them."""
         return len(self.vision_prompts) > 0
-
-    def _encode_own(self, images: Images) -> Tensor:
-        return self.encoder.encode_image(images, self.image_prompts(), self._checkpointed)
 
     def method_config(self) -> tuple[Values, Values]:
         return {}, {"head": self.kind, "rest": self.rest}

@@ -119,11 +119,6 @@ class Run:
             checks=val if is_own(self.split.name) else None,
         )
 
-    @property
-    def is_probe_alone(self) -> bool:
-        """Whether nothing but a text probe is fitted to the training images."""
-        return self.recipe.classifier != "none" and not METHODS[self.method].trains
-
     def info(self, subset: Split) -> Values:
         """What a checkpoint stores about how it was trained, on the training images of `subset`."""
         recipe = self.recipe.fitted(len(subset.train), len(subset.classnames))

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dcp_zoo.backbone._torch import call_linear, linear
 from dcp_zoo.backbone.inputs import Tokens
 from dcp_zoo.backbone.mini import STAGE_WIDTH
 from dcp_zoo.errors import ZooError
@@ -140,20 +139,20 @@ class OpenClipBlock(Block):
     def project(self, normed: Tensor, parts: str) -> Tensor:
         attn, d = self.module.attn, normed.shape[-1]
         rows = slice(d) if parts == "q" else slice(d, None)
-        return linear(normed, attn.in_proj_weight[rows], attn.in_proj_bias[rows])
+        return F.linear(normed, attn.in_proj_weight[rows], attn.in_proj_bias[rows])
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         block = self.module
-        x = x + block.ls_1(call_linear(block.attn.out_proj, merge_heads(attended)))
+        x = x + block.ls_1(block.attn.out_proj(merge_heads(attended)))
         return x + block.ls_2(self.mlp(block.ln_2(x)))
 
     def mlp(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D). QuickGELU, h * sigmoid(1.702 h), is computed as silu(1.702 h) / 1.702: the same
         function, and the backward pass needs one tensor of the hidden width instead of two."""
         mlp = self.module.mlp
-        hidden = call_linear(mlp.c_fc, x)
-        quick = type(mlp.gelu).__name__ == "QuickGELU"
-        return call_linear(mlp.c_proj, F.silu(1.702 * hidden) / 1.702 if quick else mlp.gelu(hidden))
+        if type(mlp.gelu).__name__ != "QuickGELU":
+            return mlp(x)
+        return mlp.c_proj(F.silu(1.702 * mlp.c_fc(x)) / 1.702)
 
 
 class Step(NamedTuple):

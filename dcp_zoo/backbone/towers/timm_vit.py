@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from dcp_zoo.backbone._torch import call_linear, linear
 from dcp_zoo.backbone.inputs import Tokens
 from dcp_zoo.backbone.towers.open_clip import (
     HIDDEN,
@@ -43,35 +43,24 @@ class TimmBlock(Block):
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         block, attn = self.module, self.module.attn
         y = merge_heads(attended)
-        y = call_linear(attn.proj, attn.norm(y) if hasattr(attn, "norm") else y)
+        y = attn.proj(attn.norm(y) if hasattr(attn, "norm") else y)
         if self.post_norm:
             x = x + block.norm1(y)
-            return x + block.norm2(self.mlp(x))
+            return x + block.norm2(block.mlp(x))
         x = x + _scaled(block, 1, y)
-        return x + _scaled(block, 2, self.mlp(block.norm2(x)))
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D); an MLP of another kind than the two most common is called as it is."""
-        mlp = self.module.mlp
-        kind = type(mlp).__name__
-        if kind not in ("Mlp", "SwiGLU"):
-            return mlp(x)
-        hidden = mlp.act(call_linear(mlp.fc1 if kind == "Mlp" else mlp.fc1_g, x))
-        if kind == "SwiGLU":
-            hidden = hidden * call_linear(mlp.fc1_x, x)
-        return call_linear(mlp.fc2, mlp.norm(hidden))
+        return x + _scaled(block, 2, block.mlp(block.norm2(x)))
 
     def project(self, normed: Tensor, parts: str) -> Tensor:
         """From one layer or from three."""
         attn = self.module.attn
         if attn.qkv is None:
-            return torch.cat([call_linear(getattr(attn, f"{part}_proj"), normed) for part in parts], -1)
+            return torch.cat([getattr(attn, f"{part}_proj")(normed) for part in parts], -1)
         d = attn.qkv.weight.shape[0] // 3
         rows = slice(d) if parts == "q" else slice(d, None)
         bias = attn.qkv.bias
         if bias is None and getattr(attn, "q_bias", None) is not None:  # EVA's, which are kept apart
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-        return linear(normed, attn.qkv.weight[rows], None if bias is None else bias[rows])
+        return F.linear(normed, attn.qkv.weight[rows], None if bias is None else bias[rows])
 
     def rotate(self, x: Tensor) -> Tensor:
         """(..., H, L, d) of prefix tokens, patches and prompts; only the patches are turned."""
