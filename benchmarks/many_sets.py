@@ -46,8 +46,8 @@ RESULTS = Path(__file__).parent / "results"
 COLUMNS = "weights set classes images_per_class seed method reading top1 ece nll test_images train_cpu_seconds".split()
 MODEL, TEST_IMAGES, VAL_IMAGES = "dcp_mini", 800, 4  # at most so many test images, and validation images per class
 ON_FEATURES = ("zero-shot-ensemble", *(name for name, each in METHODS.items() if each.features))
-RECIPES = {"dcp, fast": "fast", "dcp, paper": "paper", "dcp, release": "release"}  # where not the method's default
-QUICK = ("zero-shot", "zero-shot-ensemble", "text-probe", "dcp", "dcp, fast", "coop", "prolip")
+RECIPES = {"dcp, paper": "paper", "dcp, release": "release"}  # where not the method's default
+QUICK = ("zero-shot", "zero-shot-ensemble", "text-probe", "dcp", "coop", "prolip")
 SLOW = ("2sfs", "vpt-deep", "maple", "promptsrc", "clip-lora", "clip-svd")
 # images per class, and draws
 AUTHORS = ("dcp, paper", "dcp, release")

@@ -40,7 +40,7 @@ from dcp_zoo.training.evaluation import EVAL_BATCH, predict, read, top1
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.text_probe import fit_probe, on_cpu
-from dcp_zoo.training.recipes import named_recipe
+from dcp_zoo.training.recipes import AUTHORS, Recipe
 from dcp_zoo.training.run import plan
 from dcp_zoo.training.sources import ImageSource
 
@@ -49,8 +49,8 @@ OTHERS = ("flowers", "EuroSAT", "groceries", "scenes", "hand signs", "corn leave
 NEW, CROSS, SHIFT = "base-to-new", "cross-dataset", "domain-shift"  # protocols
 TRAINED = [*((SHIFT, name) for name in STYLES), (NEW, "Caltech-101"), (NEW, "flowers"), (CROSS, "Caltech-101")]
 ON_FEATURES = ("zero-shot", "linear-probe", "gda", "lp-plus-plus", "clap", "text-probe")
-NAMED = {"dcp, paper": "paper", "dcp, release": "release", "dcp, fast": "fast"}
-PROMPTS = ("dcp", "dcp, fast", "coop", "maple", "promptsrc", "dcp, paper", "dcp, release", "clip-lora")
+NAMED = {"dcp, paper": "paper", "dcp, release": "release"}
+PROMPTS = ("dcp", "coop", "maple", "promptsrc", "dcp, paper", "dcp, release", "clip-lora")
 IMAGES = 16  # per class
 HEAD = "weights protocol trained_on images_per_class seed method".split()
 TRANSFER = [*HEAD, "reading", "target", "top1", "test_images", "cpu_seconds"]
@@ -109,7 +109,7 @@ def prompts(
             split = of_part(draw(pools[name], IMAGES, seed), protocol)
             first = method.split(",")[0]
             recipe = METHODS[first].recipe(MODEL, "folder", IMAGES, protocol)
-            recipe = named_recipe(NAMED[method], MODEL) if method in NAMED else recipe
+            recipe = Recipe(**AUTHORS[NAMED[method]]) if method in NAMED else recipe
             run = plan(split, MODEL, first, seed=seed, recipe=recipe, classifier="none", device="cpu")
             tested = {target: (pools[target][0], test_of(pools[target])) for target in targets_of(protocol, name)}
             task = run.task(split, frozen_clip(), progress_bar)

@@ -35,7 +35,6 @@ HEAD, OTHER = "dcp_mini.caltech101-16shot", "dcp_mini.pacs_photo-16shot"
 SHOWN = {  # in the plot of averages, with their colours
     "DCP": "#999999",
     "Text probe": "#0072B2",
-    "DCP, fast + text probes": "#009E73",
     "DCP + text probes": "#D55E00",
 }
 

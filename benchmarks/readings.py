@@ -37,9 +37,9 @@ def probed(clip: FrozenCLIP, widths: Sequence[Sequence[int]], encoders: Sequence
     return head.eval()
 
 
-def prompted(clip: FrozenCLIP, images: torch.Tensor, readings: int, blocks: int) -> Head:
-    """A DCP with random prompts in the last blocks, whose text probe reads its own features, or also plain CLIP's."""
-    head = DCP(clip, NAMES, prompted_blocks=blocks).eval()
+def prompted(clip: FrozenCLIP, images: torch.Tensor, readings: int) -> Head:
+    """A DCP with random prompts, whose text probe reads its own features, or also plain CLIP's."""
+    head = DCP(clip, NAMES).eval()
     head.store_stats(images)
     widths = [reading.widths for reading in head.readings[:readings]]
     head.text_probe = TextProbe(head.classes, widths, clip.num_features)
@@ -58,13 +58,8 @@ def heads(model: str) -> dict[str, Head]:
     }
     if model != WITH_PROMPTS:
         return found
-    images, every = torch.randn(4, 3, *size), len(clip.vision_tower.blocks)
-    return found | {
-        "DCP, last three blocks": prompted(clip, images, 1, 3),
-        "DCP, last three blocks, both readings": prompted(clip, images, 2, 3),
-        "DCP, all blocks": prompted(clip, images, 1, every),
-        "DCP, all blocks, both readings": prompted(clip, images, 2, every),
-    }
+    images = torch.randn(4, 3, *size)
+    return found | {"DCP": prompted(clip, images, 1), "DCP, both readings": prompted(clip, images, 2)}
 
 
 @torch.inference_mode()

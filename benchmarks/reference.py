@@ -26,9 +26,6 @@ def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
     y = torch.cat([y[:, :start], first, y[:, start + m :]], 1)
 
     vision_blocks, text_blocks = vision_blocks_of(model), list(text.transformer.resblocks)
-    if config.prompted_blocks:
-        x, y = frozen_start(model, x, y, inside, mask, rope)
-        vision_blocks, text_blocks = vision_blocks[-config.prompted_blocks :], text_blocks[-config.prompted_blocks :]
     for i in range(max(len(vision_blocks), len(text_blocks))):
         if 1 <= i <= min(config.depth, len(vision_blocks) - 1, len(text_blocks) - 1):
             cmpa: Any = model.cmpa[0 if config.share_cmpa else i - 1]
@@ -54,22 +51,6 @@ def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
 
 def vision_blocks_of(model: DCP) -> list[Any]:
     return [block.module for block in model.encoder.vision_tower.blocks]
-
-
-def frozen_start(model: DCP, x: torch.Tensor, y: torch.Tensor, inside: slice, mask: Any, rope: Any) -> tuple[Any, ...]:
-    """x, y as they enter the first block with prompts: those before run without the prompts' tokens."""
-    m, late, prompts = model.config.n_ctx, model.config.prompted_blocks, model.prompts
-    x, rope_without = x[:, :-m], None if rope is None else rope[:-m]
-    for block in vision_blocks_of(model)[:-late]:
-        x = block(x) if rope is None else block(x, rope=rope_without)
-    outside = [i for i in range(y.shape[1]) if i not in range(inside.start, inside.stop)]
-    names = y[:, outside]
-    mask = None if mask is None else mask[..., outside, :][..., outside]
-    for block in list(model.encoder.text.transformer.resblocks)[:-late]:
-        names = block(names, attn_mask=mask)
-    x = torch.cat([x, prompts["vision"].expand(len(x), -1, -1)], 1)
-    y = torch.cat([names[:, : inside.start], prompts["text"].expand(len(y), -1, -1), names[:, inside.start :]], 1)
-    return x, y
 
 
 def embed_images(visual: Any, images: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.Tensor, Any]:

@@ -31,7 +31,6 @@ DATASET, CLASSES, IMAGES = "pacs_photo", 5, 20
 RUNS = {
     "text-probe": (),
     "dcp": ("--method", "dcp"),
-    "dcp, recipe fast": ("--method", "dcp", "--recipe", "fast"),
 }
 COLUMNS = "commit model method threads classes images_per_class processor_seconds peak_mb seconds_per_step".split()
 

@@ -11,7 +11,7 @@ from dcp_zoo.tables import NONE
 DISTANCE_WEIGHT = 4.0  # of the distance in `in_distribution_score`, beside the entropy in nats
 Ranked = list[Values]  # of one image, best first: {"class": name, "probability": from 0 to 1}
 # "predictions", the ranked classes; "rejected", if that was asked for. Of an image in a file also "image", its name,
-# and "error" in place of the others if it cannot be read; of images answered together "alone", each one's class alone
+# and "error" alone if it cannot be read; with --together "alone", the class without the other images
 Row = Values
 
 
@@ -72,7 +72,7 @@ class Outputs(NamedTuple):
         return Outputs(*parts)
 
     def among(self, sound: Sequence[bool]) -> "Outputs":
-        """The first rows, as those of the `sound` ones among all images: the others are NaN, and not rejected."""
+        """Rows for all images: these for the `sound` ones, in order, and NaN, not rejected, for the rest."""
         if all(sound):
             return self
         parts = list[Any](self)

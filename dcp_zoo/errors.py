@@ -25,7 +25,7 @@ class ZooError(ValueError):
 
     @property
     def reason(self) -> str:
-        """Its cause alone, which others may share, or the whole message."""
+        """The cause alone, without the name of the image or file; or the whole message."""
         return str(self.__cause__ or self) or "damaged"
 
 

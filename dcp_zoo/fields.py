@@ -48,7 +48,7 @@ def check(where: object, wrong: Iterable[str], advice: str = "") -> None:
 
 def problems(values: object, kind: type, name: str = "") -> Iterator[str]:
     """What is wrong with values that are to be the fields of `kind`: a dataclass, of which some may be missing, or a
-    TypedDict, to which others may be added. `name` is that of the values as a whole."""
+    TypedDict, to which more may be added. `name` is that of the values as a whole."""
     if not isinstance(values, Mapping):
         yield f"{name or 'it'} must be names with values, not {shortened(values)}"
         return

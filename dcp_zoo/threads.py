@@ -10,8 +10,8 @@ PASSIVE = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 
 
 def wait_passively() -> None:
-    """Let waiting threads sleep, not spin, which blocks others; OpenMP reads this when torch is imported. For a process
-    of the package's own: what is set stays set."""
+    """Let waiting threads sleep, not spin, which would keep a core busy; OpenMP reads this when torch is imported. For
+    the package's own processes: what is set stays set."""
     for name, value in PASSIVE.items():
         os.environ.setdefault(name, value)
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import is_typeddict
 
@@ -17,7 +16,7 @@ from dcp_zoo.backbone.classes import class_texts
 from dcp_zoo.backbone.mini import MINI_CFG
 from dcp_zoo.fields import kinds_of
 from dcp_zoo.files import LOCK, locked, write_file
-from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NEW_WEIGHTS, WEIGHTS_NAME, DCPConfig, HeadConfig, read_config
+from dcp_zoo.heads.config import COUPLINGS, WEIGHTS_NAME, DCPConfig, HeadConfig, read_config
 from dcp_zoo.heads.kinds import LinearHead
 
 NAMES = ["ant", "wild_cat", "emu"]
@@ -131,17 +130,6 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(folder, mini, monkeypat
     with pytest.raises(ZooError, match=r"No space left.*another directory"):
         mini.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-@pytest.mark.parametrize("committed", [False, True])
-def test_a_save_that_was_killed_is_undone_or_finished(folder, tmp_path, committed):
-    """Between its weights and its config.json, or after both; whoever comes first does it."""
-    other = create_model("dcp_mini", "clip", classnames=["cup"], n_ctx=4).save_pretrained(tmp_path / "other")
-    shutil.copy(other / WEIGHTS_NAME, folder / NEW_WEIGHTS)
-    if committed:
-        shutil.copy(other / CONFIG_NAME, folder)
-    assert create_model(f"local-dir:{folder}", True).classnames == (["cup"] if committed else NAMES)
-    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
 
 
 def test_a_head_is_not_written_while_another_process_does(folder, mini, monkeypatch):

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import reference
@@ -16,7 +16,7 @@ from dcp_zoo import DCP
 from dcp_zoo.backbone.inputs import Pixels
 from dcp_zoo.data import Item
 from dcp_zoo.training.loop import train
-from dcp_zoo.training.recipes import named_recipe
+from dcp_zoo.training.recipes import AUTHORS, Recipe
 from dcp_zoo.training.sources import ImageSource
 
 OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10)
@@ -105,7 +105,7 @@ class OneBatch(ImageSource):
 def test_ten_steps_of_the_authors_trainer(golden, tiny_clip, name):
     """Losses of the authors' code, with its optimizer and schedule, one step in each of the first ten epochs: as it was
     released, and with its new text prompts written back, as in the paper."""
-    recipe = replace(named_recipe(name, "dcp_vitb16"), stop_epoch=10)
+    recipe = Recipe(**AUTHORS[name], stop_epoch=10)
     expected = json.loads((GOLDEN / "trajectory.json").read_text())[recipe.coupling]
     model = with_weights(DCP(tiny_clip, golden["classnames"], recipe.config), load_file(GOLDEN / expected["case"]))
     labels = golden["labels"]
@@ -117,11 +117,8 @@ def test_ten_steps_of_the_authors_trainer(golden, tiny_clip, name):
 def test_words_of_the_phrase_beyond_the_prompts_stay(golden, tiny_clip):
     """The authors' code reads "p1 p2 of a name." after two prompts from "a photo of a"."""
     expected = json.loads((GOLDEN / "trajectory.json").read_text())["phrase"]
-    model = DCP(
-        tiny_clip,
-        golden["classnames"],
-        named_recipe("release", "dcp_vitb16").updated({"n_ctx": expected["n_ctx"]}).config,
-    )
+    recipe = Recipe(**AUTHORS["release"], n_ctx=expected["n_ctx"])
+    model = DCP(tiny_clip, golden["classnames"], recipe.config)
     text = model.prompts["text"].detach().clone()
     with_weights(model, load_file(GOLDEN / expected["case"])).prompts["text"].data.copy_(text)
     images, labels = golden["backbone"]["images"], torch.tensor(golden["labels"])

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import close, three_digits
+from helpers import three_digits
 from PIL import Image
 from shared import build_tiny_clip
 from timm.data import create_transform
@@ -20,10 +20,9 @@ from dcp_zoo.data import Item
 from dcp_zoo.files import LOCK, locked
 from dcp_zoo.heads.config import STATE_NAME
 from dcp_zoo.training.loop import _mix, train
-from dcp_zoo.training.methods.dcp import frozen_tokens
 from dcp_zoo.training.recipes import Recipe, default_recipe
 from dcp_zoo.training.run import RunOptions, plan, train_head
-from dcp_zoo.training.sources import ImageSource, image_source, no_progress
+from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.training.state import TrainingState
 from dcp_zoo.zoo.build import plain_clip
 
@@ -53,28 +52,17 @@ def views(ten) -> ImageSource:
 @pytest.fixture
 def start(golden, ten, views):
     """Creates a small model with fresh prompts and its images: "crop-flip" read in this process, "workers" by two
-    others, "views" of a hybrid CLIP's tokens, or "late", the tokens that enter the first block with prompts."""
+    others, or "views" of a hybrid CLIP's tokens."""
 
     def make(kind: str = "crop-flip") -> tuple[DCP, ImageSource]:
         torch.manual_seed(1)
-        if kind in ("views", "late"):
-            late = {"prompted_blocks": 2} if kind == "late" else {}
-            model = create_model("dcp_mini", "clip", classnames=["grey", "red"], n_ctx=2, depth=2, **late)
-            return model, frozen_tokens(model, views, views, no_progress)[0]
+        if kind == "views":
+            return create_model("dcp_mini", "clip", classnames=["grey", "red"], n_ctx=2, depth=2), views
         model = DCP(build_tiny_clip(golden), ["ant", "brontosaurus"], n_ctx=2)
         transform = create_transform(32, is_training=True, color_jitter=0.0)
         return model, ImageSource(model.encoder, ten, transform, workers=2 if kind == "workers" else 0)
 
     return make
-
-
-def test_stored_tokens_say_what_the_images_say(start, views):
-    """All parts of each reading, what the stem says of the whole image too, to half precision."""
-    model, late = start("late")
-    for reading in model.readings:
-        read = late.read_by(reading, 1)
-        assert read.shape[-1] == sum(reading.widths)
-        assert close(read, views.read_by(reading, 1), 2e-3)
 
 
 def stop_after(steps: int, error: BaseException):
@@ -101,7 +89,6 @@ def stop_training(given: tuple[DCP, ImageSource], folder, steps: int, run=None, 
     [
         ("crop-flip", "float32", 1),
         ("views", "float32", 3),
-        ("late", "float32", 3),
         ("crop-flip", "bfloat16", 4),
         ("crop-flip", "float16", 1),
     ],
@@ -117,18 +104,6 @@ def test_a_stopped_run_resumes_bit_for_bit(start, tmp_path, kind, precision, ste
     assert train(*stopped, RECIPE, precision=precision, state=TrainingState(tmp_path / STATE_NAME)) == losses
     trained, expected = (model._trained_state() for model, _ in (stopped, uninterrupted))
     assert all(torch.equal(trained[name], tensor) for name, tensor in expected.items())
-
-
-def test_a_flat_loss_ends_the_run_also_after_a_stop(start, tmp_path, monkeypatch):
-    recipe = replace(RECIPE, lr=0.0, weight_decay=0.0, epochs=5, flat_epochs=1)
-    monkeypatch.setattr("dcp_zoo.training.recipes.NOT_LEARNT", 0.0)
-    assert len(train(*start("late"), recipe)) == 2 * 5, "flat, but not learnt"
-    monkeypatch.setattr("dcp_zoo.training.recipes.NOT_LEARNT", 9.0)
-    assert len(train(*start("late"), recipe)) == 2 * 2, "twice one epoch of two steps"
-    assert len(train(*start("late"), replace(recipe, flat_epochs=None))) == 2 * 5
-    state = tmp_path / STATE_NAME
-    whole = train(*start("late"), recipe, state=TrainingState(state))
-    assert train(*start("late"), recipe, state=TrainingState(state)) == whole
 
 
 def test_the_state_of_another_run_and_a_damaged_one_are_rejected(start, tmp_path):

@@ -100,7 +100,7 @@ def test_every_way_to_name_a_head_loads_that_head(model):
 
 
 def test_models_are_functions_to_import():
-    """In `dcp_zoo.models`, which names them one by one, for type checkers; timm has the same."""
+    """In `dcp_zoo.models`, whose functions are those that timm has."""
     assert models.__all__ == list(MODELS)
     for name in models.__all__:
         function = getattr(models, name)

@@ -133,11 +133,11 @@ def build_dcp(kind: str, **options: Any) -> DCP:
     return loud(DCP(clip, NAMES, n_ctx=3, tokenizer=tokenizer, **options)).eval()
 
 
-OPTIONS = [{}, {"coupling": "text_to_vision", "share_cmpa": False, "pooling": "max"}, {"prompted_blocks": 2}]
+OPTIONS = [{}, {"coupling": "text_to_vision", "share_cmpa": False, "pooling": "max"}]
 
 
 def test_logits_and_gradients_equal_the_plain_forward_pass(kind):
-    options = OPTIONS[[*KINDS].index(kind) % 3]
+    options = OPTIONS[[*KINDS].index(kind) % 2]
     model = build_dcp(kind, **options)
     logits, expected = model(IMAGES), reference.forward(model, IMAGES)
     assert close(logits, expected)
@@ -183,7 +183,7 @@ def inside(tower: VisionTower, images: torch.Tensor) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def test_what_is_read_of_the_inside_is_what_the_library_computes(kind):
     """Also by DCP's fused head and by a head that reads less; a pooling by attention reads the last block itself."""
-    model = build_dcp(kind, prompted_blocks=(None, 2)[[*KINDS].index(kind) % 2])
+    model = build_dcp(kind)
     plain, images = model.encoder, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     found = dict(zip(plain.parts, plain.read(images).split(plain.widths, 1), strict=True))
     expected = inside(plain.vision_tower, images)
@@ -254,12 +254,12 @@ def test_text_prompts_that_are_words_give_the_sentence(kind):
 
 @torch.no_grad()
 def test_calibrated_fused_and_independent_of_the_batch(kind):
-    model = build_dcp(kind, prompted_blocks=(None, 2)[[*KINDS].index(kind) % 2])
+    model = build_dcp(kind)
     model.store_stats(2 * torch.randn(5, 3, 32, 32))
     logits = model(IMAGES)
     assert close(model(IMAGES[:1]), logits[:1])
     assert close(model.fuse()(IMAGES), logits)
-    assert close(model(model.encoder.enter(IMAGES, model.first_block)), logits)
+    assert close(model(model.encoder.enter(IMAGES)), logits)
     assert close(model.encode_text(NAMES[::-1]), model.encode_text().flip(0))
 
 

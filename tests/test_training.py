@@ -9,13 +9,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import close, three_digits
+from helpers import three_digits
 from torch.nn import functional as F
 
 import dcp_zoo.training.run as training_run
 from dcp_zoo import ZooError, create_model
 from dcp_zoo.backbone.inputs import Pixels, Tokens
-from dcp_zoo.backbone.towers.open_clip import VisionTower
 from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
 from dcp_zoo.training.evaluation import predict, top1, warn_if_not_learnt
 from dcp_zoo.training.loop import objective, train
@@ -174,20 +173,6 @@ def test_targets_are_zero_shot_features_of_the_view_or_of_the_whole_image(source
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
     _, _, targets = next(iter(crops.batches(8, torch.Generator().manual_seed(1))))
     torch.testing.assert_close(targets, encode(next(iter(whole.batches(8)))[0])[order], atol=1e-5, rtol=1e-4)
-
-
-def test_late_coupling_computes_the_frozen_blocks_once(sources, monkeypatch):
-    """The same training, up to half precision, as when every step runs all blocks."""
-    blocks = Mock(side_effect=VisionTower.block)
-    monkeypatch.setattr(VisionTower, "block", lambda *args, **kwargs: blocks(*args, **kwargs))
-    task = a_task(sources, "flip", prompted_blocks=2, classifier="none")
-    found = fit_head("dcp", task)
-    early = [call for call in blocks.call_args_list if call.args[1] < 4]
-    assert len(early) == 4 * 2, "one batch of each view"
-    monkeypatch.setattr("dcp_zoo.training.methods.dcp.total_memory", lambda device: 0)
-    expected = fit_head("dcp", task)
-    assert found.info["last_loss"] == pytest.approx(expected.info["last_loss"], rel=1e-2)
-    assert close(*(predict(head, task.train, 8) for head in (found, expected)), 2e-2)
 
 
 def test_training_images_that_are_not_learnt_are_warned_about(sources):

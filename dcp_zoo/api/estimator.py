@@ -68,7 +68,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
             up to 512 MB are kept within a process: further fits, folds and methods on the same images are fast.
         verbose: show progress bars. Default: in a terminal or notebook.
         errors: "raise" `dcp_zoo.UnreadableImages`, as scikit-learn does for bad rows; it names all images that cannot
-            be read. Or "keep" the others, with a warning: of the bad ones labels, probabilities and features are NaN,
+            be read. Or "keep" on without them, with a warning: their labels, probabilities and features are NaN,
             and `fit` and `score` leave them out.
 
     Attributes:
@@ -196,7 +196,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
 
     def score(self, images: Images, labels: Labels = None, sample_weight: Weights = None) -> float:
         """Accuracy from 0 to 1 on labelled images, which may be a folder with one folder per class, by its name or its
-        label. As in scikit-learn, images of the training count as well: for an honest figure pass others. ZooError for
+        label. As in scikit-learn, training images count as well: for an honest figure pass new ones. ZooError for
         a folder of another class."""
         if labels is None:
             items = with_classes(images, None, self.classes_.tolist(), self._head().classnames)
@@ -204,7 +204,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         predicted = self.predict(images)
         check_consistent_length(predicted, labels, sample_weight)
         if not (readable := [i for i, label in enumerate(predicted) if not is_nan(label)]):
-            raise ZooError("None of these images can be read: pass others.")
+            raise ZooError("None of these images can be read: pass readable ones.")
         weights = None if sample_weight is None else np.asarray(sample_weight)[readable]
         answers = predicted[readable].astype(self.classes_.dtype)
         return float(accuracy_score(np.asarray(one_column(labels))[readable], answers, sample_weight=weights))

@@ -71,8 +71,8 @@ def train(
             first; or another name in `dcp_zoo.training.METHODS`.
         classifier: fitted on image features after training: "text-probe", or "none" for the method's own logits.
             Default: the recipe's, which for DCP is "text-probe".
-        recipe: changes such as {"lr": 1e-3}, a recipe, or a name: "fast" for late coupling, "release" for
-            the authors' code, "paper" for their paper's coupling. Default: the method's, fitted to the images.
+        recipe: changes such as {"lr": 1e-3}, a recipe, or a name: "release" for the authors' code, "paper" for their
+            paper's coupling. Default: the method's, fitted to the images.
         classnames: names of the classes, which CLIP reads, by label, or in the order of the labels. Default: these.
         groups: one per image, the same for photographs that were taken together, such as those of a burst: what is
             measured to weigh images against texts is never measured across a group. Default: these are found, by near
@@ -82,9 +82,9 @@ def train(
         output: folder for the checkpoint, from which a stopped training on the same images resumes. Default: nothing
             is written.
         errors: "raise" `dcp_zoo.UnreadableImages` for images that cannot be read, as scikit-learn raises for bad rows,
-            or "keep" the others and train on these, with a warning.
+            or "keep": train without them, with a warning.
         options: `shots`, training images per class, at most (default: all); `seed` of all randomness (1); `device`,
-            "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16", "release" or "auto", the
+            "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16" or "auto", the
             default: bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode
             images (0: threads of this one); `encoder`, an image model of timm, or several, that the text probe
             reads beside CLIP, such as "vit_small_patch14_dinov2.lvd142m"; and the fields of
@@ -156,7 +156,7 @@ def evaluate(
             affects the predictions.
         device, precision, progress: see `train`; default: the device where the model is, or "auto" for a name.
         errors: "raise" `dcp_zoo.UnreadableImages`, which names all images that cannot be read, before anything is
-            computed if few bytes of the files tell; or "keep" the others and measure these, with a warning.
+            computed if few bytes of the files tell; or "keep": measure without them, with a warning.
     """
     with lent(model, device) as head:
         items = with_classes(images, labels, head.classnames)
@@ -193,7 +193,7 @@ def predict(
             be refused as well.
         together: refine each prediction with the other images; those that are rejected have no influence.
         batch_size: images per forward pass: fewer need less memory; it does not affect the predictions.
-        errors: "raise", see `evaluate`; or "keep" the predictions of the others, with a `dcp_zoo.UnreadableImages`,
+        errors: "raise", see `evaluate`; or "keep": predict the rest, with a `dcp_zoo.UnreadableImages`,
             not raised, in the place of each image that cannot be read.
     """
     check_range("top_k", top_k, 1)
@@ -259,8 +259,8 @@ def explain(head: Head | str, image: ImageLike, class_: str | None = None) -> Ex
     """Where in an image the logit of a class comes from. ZooError for an image tower without blocks, such as a
     ResNet's, for a head whose logits are no linear function of its features, and as of `predict`.
 
-    Exact for what is a mean over positions, of whose shares the logit is the sum. A share in what the class token says
-    is that by the gradient through the last block, against the mean patch. Encoders beside CLIP are left out.
+    Exact where the head reads a mean over positions: the logit is the sum of their shares. What the class token adds is
+    shared out by the gradient through the last block, relative to the mean patch. Encoders beside CLIP are left out.
 
     Args:
         head: or its name or folder.

@@ -59,11 +59,11 @@ def _normalised(name: str) -> str:
 def sentences_of(names: Sequence[str], descriptions: Descriptions) -> dict[str, list[str]]:
     """The sentences of each class; ZooError if there are none for one."""
     similar = {_normalised(name): sentences for name, sentences in descriptions.items()}
-    found = {name: list(descriptions.get(name) or similar.get(_normalised(name)) or []) for name in names}
-    if missing := [name for name, sentences in found.items() if not sentences]:
+    by_class = {name: list(descriptions.get(name) or similar.get(_normalised(name)) or []) for name in names}
+    if missing := [name for name, sentences in by_class.items() if not sentences]:
         problem = f"The descriptions have no sentences for {shorten(list(map(repr, missing)), 5)}"
         raise ZooError(f"{problem}: pass descriptions (--descriptions FILE.json) with at least one for every class.")
-    return found
+    return by_class
 
 
 def saved_texts(names: Sequence[str], texts: Texts) -> object:
@@ -77,16 +77,16 @@ def class_texts(names: Sequence[str], texts: Texts) -> tuple[list[str], list[int
     """The texts of all classes in order, and how many each has; None for one each. ZooError if one is no text, or there
     are none for a class."""
     if isinstance(texts, Mapping):
-        found = [sentences_of(names, texts)[name] for name in names]
+        of_each = [sentences_of(names, texts)[name] for name in names]
     else:
         templates = [texts] if isinstance(texts, str) else texts
         if not templates:
             raise ZooError("There is no template for class names: pass one or more, such as 'a photo of a {}.'")
-        found = [[template.replace("{}", name.replace("_", " ")) for template in templates] for name in names]
-    sentences = [text for own in found for text in own]
+        of_each = [[template.replace("{}", name.replace("_", " ")) for template in templates] for name in names]
+    sentences = [text for own in of_each for text in own]
     if unreadable := [text for text in sentences if re.search("[\ud800-\udfff]", text)]:
         raise ZooError(f"CLIP cannot read {unreadable[0]!r}, which is not in UTF-8: rename the class, or its folder.")
-    return sentences, None if isinstance(texts, str) else [len(own) for own in found]
+    return sentences, None if isinstance(texts, str) else [len(own) for own in of_each]
 
 
 def same_texts(names: Sequence[str], one: Texts, other: Texts) -> bool:

@@ -175,20 +175,17 @@ class FrozenCLIP(Frozen):
 
     # --- images ---
 
-    def encode_image(
-        self, images: Images, prompts: Sequence[Tensor] = (), first: int = 0, run: Runner = call
-    ) -> Tensor:
+    def encode_image(self, images: Images, prompts: Sequence[Tensor] = (), run: Runner = call) -> Tensor:
         """Images, in any form -> normalised features (B, E). ZooError for prompts in an image tower without blocks.
 
         Args:
             images: pixels (B, 3, H, W), normalised as `create_transform` does, or other `Inputs`.
-            prompts: (M, Dv) beside the image's own tokens, those for each block from `first` on, see `entering`.
+            prompts: (M, Dv) beside the image's own tokens, those for each of the first blocks, see `entering`.
             run: calls each block, such as with gradient checkpointing.
         """
         if not prompts:
             return self.read(images, 1)[:, : self.num_features]
-        entering = self.enter(images, first)
-        return self.vision_tower.features(self.vision_tower.run(entering.x, prompts, entering.block, run=run))
+        return self.vision_tower.features(self.vision_tower.run(self.enter(images).x, prompts, run=run))
 
     def read(self, images: Images, parts: int | None = None) -> Tensor:
         """Images, in any form -> so many of the `parts`, by default all that the image tower says of them, each
@@ -200,11 +197,10 @@ class FrozenCLIP(Frozen):
             return F.normalize(self.clip.encode_image(inputs.x), dim=-1)
         return self.vision_tower.read(self.enter(inputs), (), parts)
 
-    def enter(self, images: Images, block: int = 0) -> Tokens:
-        """Images -> the tokens (B, N, Dv) that enter a block, or a later one if they are tokens that do."""
+    def enter(self, images: Images) -> Tokens:
+        """Images -> the tokens (B, N, Dv) that enter the first block; given tokens stay as they are."""
         inputs, tower = as_inputs(images), self.vision_tower
-        entering = inputs.to(tower.dtype) if isinstance(inputs, Tokens) else tower.embed(inputs.x)
-        return tower.enter(entering, max(entering.block, block))
+        return inputs.to(tower.dtype) if isinstance(inputs, Tokens) else tower.embed(inputs.x)
 
     def entering(self, prompts: Sequence[Tensor]) -> list[Tensor]:
         """Learned prompts (M, Dv) as they enter the blocks: the first through `ln_pre`, as all tokens do."""
@@ -328,7 +324,6 @@ class Reading:
     encode: Callable[[Images], Tensor]  # images, in any form -> the parts (B, ..), each normalised
     start: Callable[[], Linear] | None = None  # logits by the first part: weight (C, E), bias (C,); None without text
     prompts: Callable[[], list[Tensor]] | None = None  # (M, Dv), that enter its blocks; None if there are none
-    first: int = 0  # the first block that they enter
 
     @property
     def widths(self) -> tuple[int, ...]:

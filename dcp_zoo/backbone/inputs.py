@@ -45,20 +45,19 @@ class Pixels(Inputs):
 
 @dataclass(frozen=True)
 class Tokens(Inputs):
-    """What enters a block of a frozen image tower: tokens (B, N, Dv)."""
+    """What enters the blocks of a frozen image tower: tokens (B, N, Dv)."""
 
-    block: int = 0
-    seen: Tensor | None = None  # (B, V), what `VisionTower.read` gives of what is before this block
+    seen: Tensor | None = None  # (B, V), what `VisionTower.read` gives of the stem before the blocks
 
     def packed(self) -> Tensor:
         """One row per image (B, N Dv + V), as they are stored."""
         return torch.cat([self.x.flatten(1), *([] if self.seen is None else [self.seen])], 1)
 
     @classmethod
-    def unpacked(cls, rows: Tensor, shape: tuple[int, int], block: int = 0) -> "Tokens":
+    def unpacked(cls, rows: Tensor, shape: tuple[int, int]) -> "Tokens":
         """The tokens of `packed` rows, of the shape (N, Dv)."""
         size = math.prod(shape)
-        return cls(rows[:, :size].unflatten(1, shape), block, rows[:, size:] if rows.shape[1] > size else None)
+        return cls(rows[:, :size].unflatten(1, shape), rows[:, size:] if rows.shape[1] > size else None)
 
 
 class Features(Inputs):

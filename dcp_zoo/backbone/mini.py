@@ -87,12 +87,12 @@ class Stem(nn.Module):
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> the last maps (B, 1280, H / 32, W / 32), and the means over positions of these and of the
         earlier stages' (B, 1280 + 208)."""
-        found = []
+        parts = []
         for part in cache_sized(x):
             *earlier, last = self.stages(part)
             last = self.widen(last)
-            found.append((last, torch.cat([maps.mean((2, 3)) for maps in (last, *earlier)], 1)))
-        maps, means = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*found, strict=True))
+            parts.append((last, torch.cat([maps.mean((2, 3)) for maps in (last, *earlier)], 1)))
+        maps, means = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*parts, strict=True))
         return maps, means
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 1280, H / 32, W / 32)

@@ -123,7 +123,7 @@ def check_data(trials: Sequence[Trial], data_root: Path | None) -> None:
         except ZooError as error:
             problems.append(f"- {error}")
     if problems:
-        few = "Get what is missing, or choose others by --datasets and --targets."
+        few = "Get what is missing, or choose other datasets by --datasets and --targets."
         raise ZooError("\n".join(["These trials need images that cannot be read:", *problems, few]))
 
 

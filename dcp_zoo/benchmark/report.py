@@ -67,7 +67,7 @@ def title(method: str) -> str:
 
 
 def _ranks(known: Iterable[str], given: Iterable[str]) -> dict[str, int]:
-    """Sort keys: names in the project's tables first, in table order, then the others by name."""
+    """Sort keys: names in the project's tables first, in table order, then unknown names, sorted."""
     known = list(known)
     names = [*known, *sorted(set(given) - set(known))]
     return {name: i for i, name in enumerate(names)}

@@ -1,5 +1,5 @@
 """Run trials: a method is trained on one few-shot subset and tested as its protocol requires. In a list of trials,
-finished ones are skipped, failures are recorded, and the others continue."""
+finished ones are skipped, failures are recorded, and the sweep goes on."""
 
 import os
 import socket
@@ -60,7 +60,7 @@ class Event:
 
 
 class TrialImages:
-    """Image sources for one CLIP, cached up to a quarter of the machine's memory; the least recently used go first."""
+    """Image sources for one CLIP, cached up to a quarter of the machine's memory; the least recent leave."""
 
     def __init__(self, model: str, device: str, data_root: Path | None, precision: str) -> None:
         self.device = pick_device(device)
@@ -139,7 +139,9 @@ def run_trial(
     results = _tests(trial, head, images, kept)
     known = run.info(subset)
     hashes = {"split_sha256": split.sha256, "subset_sha256": known["subset_sha256"] if trial.shots else ""}
-    if trial.method == settings.save_heads and trial.protocol == "few-shot":  # others train other heads of that name
+    if (
+        trial.method == settings.save_heads and trial.protocol == "few-shot"
+    ):  # other protocols: other heads of this name
         metrics = {f"top1_{entry['stats']}": entry["top1"] for entry in results}
         folder = head.save_pretrained(settings.output / SAVED_HEADS / trial.head, **head.info | {"metrics": metrics})
         hashes["head_sha256"] = sha256_of(folder / WEIGHTS_NAME)
@@ -179,7 +181,7 @@ def _tests(trial: Trial, head: Head, images: TrialImages, kept: store.Unfinished
         if split.classnames != head.classnames:
             head.set_classnames(split.classnames, find_spec(target).template)
         source = images.read(split.test)
-        modes = predict_modes(head, partial(read, head, source, batch_size, images.progress))
+        modes, _ = predict_modes(head, partial(read, head, source, batch_size, images.progress))
         if [*modes] == ["stored"] or not head.has_own_features:
             modes = {"": modes["stored"]}  # without its text probe it is another method
         for mode, logits in modes.items():

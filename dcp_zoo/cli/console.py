@@ -35,8 +35,8 @@ errors = SafeConsole(stderr=True, highlight=False)
 
 def progress_bar(items: Iterable[Any], what: str, total: int, **options: Any) -> Iterable[Any]:
     """The items with a bar of their number: in a terminal until the end; in a log a line now and then."""
-    in_log: Values = {} if errors.is_terminal else {"disable": False, "mininterval": QUIET, "delay": QUIET}
-    return bar(items, what, total, **in_log | options)
+    in_log: Values = {"disable": False, "leave": True, "mininterval": QUIET, "delay": QUIET}
+    return bar(items, what, total, **({} if errors.is_terminal else in_log) | options)
 
 
 def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -74,11 +74,11 @@ def advise(text: str) -> None:
 def rejection_note(info: Mapping[str, Any], reject: float = True) -> str:
     """What else a head with this `info` accepts if this share of its classes' images may be rejected; "" if unknown."""
     rate, fitted = REFUSED if reject is True else reject, info.get("text_probe", {})
-    like, others = (fitted.get(name, {}).get(f"{rate:g}") for name in ACCEPTED)
+    similar, everyday = (fitted.get(name, {}).get(f"{rate:g}") for name in ACCEPTED)
     said = []
-    if like is not None:
-        said += [f"Of things much like its classes it accepts about {like:.0f} %, as measured by leaving classes out"]
-        said[0] += "." if others is None else f"; of thirty everyday pictures {others:.0f} %."
+    if similar is not None:
+        said += [f"Of things much like its classes it accepts about {similar:.0f} %, measured by leaving classes out"]
+        said[0] += "." if everyday is None else f"; of thirty everyday pictures {everyday:.0f} %."
     if examples := fitted.get("examples"):
         said += [f"It rejects what is much like its {examples:,} examples of none of these."]
     measured = bool(fitted.keys() & set(ACCEPTED))  # for these classes

@@ -122,7 +122,7 @@ def _measured(
         return torch.from_numpy(outputs.logits), features
 
     conditions = {"stats": model.stats, "precision": precision, "batch_size": batch_size}
-    modes = predict_modes(model, read) if claim else {model.stats: read()[0]}
+    modes = predict_modes(model, read)[0] if claim else {model.stats: read()[0]}
     metrics, evaluation = measured(modes, refused[0], model.classnames, test)
     return evaluation, metrics, conditions
 

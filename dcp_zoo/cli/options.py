@@ -33,7 +33,7 @@ LABELS = (
 )
 PRECISION = (
     "auto (bfloat16 for a full-size model on devices with native bfloat16, else float32), float32 (the reference), "
-    "bfloat16, float16, or release (float16 weights, as in the code of DCP's authors)."
+    "bfloat16, or float16."
 )
 
 
@@ -168,8 +168,8 @@ def recipe_help(method: str = "") -> str:
 
 
 class Command(TyperCommand):
-    """A command that, if it has --set, answers --epochs 50 with a hint to --set epochs=50, and whose help lists the
-    recipe of a --method, and flags without the <bool> of Typer, which reads as if they took a value."""
+    """A command with --set answers --epochs 50 with a hint to --set epochs=50, and its help lists the recipe of a
+    --method. The help shows flags without Typer's <bool>, as they take no value."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         parameters: list[Any] = super().get_params(ctx)

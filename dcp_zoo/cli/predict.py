@@ -117,7 +117,7 @@ def explain_each(images: Sequence[str], predictor: "Predictor", folder: Path) ->
     assert isinstance(predictor.backend, HeadBackend)
     folder.mkdir(parents=True, exist_ok=True)
     for i, path in enumerate(images, 1):
-        if not isinstance(image := attempted(load_image, path), ZooError):  # of others, the error has been told
+        if not isinstance(image := attempted(load_image, path), ZooError):  # an error was printed above
             functions.explain(predictor.backend.head, image).picture().save(folder / f"{i}_{Path(path).stem}.png")
 
 

@@ -33,10 +33,7 @@ METHOD = (
     f"probe; takes longer), or another: {', '.join(METHODS)}. "
     "With --help: the fields of its recipe."
 )
-RECIPE = (
-    "For dcp: fast (prompts in the last three blocks only, in a fraction of the time), release (as in the authors' "
-    "code) or paper (the same with their paper's coupling)."
-)
+RECIPE = "For dcp: release (as in the authors' code) or paper (the same with their paper's coupling)."
 SKIP = "Replace them, or leave them out by --skip-unreadable."
 RECIPE_PANEL = "Recipe (default: the method's)"
 
@@ -67,7 +64,7 @@ def train(
     precision: opt.Precision = "auto",
     skip_unreadable: bool = Option(False, "--skip-unreadable", help="Leave out images that cannot be read."),
     overwrite: bool = Option(False, "--overwrite", help="Start again and replace the contents of the output folder."),
-    recipe: str | None = Option(None, metavar="fast|release|paper", help=RECIPE, rich_help_panel=RECIPE_PANEL),
+    recipe: str | None = Option(None, metavar="release|paper", help=RECIPE, rich_help_panel=RECIPE_PANEL),
     changes: list[str] = Option(
         (),
         "--set",

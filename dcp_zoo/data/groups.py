@@ -1,5 +1,5 @@
-"""Groups: images that were not taken independently of each other, such as the photographs of a burst. Nothing that is
-measured may have a part of a group for training and another for the test.
+"""Groups: images that were not taken independently of each other, such as the photographs of a burst. No measurement
+trains on one part of a group and tests on another.
 
 Images are in one group if one camera took them within `SECONDS` of each other, or if they are near copies: the same
 picture saved again, resized, mirrored, cropped, turned or with another exposure, as frames of a film are. Each image
@@ -97,7 +97,7 @@ def near_copies(features: np.ndarray, facts: np.ndarray) -> list[tuple[int, int]
 
 
 def _nearest(features: Tensor) -> Tensor:
-    """Pairs (m, 2) of each row (n, F) and its `NEAREST` others by the cosine, each once."""
+    """Pairs (m, 2) of each row (n, F) and the `NEAREST` rows by the cosine, each pair once."""
     x, pairs = F.normalize(features, dim=1), [torch.empty(0, 2, dtype=torch.long)]
     for cell in _cells(x):
         of_cell = x[cell]

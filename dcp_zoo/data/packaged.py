@@ -1,6 +1,6 @@
 """What this package has of datasets: the table `datasets.yaml` (names, layouts, prompts, sizes, terms, archives), class
-names, CoOp's splits, parts of two, and few-shot draws (MIT, see `coop/LICENSE`); and photographs. Of four datasets it
-has no split, but the draw of one per class and seed 1, which tells whether a split is CoOp's."""
+names, CoOp's splits, parts of two, and few-shot draws (MIT, see `coop/LICENSE`); and photographs. For four datasets it
+has, in place of the split, the draw of one image per class with seed 1: a split with this draw is CoOp's."""
 
 import json
 import lzma

@@ -230,7 +230,7 @@ def all_for_training(split: Split) -> Split:
 
 def divide(items: list[Item], test: float | None = None) -> tuple[list[Item], list[Item], list[Item]]:
     """Train, val and test images of each class, shuffled: half, a fifth and the rest; or, given the share for the test,
-    no val images and at least one for training. An image more in one class does not affect the others. A group is in
+    no val images and at least one for training. One more image in a class changes no other class. A group is in
     one part as a whole: parts may be smaller or larger, and one that spans classes is for training."""
     parts: dict[str, list[Item]] = {part: [] for part in PARTS}
     labels: dict[str, set[int]] = {}
@@ -252,7 +252,7 @@ def divide(items: list[Item], test: float | None = None) -> tuple[list[Item], li
     return parts["train"], parts["val"], parts["test"]
 
 
-DIGITS = 12  # of a hash: that one of 10,000 images is taken for one of 100,000 others happens in 1 of 280,000 cases
+DIGITS = 12  # of a hash: one of 10,000 images is taken for one of 100,000 different ones in 1 of 280,000 cases
 
 
 def image_hashes(items: Sequence[Item], known: Mapping[str, Facts] | None = None) -> dict[str, str]:

@@ -75,7 +75,7 @@ def all_named(items: Sequence[Item], advice: str = KEEP) -> Iterator[None]:
 
 
 def without_unreadable(split: Split, progress: Progress = bar) -> Split:
-    """The images of a split that can be read, as if the others were not there; a warning names these. All are decoded.
+    """A split without the images that cannot be read, which a warning names. All are decoded.
     ZooError for a class that has no other training image."""
     items = [*split.items, *split.none]
     if not (errors := damaged(items, load_image, progress)):

@@ -1,5 +1,5 @@
 """A head on disk: `model.safetensors` with the trained tensors, and a `config.json` that timm can read, and that names
-these tensors by their hash: one head replaces another at the moment when its `config.json` does.
+these tensors by their hash.
 
 The tensors are the prompts and CMPA under their names in the model, `context` (K, M, Dv) if the head has stored
 statistics, and those of its text probe, if it has one: `classifier.weight` and `.means` (C, F), `.bias` (C,), the
@@ -10,7 +10,6 @@ calls `named`. CLIP's are never included.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from hashlib import sha256
 from importlib.metadata import version
@@ -26,18 +25,15 @@ from dcp_zoo.backbone.classes import NO_CLASSES, saved_texts
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.errors import ZooError, shorten, warn, writing_to
 from dcp_zoo.fields import Values, check, problems
-from dcp_zoo.files import check_regular, write_file
+from dcp_zoo.files import alone_in, check_regular, write_file
 from dcp_zoo.heads.config import (
     ACCEPTED,
     CONFIG_NAME,
     FORMAT_VERSION,
-    NEW_WEIGHTS,
     WEIGHTS_NAME,
     HeadConfig,
     HeadInfo,
-    alone_in,
     read_config,
-    settle,
 )
 from dcp_zoo.probe.model import PREFIX
 
@@ -56,7 +52,7 @@ EXACT = {f"{PREFIX}{name}" for name in "weight bias text_scale threshold spread 
 
 
 def save(head: "Head", directory: Path, dtype: torch.dtype | None, info: Values) -> Path:
-    """See `Head.save_pretrained`. A process that is killed leaves the old head or the new one."""
+    """See `Head.save_pretrained`. Each of the two files is replaced as a whole."""
     if not head.classes:
         raise ZooError(NO_CLASSES)
     state = {
@@ -68,17 +64,11 @@ def save(head: "Head", directory: Path, dtype: torch.dtype | None, info: Values)
     config = head_config(head, _valid(head, info)) | {"weights_sha256": sha256(weights).hexdigest()}
     check(directory / CONFIG_NAME, problems(config, HeadConfig), "Not saved.")
     with alone_in(directory, SAVE_SECONDS), writing_to(directory, advice):
-        settle(directory)
-        for name in (NEW_WEIGHTS, CONFIG_NAME):
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
             for left in directory.glob(f".{name}.*"):  # by a process that was killed
                 left.unlink()
-        try:
-            write_file(directory / NEW_WEIGHTS, weights, advice)
-            if (directory / WEIGHTS_NAME).exists():
-                shutil.copymode(directory / WEIGHTS_NAME, directory / NEW_WEIGHTS)
-            write_file(directory / CONFIG_NAME, json.dumps(config, indent=1) + "\n", advice)
-        finally:
-            settle(directory)
+        write_file(directory / WEIGHTS_NAME, weights, advice)
+        write_file(directory / CONFIG_NAME, json.dumps(config, indent=1) + "\n", advice)
     return directory
 
 

@@ -82,11 +82,6 @@ class Classifier(nn.Module, ABC):
         """The method's image features, and its logits; `start` raises ZooError if these are no linear function."""
 
     @property
-    def num_image_prompts(self) -> int:
-        """Prompts beside the tokens of each image."""
-        return 0
-
-    @property
     def stats_modes(self) -> tuple[str, ...]:
         """The statistics that it can be evaluated with, the default first."""
         return ("stored",)
@@ -158,7 +153,7 @@ class Classifier(nn.Module, ABC):
         """Images (B, 3, H, W), or other `Inputs` -> f, the normalised features (B, F) that the classifier reads."""
         reads, shared = self.reads, images
         if self.has_own_features and len(reads) > 1 and self._original is None:  # what both need is computed once
-            shared = self.encoder.enter(images, reads[0].first)
+            shared = self.encoder.enter(images)
         features = [reading.encode(shared if reading.encoder is self.encoder else images) for reading in reads]
         return joined(features, parts_of(reads))
 
@@ -213,8 +208,8 @@ class Classifier(nn.Module, ABC):
     def _batch(self, images: object) -> Tensor:
         """Images (n, 3, H, W) on the model's device; ZooError for anything else."""
         if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
-            found = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            problem = f"Expected images (n, 3, H, W), stacked from what create_transform returns, not {found}"
+            kind = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            problem = f"Expected images (n, 3, H, W), stacked from what create_transform returns, not {kind}"
             raise ZooError(f"{problem}. For image files and PIL images: dcp_zoo.predict(model, images).")
         return images.to(self.device)
 

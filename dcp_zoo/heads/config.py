@@ -4,7 +4,6 @@ import json
 import math
 import os.path
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -12,7 +11,7 @@ from typing import Annotated, NamedTuple, TypedDict
 
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, Values, check, count, option, problems
-from dcp_zoo.files import alone_in, read_plain, sha256_of
+from dcp_zoo.files import read_plain
 
 COUPLINGS = {"bidirectional": "the paper's", "text_to_vision": "that of the authors' released code"}
 PHRASE = "a photo of a"  # the authors' `ctx_init`
@@ -20,7 +19,6 @@ POOLINGS = ("mean", "max", "first")
 STATS = ("batch", "stored")
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"  # the files of a checkpoint
 STATE_NAME = "training.state"  # of a training that was stopped
-NEW_WEIGHTS = f"{WEIGHTS_NAME}.new"  # until `config.json` names them
 NO_CLASSIFIER = "no_classifier"  # results of a head with its stored statistics, but without its text probe
 ACCEPTED = ("like_accepted", "others_accepted")  # what a head's `ProbeInfo` says of images of no class
 
@@ -39,9 +37,6 @@ class DCPConfig(Checked):
     )
     ctx_init: str | None = option(
         None, "phrase that initialises the text prompts if n_ctx is at most 4; further words stay before the name"
-    )
-    prompted_blocks: int | None = option(
-        None, "late coupling: prompts enter this many last blocks of each tower; null: all, as in the paper", min=2
     )
 
     @classmethod
@@ -133,24 +128,9 @@ def is_checkpoint(place: str | Path) -> bool:
     return os.path.isfile(checkpoint_folder(place) / CONFIG_NAME)  # noqa: PTH113  Path would raise
 
 
-def settle(directory: Path) -> None:
-    """End a save, also that of a killed process, in a folder that is locked: put new weights into their place if
-    `config.json` names them, and remove them otherwise."""
-    new = directory / NEW_WEIGHTS
-    with suppress(OSError, ValueError):  # `read_tensors` tells
-        named = new.exists() and json.loads((directory / CONFIG_NAME).read_bytes()).get("weights_sha256")
-        if named == sha256_of(new):
-            new.replace(directory / WEIGHTS_NAME)
-        else:
-            new.unlink()
-
-
 def read_config(directory: str | Path) -> HeadConfig:
     """The checked `config.json` of a checkpoint directory; ZooError if it is missing, damaged, or of another format."""
     path = Path(directory) / CONFIG_NAME
-    if (path.parent / NEW_WEIGHTS).exists():
-        with suppress(ZooError), alone_in(path.parent):
-            settle(path.parent)  # finishes a save that was killed
     if not path.is_file():
         raise ZooError(f"{directory} is not a checkpoint: it has no {CONFIG_NAME}. Pass a folder written by training.")
     with as_zoo_error(f"{path} is damaged: invalid JSON ({{}}). Train or download it again."):

@@ -20,7 +20,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.backbone.inputs import Images, Inputs, as_inputs
 from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.backbone.towers.open_clip import EMBEDDING, Step, append_prompts
-from dcp_zoo.backbone.towers.text import Start, TextChunks
+from dcp_zoo.backbone.towers.text import TextChunks
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import STATS, Abilities, DCPConfig, HeadConfig, own_names
@@ -28,7 +28,6 @@ from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head import Head
 
 HEAD_WIDTH = 64  # of the attention heads in both CLIP towers, and therefore in CMPA
-KEPT_BYTES = 2**29  # of image tokens, while statistics are measured
 
 
 class PromptAttention(nn.Module):
@@ -102,16 +101,13 @@ class DCP(Head):
             initial["text"] = self.encoder.embed_words(config.ctx_init, config.n_ctx)
             self.template = " ".join([*config.ctx_init.split()[config.n_ctx :], NAME])
         self.prompts = nn.ParameterDict(initial).to(self.device)
-        blocks = len(vision.blocks), len(text.blocks)
-        self.first_blocks = [max(0, n - (config.prompted_blocks or n)) for n in blocks]  # vision, text
-        self.first_block = self.first_blocks[0]
-        self.num_coupled = min(config.depth, *(n - f - 1 for n, f in zip(blocks, self.first_blocks, strict=True)))  # K
+        self.num_coupled = min(config.depth, len(vision.blocks) - 1, len(text.blocks) - 1)  # K
         bidirectional = config.coupling == "bidirectional"
         modules = 1 if config.share_cmpa else self.num_coupled
         self.cmpa = nn.ModuleList(CMPA(dv, dt, bidirectional) for _ in range(modules)).to(self.device)
         self.stored_stats: Tensor | None  # (K, M, Dv), see `store_stats`
         self.register_buffer("stored_stats", None)
-        self._cache, self._start_cache = WeightCache(), WeightCache()
+        self._cache = WeightCache()
         self._classify_into(check_classnames(classnames), texts)
         self.stats = None
 
@@ -123,7 +119,7 @@ class DCP(Head):
 
     def forward(self, images: Images) -> Tensor:
         """Images (B, 3, H, W), normalised as `create_transform` does, or other `Inputs` -> logits (B, C), without
-        classes features. Tokens are those that enter `first_block`."""
+        classes features."""
         if self.num_classes == 0 or self.fc is not None or self.stats == "stored":
             return super().forward(images)
         inputs = as_inputs(images)
@@ -146,36 +142,26 @@ class DCP(Head):
     def couplings(self, stats: Callable[[int], Tensor], names: TextChunks | None = None) -> Iterator[Step]:
         """The loop of the method: runs the text prompts through their tower and rewrites the prompts of both towers.
         With v = stats(i), the pooled vision prompts (M, Dv), and t, the text prompts (M, Dt) pooled over the classes,
-        before block i = 1 .. K from the first that prompts enter:
+        before block i = 1 .. K:
 
             v', t' = CMPA.to_vision(v, t), CMPA.to_text(t, v)
 
         In a causal text tower t is the same for every class, as the prompts precede the names.
         """
-        (first_v, first_t), names = self.first_blocks, names or self.name_tokens
-        start = self._text_start(names) if first_t else None
-        text = self.encoder.text_tower.begin(self.prompts["text"], names, self._checkpointed, start)
-        vision_blocks, text_blocks = len(self.encoder.vision_tower.blocks), len(self.encoder.text_tower.blocks)
-        for i in range(max(vision_blocks - first_v, text_blocks - first_t)):
+        vision, text_tower, pooling = self.encoder.vision_tower, self.encoder.text_tower, self.config.pooling
+        text = text_tower.begin(self.prompts["text"], names or self.name_tokens, self._checkpointed)
+        for i in range(max(len(vision.blocks), len(text_tower.blocks))):
             v = t = new_v = new_t = None
             if i == 0:
-                new_v, new_t = self.prompts["vision"], text.prompts(self.config.pooling)
-                if first_v == 0:
-                    new_v = self.encoder.vision_tower.embed_prompts(new_v)
+                new_v, new_t = vision.embed_prompts(self.prompts["vision"]), text.prompts(pooling)
             elif i <= self.num_coupled:
-                v, t = stats(i), text.prompts(self.config.pooling)
+                v, t = stats(i), text.prompts(pooling)
                 new_v, new_t = self.couple(i, v, t)
                 if self.config.coupling == "bidirectional":
                     text.replace(new_t)
-            if first_t + i < text_blocks:
+            if i < len(text_tower.blocks):
                 text.step()
-            yield Step(first_v + i, v, t, new_v, new_t, text)
-
-    @torch.no_grad()
-    def _text_start(self, names: TextChunks) -> Start:
-        """What enters the text tower's first block with prompts: frozen, so computed again only if a weight changes."""
-        tower, first = self.encoder.text_tower, self.first_blocks[1]
-        return self._start_cache(lambda: tower.start(names, first), tower.text.parameters(), names)
+            yield Step(i, v, t, new_v, new_t, text)
 
     def couple(self, i: int, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """CMPA before block i: pooled vision prompts v (M, Dv), text prompts t (M, Dt) -> both rewritten."""
@@ -186,12 +172,8 @@ class DCP(Head):
     def _walk(self, images: Images, last: bool = False) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Both towers side by side on one batch: each step, and the tokens (B, N + M, Dv) that enter and
         leave its vision block, the prompts last. With `last`, only the pooled tokens leave the last block."""
-        tower, entered = self.encoder.vision_tower, self.encoder.enter(images)
-        x, n = entered.x, entered.x.shape[1]
-        stored = self.stored_stats if self.stats == "stored" else None
-        for i in range(entered.block, self.first_block):
-            entering, x = x, tower.block(i, x)
-            yield Step(i), entering, x
+        tower, x = self.encoder.vision_tower, self.encoder.enter(images).x
+        n, stored = x.shape[1], self.stored_stats if self.stats == "stored" else None
 
         def stats(i: int) -> Tensor:
             return pool(x[:, n:], self.config.pooling) if stored is None else stored[i - 1]
@@ -209,8 +191,7 @@ class DCP(Head):
         """Image features (B, E), and what computes text features (C, E): class names run last, if they are needed."""
         if self.stats == "stored":  # the text is known: the towers need not run side by side
             prompts, text_features = self._constants()
-            own = self.encoder.encode_image(inputs, prompts, self.first_block, self._checkpointed)
-            return own, lambda: text_features
+            return self.encoder.encode_image(inputs, prompts, self._checkpointed), lambda: text_features
         ((step, _, x),) = deque(self._walk(inputs, last=True), 1)
         return self.encoder.vision_tower.features(x), step.text.features
 
@@ -225,10 +206,6 @@ class DCP(Head):
         stored = self.stored_stats  # None only with text_to_vision, whose text ignores the vision prompts
         steps = list(self.couplings(lambda i: self.prompts["vision"] if stored is None else stored[i - 1], names))
         return [step.new_v for step in steps if step.new_v is not None], steps[-1].text.features()
-
-    @property
-    def num_image_prompts(self) -> int:
-        return self.config.n_ctx
 
     @property
     def stats_modes(self) -> tuple[str, ...]:
@@ -256,8 +233,7 @@ class DCP(Head):
     def store_stats(self, images: Images | Iterable[Any]) -> None:
         """Measure and store the statistics, so that logits depend on no batch. ZooError for no images or an iterator.
 
-        All images count as one batch. They are read once for every coupled block, in the chunks that they come in; what
-        leaves a block is kept for the next one, up to `KEPT_BYTES`.
+        All images count as one batch. They are read once for every coupled block, in the chunks that they come in.
 
         Args:
             images: the few-shot training images without augmentation: (n, 3, H, W), or an iterable that can be read
@@ -269,22 +245,12 @@ class DCP(Head):
         prompts: list[Tensor] = []  # that enter vision blocks 0, 1, ...
         pooled: list[Tensor] = []
 
-        kept: list[Tensor] = []  # image tokens (b, N, Dv) of all chunks that leave the last block with known prompts
-
         def leaving() -> Iterator[Tensor]:
-            """The prompts (b, M, Dv) of each chunk that leave that block."""
-            nonlocal kept
-            first, done = self.first_block, len(prompts) - 1 if kept else 0
-            left: list[Tensor] | None = []
-            inputs = (chunk[0] if isinstance(chunk, (tuple, list)) else chunk for chunk in chunks)
-            for x in kept or (self.encoder.enter(batch.to(self.device), first).x for batch in inputs):
-                tokens = x.shape[1]
-                x = self.encoder.vision_tower.run(x, prompts[done:], first + done, first + len(prompts))
-                if left is not None:
-                    left.append(x[:, :tokens])
-                    left = left if sum(t.nbytes for t in left) < KEPT_BYTES else None
-                yield x[:, tokens:].float()
-            kept = left or []
+            """The prompts (b, M, Dv) of each chunk that leave the last block with known prompts."""
+            for chunk in chunks:
+                images = chunk[0] if isinstance(chunk, (tuple, list)) else chunk
+                x = self.encoder.enter(images.to(self.device)).x
+                yield self.encoder.vision_tower.run(x, prompts, 0, len(prompts))[:, x.shape[1] :].float()
 
         def measure(i: int) -> Tensor:
             pooled.append(pool_stream(leaving(), self.config.pooling))
@@ -298,10 +264,10 @@ class DCP(Head):
 
     def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:
         """A state with statistics brings them; one with prompts alone leaves none behind."""
-        found, v = state_dict.get(f"{prefix}stored_stats"), self.prompts["vision"]
-        if found is not None and self.stored_stats is None:
-            self.stored_stats = v.new_full((self.num_coupled, *v.shape), torch.nan)  # stays where `found` does not fit
-        elif found is None and f"{prefix}prompts.text" in state_dict:
+        given, v = state_dict.get(f"{prefix}stored_stats"), self.prompts["vision"]
+        if given is not None and self.stored_stats is None:
+            self.stored_stats = v.new_full((self.num_coupled, *v.shape), torch.nan)  # stays where `given` does not fit
+        elif given is None and f"{prefix}prompts.text" in state_dict:
             self.stored_stats = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -325,11 +291,10 @@ class DCP(Head):
             encode=lambda images: self._encode(as_inputs(images))[0],
             start=lambda: clip.scaled(self.encode_text()),
             prompts=self.image_prompts,
-            first=self.first_block,
         )
 
     def image_prompts(self) -> list[Tensor]:
-        """The prompts (M, Dv) that enter K + 1 vision blocks from `first_block` on, in the stored statistics."""
+        """The prompts (M, Dv) that enter the first K + 1 vision blocks, in the stored statistics."""
         return self._constants()[0]
 
     def encode_text(self, classnames: Sequence[str] | None = None) -> Tensor:
@@ -360,5 +325,5 @@ class DCP(Head):
             self.stats = chosen
 
     def _apply(self, *args: Any, **kwargs: Any) -> "DCP":  # .to(), .half(): tensors change without a new version
-        self._cache, self._start_cache = WeightCache(), WeightCache()
+        self._cache = WeightCache()
         return super()._apply(*args, **kwargs)

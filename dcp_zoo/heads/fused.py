@@ -38,7 +38,7 @@ class FusedHead(ImageTower):
     class names, preprocessing and origin as plain JSON; `visual` is a copy of CLIP's image tower, with other blocks."""
 
     prompts: Tensor  # (M, Dv), those that stay in the sequence
-    constants: Tensor  # (K, 2, H, M, d), keys and values of those that only enter K blocks from `first` on
+    constants: Tensor  # (K, 2, H, M, d), keys and values of those that only enter the first K blocks
     classifier: Tensor  # (C, F), with a gate (2C, F): the text's logits come last
     bias: Tensor  # (C,), (2C,)
     gate: Tensor  # (3,), of a head that has one
@@ -51,7 +51,7 @@ class FusedHead(ImageTower):
     def __init__(self, model: Any) -> None:
         own, *others = reads = model.reads
         super().__init__(own)
-        self.first, self.all_parts = own.first, parts_of(reads)
+        self.all_parts = parts_of(reads)
         plain = others[0] if others and model.has_own_features else None  # read besides, of the same tower or another
         other_tower = plain is not None and plain.encoder is not own.encoder
         self.original = ImageTower(plain) if other_tower else None
@@ -78,8 +78,7 @@ class FusedHead(ImageTower):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> the normalised features (B, F) that the classifier reads."""
-        tower = self.tower
-        entering = tower.enter(tower.embed(images), self.first)
+        tower, entering = self.tower, self.tower.embed(images)
         constants = [(self.constants[k, 0], self.constants[k, 1]) for k in range(len(self.constants))]
         features = [tower.read(entering, [*constants, self.prompts], self.parts)]
         if self.plain_parts:
@@ -160,9 +159,9 @@ def _constants(model: Any) -> dict[str, Tensor]:
     tower = reading.encoder.vision_tower
     none = torch.zeros(0, tower.width, dtype=tower.dtype, device=model.device)
     prompts = reading.prompts() if reading.prompts else [none]
-    last, blocks = len(prompts) - 1, tower.blocks[reading.first :]
-    constant = min(last + (last == len(blocks) - 1), len(blocks))  # the last block computes the pooled tokens only
-    entering = [torch.stack(block.prompts(p.to(tower.dtype))) for block, p in zip(blocks, prompts, strict=False)]
+    last, blocks = len(prompts) - 1, len(tower.blocks)
+    constant = min(last + (last == blocks - 1), blocks)  # the last block computes the pooled tokens only
+    entering = [torch.stack(block.prompts(p.to(tower.dtype))) for block, p in zip(tower.blocks, prompts, strict=False)]
     return {"prompts": prompts[-1], "constants": torch.stack(entering)[:constant]}
 
 

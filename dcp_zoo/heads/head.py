@@ -139,10 +139,6 @@ class Head(Classifier):
         if fitted := self.info.get("text_probe"):
             self.info["text_probe"] = {name: value for name, value in fitted.items() if name not in ACCEPTED}
 
-    def group_matcher(self, coarse: bool = False) -> Values:
-        """Layer groups for timm's layer-wise learning rates: the prompts and the frozen CLIP, then each CMPA."""
-        return {"stem": r"^(?:prompts|encoder)\.", "blocks": [(r"^cmpa\.(\d+)", None)]}
-
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimizers do not decay: the prompts, as timm treats learned tokens."""
         return {"prompts.text", "prompts.vision"}

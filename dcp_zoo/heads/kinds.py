@@ -270,12 +270,8 @@ class PromptHead(Head):
         """Whether there are prompts in the image tower, without computing them."""
         return len(self.vision_prompts) > 0
 
-    @property
-    def num_image_prompts(self) -> int:
-        return len([*self.vision_prompts, *self.text_prompts][0]) if self._prompts_images else 0
-
     def _encode_own(self, images: Images) -> Tensor:
-        return self.encoder.encode_image(images, self.image_prompts(), run=self._checkpointed)
+        return self.encoder.encode_image(images, self.image_prompts(), self._checkpointed)
 
     def method_config(self) -> tuple[Values, Values]:
         return {}, {"head": self.kind, "rest": self.rest}

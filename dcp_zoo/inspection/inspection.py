@@ -123,7 +123,7 @@ class Inspection:
                 "twice": bool(same),
             }
             wrong = ";".join(mark for mark, holds in marks.items() if holds)
-            # of one class the first stays, but a test image before others; of two only a person knows which is right
+            # of copies in a class a test image stays, else the first; of those in two, a person decides
             kept = (o for o in same if (parts[o] != "test", o) < (parts[i] != "test", i))
             twin_to_drop = any(items[o].label == item.label for o in kept)
             is_there = any(names[items[o].label] == looks for o in same)
@@ -194,7 +194,7 @@ def inspect(
         images: a folder with one folder per class, or with `train/CLASS` and `test/CLASS`; a sequence of images, see
             `train`; or a `dcp_zoo.data.Split`.
         labels: one per image; for a folder omitted, or a CSV file with the columns file and class.
-        groups: one per image of a sequence, see `dcp_zoo.train`: no image is judged by others of its group.
+        groups: one per image of a sequence, see `dcp_zoo.train`: no image is judged by its group.
         model: its frozen features are used, and kept in the user's cache for a folder.
         device: "auto", "cpu", "cuda" or "mps".
         progress: see `train`.

@@ -1,9 +1,9 @@
 """Find images with the features of a frozen CLIP: by a text or another image, or those that are worth a label next.
 
-Of the latter, each time that one is taken which raises the sum over all images of their similarity to the nearest one
-with a label the most; similar are features at distance d by exp(-2 d^2 / m), with m the median of d^2 (Bae et al.,
-Generalized Coverage for More Robust Low-Budget Active Learning, ECCV 2024). What a head is unsure about plays no part:
-more weight for it raised the accuracy on one set of other images and lowered it on another.
+For labels, each step takes the image that most raises the sum, over all images, of the similarity to the nearest one
+with a label. Features at distance d have the similarity exp(-2 d^2 / m), with m the median of d^2 (Bae et al.,
+Generalized Coverage for More Robust Low-Budget Active Learning, ECCV 2024). How sure a head is plays no part: to weight
+it raised the accuracy on one set of images and lowered it on another.
 """
 
 from collections.abc import Iterable, Sequence

@@ -69,8 +69,8 @@ class Backend(ABC):
     def encoded(
         self, images: Sequence[ImageLike], batch_size: int, encode: Callable[[np.ndarray], Any] | None = None
     ) -> Iterator[tuple[Errors, Any]]:
-        """Images in order, in batches: why each cannot be read, and what `encode` makes of the others; of a black image
-        if there are none. Threads decode ahead of the caller: PIL works outside the interpreter lock."""
+        """Images in order, in batches: why each cannot be read, and what `encode` makes of those that can; of a black
+        image if none can. Threads decode ahead of the caller: PIL works outside the interpreter lock."""
         attempt = partial(attempted, partial(decode, preprocessing=self.preprocessing))
         pool, waiting = ThreadPoolExecutor(available_cores()), deque[Iterator[np.ndarray | ZooError]]()
         try:

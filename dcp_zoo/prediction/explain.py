@@ -96,20 +96,19 @@ class _Walk:
     """An image (1, 3, H, W) on its way through the blocks of a reading's tower, with its prompts."""
 
     def __init__(self, tower: VisionTower, reading: Reading, image: Tensor) -> None:
-        self.tower, self.first, self.image = tower, reading.first, image
+        self.tower, self.image = tower, image
         self.prompts = reading.prompts() if reading.prompts else []
         self.patches = slice(tower.num_prefix, tower.num_tokens)
 
     def entering(self, block: int) -> Tensor:
         """The tokens (1, N, Dv)."""
-        x = self.tower.run(self.tower.embed(self.image).x, (), 0, min(block, self.first))
-        return self.tower.run(x, self.prompts, self.first, block)
+        return self.tower.run(self.tower.embed(self.image).x, self.prompts, 0, block)
 
     def through(self, i: int, value: Callable[[Tensor], Tensor]) -> Tensor:
         """Shares of the patches in a value of the class token that leaves a block: by what it takes of each."""
         x, block = self.entering(i), self.tower.blocks[i]
-        if i - self.first < len(self.prompts):
-            x = append_prompts(x, self.prompts[i - self.first])
+        if i < len(self.prompts):
+            x = append_prompts(x, self.prompts[i])
         normed = block.norm(x)
         key, taken = block.key_value(normed)
         with torch.enable_grad():
@@ -121,7 +120,7 @@ class _Walk:
 
     def leaving(self, i: int, value: Callable[[Tensor], Tensor]) -> Tensor:
         """Shares of the patches that leave the last block in a value of all of them."""
-        x = self.tower.run(self.entering(i), self.prompts[i - self.first :], i)
+        x = self.tower.run(self.entering(i), self.prompts[i:], i)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(value(x), x)

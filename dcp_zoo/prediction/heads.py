@@ -1,5 +1,5 @@
-"""Heads, computed by PyTorch. Features are computed in the precision asked for; what follows is in the head's
-own, as small differences of features are large ones of logits."""
+"""Heads, computed by PyTorch. Features are computed in the precision asked for, and logits in the head's, as a small
+difference of features is a large one of logits."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -40,7 +40,7 @@ def classify(images: Sequence[str], predictor: Predictor, together: bool = False
 
 def refine(rows: Iterable[Row], kept: np.ndarray, predictor: Predictor, progress: Progress = no_progress) -> list[Row]:
     """The rows with the answers that `refined` gives, from what `classify` kept of them; "alone" is the class that each
-    image had without the others. Those of no class, or that cannot be read, stay so and lend nothing."""
+    image had without the others. Rejected and unreadable images stay as they are and influence no other."""
     classnames = predictor.backend.classnames
     rows = [row if "error" in row else row | {"alone": label(row)} for row in rows]
     named = np.array(["error" not in row and label(row) != NONE for row in rows], bool)
@@ -60,7 +60,7 @@ def classified(
 
 
 def told(rows: Iterable[Row]) -> Told:
-    """Why images cannot be read, and the number of answers that others changed."""
+    """Why images cannot be read, and how many answers `together` changed."""
     return [row["error"] for row in rows if "error" in row], sum(map(is_changed, rows))
 
 

@@ -25,10 +25,10 @@ def _cells(row: Row) -> Values:
     probable class, and `probability` its probability."""
     if "error" in row:
         return row
-    first, *others = row["predictions"]
+    first, *further = row["predictions"]
     flat = {name: row[name] for name in ("image", "rejected") if name in row} | {"class": label(row)}
     flat |= ({"best": first["class"]} if "rejected" in row else {}) | {"probability": first["probability"]}
-    for rank, prediction in enumerate(others, 2):
+    for rank, prediction in enumerate(further, 2):
         flat |= {f"class_{rank}": prediction["class"], f"probability_{rank}": prediction["probability"]}
     return flat | ({"alone": row["alone"]} if "alone" in row else {})
 

@@ -33,7 +33,7 @@ FEW, CONFIDENT = 0.7, 0.4  # the share of the classes, and the mean confidence, 
 def together(probabilities: np.ndarray, features: np.ndarray, progress: Progress = no_progress) -> np.ndarray:
     """Refine the probabilities (n, C) of images by each other's, with their features (n, E) of length 1; all in
     float32. A folder that is left as it is gets back `probabilities` itself. The images are those of the classes:
-    others would lend their neighbours what they have not."""
+    any other would mislead its neighbours."""
     n, classes = probabilities.shape
     if n < 2 or classes < 2 or _share_of_classes(probabilities) >= FEW or probabilities.max(1).mean() <= CONFIDENT:
         return probabilities
@@ -68,7 +68,7 @@ def _share_of_classes(probabilities: np.ndarray) -> float:
 
 
 def _average(features: np.ndarray, nearest: int, progress: Progress) -> Any:
-    """W, sparse (n, n): each image has so many nearest others, exactly, in time that grows with n squared."""
+    """W, sparse (n, n): a mean over the `nearest` images of each, found exactly, in time growing with n squared."""
     from scipy.sparse import csr_array
     from sklearn.neighbors import NearestNeighbors  # slow to import
 
@@ -76,8 +76,8 @@ def _average(features: np.ndarray, nearest: int, progress: Progress) -> Any:
     parts = [np.arange(start, min(start + ROWS, n)) for start in range(0, n, ROWS)]
     for part in progress(parts, "Comparing images, in parts", len(parts)):
         near = every.kneighbors(features[part], nearest + 1, return_distance=False)
-        others = near != part[:, None]
-        others[others.all(1), -1] = False  # of many copies, an image may not find itself
-        neighbours.append(near[others])
+        is_other = near != part[:, None]
+        is_other[is_other.all(1), -1] = False  # of many copies, an image may not find itself
+        neighbours.append(near[is_other])
     weights, ends = np.full(n * nearest, 1 / nearest, np.float32), np.arange(0, n * nearest + 1, nearest)
     return csr_array((weights, np.concatenate(neighbours), ends), (n, n))

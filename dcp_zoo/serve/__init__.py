@@ -1,5 +1,5 @@
-"""The HTTP server of one head. Here: where it listens, whom it answers, and what a request may hold; this needs none of
-the packages of the server, which is in `app`."""
+"""The HTTP server of one head, `app`. Here, without its packages: where it listens, whom it answers, and what a request
+may hold."""
 
 import re
 import socket

@@ -52,15 +52,15 @@ class FeatureCache:
         if self.folder is None:
             kept = {key: self._memory.get((setting, key)) for key in keys}
             return {key: value for key, value in kept.items() if value is not None}
-        found = dict[str, Tensor]()
+        tensors = dict[str, Tensor]()
         for path in (self.folder / setting).glob(f"*{END}"):
             with suppress(SafetensorError, *UNREADABLE), safe_open(path, "pt") as file:
                 names = file.metadata()["keys"].split()
                 batch = file.get_tensor("batch") if keys.intersection(names) else ()
                 for key, value in zip(names, batch, strict=False):
-                    if len(value) > len(found.get(key, ())):
-                        found[key] = value
-        return found
+                    if len(value) > len(tensors.get(key, ())):
+                        tensors[key] = value
+        return tensors
 
     def put(self, setting: str, values: Mapping[str, Tensor]) -> None:
         if self.folder is None:
@@ -117,8 +117,8 @@ def per_image(
     if cache is None:
         return torch.cat(list(compute(range(len(images)))), 1)
     name, keys = _hashed(setting()), [key and _hashed(key) for key in map(image_key, images)]
-    found = cache.get(name, set(filter(None, keys)))
-    rows = {i: found[key][:views] for i, key in enumerate(keys) if len(found.get(key, ())) >= views}
+    kept = cache.get(name, set(filter(None, keys)))
+    rows = {i: kept[key][:views] for i, key in enumerate(keys) if len(kept.get(key, ())) >= views}
     missing = [i for i in range(len(images)) if i not in rows]
     left = iter(missing)
     for batch in compute(missing) if missing else ():
@@ -141,10 +141,10 @@ def image_key(image: str | Path | Image.Image) -> str:
         return "" if isinstance(key, ZooError) else key
     path = Path(image).absolute()
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return ""
-    return f"{path} {found.st_mtime_ns} {found.st_size}"
+    return f"{path} {status.st_mtime_ns} {status.st_size}"
 
 
 def tower_setting(model: Encoder, what: str, precision: str = "float32") -> str:

@@ -8,10 +8,9 @@ import torch
 from dcp_zoo.errors import as_zoo_error, check_choice
 from dcp_zoo.heads.head import Head
 from dcp_zoo.threads import available_cores
-from dcp_zoo.training.recipes import AS_RELEASED, AUTO, MANY, PRECISIONS
+from dcp_zoo.training.recipes import AUTO, MANY, PRECISIONS
 from dcp_zoo.zoo.registry import MODELS, OPEN_CLIP
 
-VALUES_PER_CHANNEL = 18  # kept for the backward pass of one block, per token and channel of its width; measured
 DEFAULT_MEMORY = 8 * 2**30  # bytes, assumed where the system does not report its memory
 
 
@@ -50,45 +49,19 @@ def pick_precision(name: str, model: str, device: torch.device) -> str:
     return "bfloat16" if fast and is_real else "float32"
 
 
-def computed_in(precision: str, device: torch.device) -> torch.dtype:
-    """The type of most computations of a precision. That of the release is float16's on a GPU; elsewhere only its
-    rounded weights are emulated, see `TrainingState`."""
-    if precision == AS_RELEASED:
-        precision = "float16" if device.type == "cuda" else "float32"
-    return getattr(torch, precision)
-
-
 @torch.no_grad()
 def cast_frozen(model: Head, precision: str) -> None:
     """Store CLIP's weights in this precision only; trained parameters and the logit scale stay in float32."""
     for p in model.encoder.clip.parameters():
         if p.numel() > 1 and p.is_floating_point():
-            p.data = p.data.to(computed_in(precision, p.device))
+            p.data = p.data.to(getattr(torch, precision))
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """The autocast context of a precision, none for float32, in place of the caller's: features are kept."""
-    dtype = computed_in(precision, device)
-    if dtype != torch.float32:
-        return torch.autocast(device.type, dtype)
+    if precision != "float32":
+        return torch.autocast(device.type, getattr(torch, precision))
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
-
-
-def needs_checkpointing(model: Head, batch: int) -> bool:
-    """Whether a training step over `batch` images recomputes its activations in the backward pass: if they would fill
-    more than a quarter of the device's memory."""
-    return activation_bytes(model, batch) > total_memory(model.device) / 4
-
-
-def activation_bytes(model: Head, batch: int) -> int:
-    """Bytes that both towers would keep for the backward pass of a step."""
-    vision, (first_v, first_t) = model.encoder.vision_tower, getattr(model, "first_blocks", (0, 0))
-    image_tokens = batch * (vision.num_tokens + model.num_image_prompts)
-    channels = image_tokens * vision.width * (len(vision.blocks) - first_v)
-    if (names := getattr(model, "name_tokens", None)) is not None:  # with learned prompts in the text
-        name_tokens, text = sum(chunk.ids.numel() for chunk in names), model.encoder.text_tower
-        channels += name_tokens * text.width * (len(text.blocks) - first_t)
-    return channels * vision.dtype.itemsize * VALUES_PER_CHANNEL
 
 
 def total_memory(device: torch.device) -> int:

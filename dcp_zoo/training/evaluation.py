@@ -4,7 +4,7 @@ mistakes, and how far the probabilities can be trusted. Percentages are rounded 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import mean
 from typing import NamedTuple
 
@@ -138,8 +138,8 @@ class Evaluation:
         """The entries of `confusion_matrix` off its diagonal, without zeros, most images first."""
         matrix, names = self.confusion_matrix, self.classnames
         wrong, sizes = matrix.clone().fill_diagonal_(0).nonzero().tolist(), matrix.sum(1).tolist()
-        found = [Confusion(names[i], names[j], int(matrix[i, j]), sizes[i]) for i, j in wrong]
-        return sorted(found, key=lambda pair: -pair.times)
+        pairs = [Confusion(names[i], names[j], int(matrix[i, j]), sizes[i]) for i, j in wrong]
+        return sorted(pairs, key=lambda pair: -pair.times)
 
     @property
     def mistakes(self) -> list[Mistake]:
@@ -176,25 +176,29 @@ def read(
     return torch.cat(logits), None
 
 
-def predict_modes(head: Head, read: Callable[[], tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
+def predict_modes(
+    head: Head, read: Callable[[], tuple[Tensor, Tensor | None]]
+) -> tuple[dict[str, Tensor], Tensor | None]:
     """Logits (n, C) of images in each way that a head is measured, the default first: with the stored statistics, with
-    those of batches as the release evaluates, and without the text probe. `read` computes what the function of this
-    name returns."""
-    found, without = dict[str, Tensor](), dict[str, Tensor]()
+    those of batches as the release evaluates, and without the text probe; and the features (n, F), if there are stored
+    statistics. `read` computes what the function of this name returns."""
+    modes, without_probe, features = dict[str, Tensor](), dict[str, Tensor](), None
     with in_eval_mode(head):
         before = head.stats
         default = before == head.stats_modes[0]  # it may become another one, when statistics are stored
         try:
             for stats in head.stats_modes:
                 head.stats = stats
-                found[stats], features = read()
-                if features is not None and head.text_probe is not None:
+                modes[stats], given = read()
+                if given is not None:
+                    features = given
+                if given is not None and head.text_probe is not None:
                     weight, bias = (part.detach().float().cpu() for part in head.own_linear())
-                    own = features[:, : weight.shape[1]] * math.sqrt(parts_of(head.reads))
-                    without[NO_CLASSIFIER] = F.linear(own, weight, bias)
+                    own = given[:, : weight.shape[1]] * math.sqrt(parts_of(head.reads))
+                    without_probe[NO_CLASSIFIER] = F.linear(own, weight, bias)
         finally:
             head.stats = None if default else before
-    return found | without
+    return modes | without_probe, features
 
 
 def measure(
@@ -228,17 +232,10 @@ def _answers(
     head: Head, source: ImageSource, batch_size: int, progress: Progress
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """`predict_modes` of the images, and which of them the head's threshold rejects."""
-    found = list[tuple[Tensor, Tensor | None]]()
-
-    def answer() -> tuple[Tensor, Tensor | None]:
-        found.append(read(head, source, batch_size, progress))
-        return found[-1]
-
-    modes = predict_modes(head, answer)
-    logits, features = found[0]
+    modes, features = predict_modes(head, partial(read, head, source, batch_size, progress))
     if features is None or head.cannot_reject:
         return modes, None
-    distances = head.distances(features.to(head.device)).cpu()
+    logits, distances = next(iter(modes.values())), head.distances(features.to(head.device)).cpu()
     return modes, torch.from_numpy(is_rejected(logits.numpy(), distances.numpy(), head.rejection_threshold()))
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -14,13 +13,14 @@ from torch.nn import functional as F
 
 from dcp_zoo.backbone.inputs import Inputs
 from dcp_zoo.heads.head import Head
-from dcp_zoo.training.device import autocast, needs_checkpointing
+from dcp_zoo.training.device import autocast
 from dcp_zoo.training.evaluation import warn_if_not_learnt
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
 from dcp_zoo.training.sources import Batch, ImageSource, Progress, no_progress, seeded
 from dcp_zoo.training.state import Log, TrainingState, no_log
 
 TEXT_WEIGHT, IMAGE_WEIGHT = 25.0, 10.0  # PromptSRC's
+FASTER = "Faster: the method text-probe, which takes seconds."
 
 
 class Epoch(NamedTuple):
@@ -60,8 +60,8 @@ def descend(
             for group in state.optimizer.param_groups:
                 group["lr"] = lr_at(step)
             with autocast(device, state.precision):
-                found = loss_of(*(t.to(device, non_blocking=device.type == "cuda") for t in batch))
-            loss, reported = found if isinstance(found, tuple) else (found, found)
+                result = loss_of(*(t.to(device, non_blocking=device.type == "cuda") for t in batch))
+            loss, reported = result if isinstance(result, tuple) else (result, result)
             state.optimizer.zero_grad()
             state.scaler.scale(loss).backward()
             state.step(reported.item())
@@ -125,7 +125,7 @@ def train(
         source: the few-shot training images.
         seed: of the order of the images, their augmentation and dropout, which depend only on it and on the step: a run
             can resume after any step, with any number of workers.
-        precision: of `PRECISIONS`: autocast over float32 prompts and CMPA, but for "release", DCP's authors' float16.
+        precision: of `PRECISIONS`: autocast over float32 prompts and CMPA.
         state: saves the run to a file, so that it can resume when stopped. Default: nothing is saved.
         loss_of: as `objective` returns it. Default: that of the recipe.
         average: of the weights over the epochs, which replaces them at the end.
@@ -135,10 +135,9 @@ def train(
     trained, per_epoch = [p for p in model.parameters() if p.requires_grad], len(sizes)
     sums = average.begin(trained) if average else []
     run = (state or TrainingState()).begin(build_optimizer(recipe, trained), precision, sums)
-    losses, classes = run.losses, source.num_classes
-    ended = recipe.is_flat(losses, per_epoch, classes)  # before it was stopped
-    steps = len(losses) if ended else recipe.num_epochs * per_epoch
-    log(f"{steps:,} steps of at most {recipe.batch_size} images; {_size_and_advice(trained, recipe)}")
+    losses, steps = run.losses, recipe.num_epochs * per_epoch
+    size = f"{sum(p.numel() for p in trained):,} trained parameters"
+    log(f"{steps:,} steps of at most {recipe.batch_size} images; {size}. {FASTER}")
     loss_of = loss_of or objective(model, recipe)
 
     def loss(inputs: Inputs, labels: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,37 +148,22 @@ def train(
             return loss_of(inputs, labels, *targets)
 
     def after(step: int) -> bool:
-        """After an epoch tell the callbacks; whether one of them, or a flat loss, ends the run."""
+        """After an epoch tell the callbacks; whether one of them ends the run."""
         if (step + 1) % per_epoch:
             return False
         epoch = step // per_epoch
         reached = Epoch(epoch + 1, step + 1, recipe.lr_at(epoch), fmean(losses[-per_epoch:]))
         stops = [callback(model, reached) for callback in callbacks]
-        return recipe.is_flat(losses, per_epoch, classes) or any(stops)
+        return any(stops)
 
     batches = _remaining(source, recipe, seed, per_epoch, len(losses))
-    with _training_mode(model, max(sizes)):
-        descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, progress, after)
+    model.train()
+    descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, progress, after)
+    model.eval()
     if average:
         average.finish(trained, len(losses) // per_epoch)
-    warn_if_not_learnt(fmean(losses[-per_epoch:]), classes, "epochs", recipe.num_epochs)
+    warn_if_not_learnt(fmean(losses[-per_epoch:]), source.num_classes, "epochs", recipe.num_epochs)
     return losses
-
-
-@contextmanager
-def _training_mode(model: Head, batch: int) -> Iterator[None]:
-    """A head while it is trained on batches of at most this size; then in evaluation mode."""
-    model.set_grad_checkpointing(needs_checkpointing(model, batch))
-    model.train()
-    yield
-    model.eval()
-    model.set_grad_checkpointing(False)
-
-
-def _size_and_advice(trained: Sequence[Tensor], recipe: TrainingRecipe) -> str:
-    in_all_blocks = getattr(recipe, "prompted_blocks", 0) is None  # a DCP's prompts
-    faster = ("the recipe fast or " if in_all_blocks else "") + "the method text-probe, which takes seconds"
-    return f"{sum(p.numel() for p in trained):,} trained parameters. Faster: {faster}."
 
 
 def build_optimizer(recipe: TrainingRecipe, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:

@@ -1,9 +1,8 @@
 """Training recipes: plain numbers, each with its help text, and the sources of their defaults."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from statistics import fmean
 from typing import Any, TypeVar
 
 from dcp_zoo.data.packaged import find_spec
@@ -13,8 +12,7 @@ from dcp_zoo.heads.config import PHRASE, DCPConfig
 from dcp_zoo.zoo.registry import get_spec
 
 OPTIMIZERS = ("sgd", "adamw")
-AS_RELEASED = "release"  # float16 weights, and no scaled loss
-PRECISIONS, AUTO = ("float32", "bfloat16", "float16", AS_RELEASED), "auto"
+PRECISIONS, AUTO = ("float32", "bfloat16", "float16"), "auto"
 TEXT_PROBE = "text-probe"
 CLASSIFIERS = ("none", TEXT_PROBE)
 # what hyperparameters were chosen on; cross-validation is on the training images
@@ -27,17 +25,10 @@ EXAMPLES_UNUSED = "The {} images of none of the classes are not used: {}."
 # the default beside the paper's: a schedule that fits the training set, clip_reg with CLIP, and a text probe
 FITTED_SCHEDULE: Values = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "classifier": TEXT_PROBE}
 FEWEST_STEPS, MANY, MIN_EPOCHS = 100, 2000, 5
-# of the loss of a random guess: training images with a higher loss are not learnt, and what `flat_epochs` must gain
-NOT_LEARNT, FLAT = 0.4, 0.01
+NOT_LEARNT = 0.4  # of the loss of a random guess: training images with a higher loss are not learnt
 # changes to `Recipe` in the authors' two recipes: their released code, and their paper with that code's other numbers
-AUTHORS = {"release": {"ctx_init": PHRASE, "coupling": "text_to_vision"}, "paper": {"ctx_init": PHRASE}}
-FAST = "fast"  # late coupling
-LATE: Values = FITTED_SCHEDULE | {
-    "augment": "flip",
-    "prompted_blocks": 3,
-    "share_of_steps": 0.5,
-    "flat_epochs": 3,
-}
+PAPER: Values = {"ctx_init": PHRASE}
+AUTHORS = {"release": PAPER | {"coupling": "text_to_vision"}, "paper": PAPER}
 TRANSFER = 4  # times DCP's clip_reg, for what it was not trained on
 IMAGENET_EPOCHS = 5  # of DCP's schedule of 20, which its script of tests on other datasets loads
 R = TypeVar("R", bound="BaseRecipe")
@@ -122,27 +113,15 @@ class TrainingRecipe(BaseRecipe):
     batch_size: int = count(4, "images per step, at most")
     drop_last: bool = option(True, "drop an incomplete batch of an epoch; false: batches of near-equal size, no drop")
     epochs: int | None = count(20, "length of the schedule; null: as many as the number of classes and images needs")
-    share_of_steps: float = option(1.0, "with epochs null: the share of those steps that is run")
     stop_epoch: int | None = count(None, "end after this many epochs of the schedule")
-    flat_epochs: int | None = count(
-        None, "end when the images are learnt and the mean loss over this many epochs has hardly fallen"
-    )
 
     def fitted(self: T, images: int, classes: int) -> T:
-        """This recipe for a training set: for `epochs` None, with those that give its share of `steps_needed`."""
+        """This recipe for a training set: for `epochs` None, with as many as give the `steps_needed`."""
         if self.epochs is not None:
             return self
         per_epoch = len(batch_sizes(images, self.batch_size, self.drop_last))
-        steps = max(FEWEST_STEPS, round(self.share_of_steps * steps_needed(images, classes, self.batch_size)))
+        steps = steps_needed(images, classes, self.batch_size)
         return replace(self, epochs=max(MIN_EPOCHS, -(-steps // per_epoch)))
-
-    def is_flat(self, losses: Sequence[float], per_epoch: int, classes: int) -> bool:
-        """Whether the losses so far end the run, after an epoch: the images are learnt, and the loss is flat."""
-        steps = (self.flat_epochs or 0) * per_epoch
-        if steps == 0 or len(losses) < 2 * steps or len(losses) % per_epoch:
-            return False
-        before, now, guess = fmean(losses[-2 * steps : -steps]), fmean(losses[-steps:]), math.log(max(2, classes))
-        return now < NOT_LEARNT * guess and before - now < FLAT * guess
 
     @property
     def num_epochs(self) -> int:
@@ -187,18 +166,11 @@ class Recipe(TrainingRecipe, DCPConfig):
         return {name: value for name, value in self.as_dict().items() if name not in DCPConfig.__dataclass_fields__}
 
 
-def named_recipe(name: str, model: str) -> Recipe:
-    """The `AUTHORS`' "release" or "paper", the same for every model; or "fast", late coupling: prompts in the last
-    three blocks, two known views of each image, and half of the steps."""
-    changes: Values = get_spec(model).recipe | LATE if name == FAST else AUTHORS[name]
-    return Recipe(**changes)
-
-
 def default_recipe(model: str, dataset: str | None = None) -> Recipe:
     """For CLIP models on the paper's datasets the recipe "paper" and the text probe, for the zoo's planned heads, too;
     otherwise its values with the changes of the model's row in the registry, and a schedule that fits the training set.
     `dataset=None` counts as one of them. The coupling is the paper's because it is the method as described."""
     changes = get_spec(model).recipe
     if not changes and (dataset is None or find_spec(dataset).counts):
-        return replace(named_recipe("paper", model), classifier=TEXT_PROBE)
+        return Recipe(**AUTHORS["paper"], classifier=TEXT_PROBE)
     return Recipe(**(FITTED_SCHEDULE | changes))

@@ -15,7 +15,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP
@@ -36,14 +35,12 @@ from dcp_zoo.training.evaluation import (
     Evaluation,
     measure,
     measure_by_folds,
-    predict,
-    warn_if_not_learnt,
 )
 from dcp_zoo.training.loop import Callback
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
-from dcp_zoo.training.recipes import AUTO, MANY, PROBE_REFUSED, BaseRecipe, TrainingRecipe, check_seed
+from dcp_zoo.training.recipes import AUTO, MANY, PROBE_REFUSED, BaseRecipe, check_seed
 from dcp_zoo.training.sources import ImageSource, KnownFacts, groups_in, image_source
 from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, identity_of, no_log, remove_state
 from dcp_zoo.zoo.build import check_encoders, load_encoders, plain_clip
@@ -270,11 +267,10 @@ def _fit_and_measure(
     clip: FrozenCLIP | None = None,
     subset: Split | None = None,
     read: Reader | None = None,
-    refit: bool = False,
     folded: bool = False,
 ) -> tuple[Head, dict[str, float], Evaluation | None]:
     """What `train_head` saves, its accuracies, and its predictions on the test images or, `folded`, by `_by_folds`. The
-    state of a training stays in `output`. With `refit`, test images are read as the next training needs them."""
+    state of a training stays in `output`."""
     started, earlier, info = time.perf_counter(), 0.0, Values()
     subset = subset or run.subset()
     clip = clip or plain_clip(run.model).to(run.device)
@@ -293,25 +289,23 @@ def _fit_and_measure(
         task.training = {"state": state, "callbacks": options.callbacks, "log": options.log}
     head = fit_head(run.method, task)
     info = info or run.info(subset)  # by now each image was read, and hashed in the same pass
-    _check_learnt(task, head)
     seconds = round(earlier + time.perf_counter() - started, 2)
     metrics: dict[str, float] = {}
-    evaluation, found = None, dict(measured or {})
+    evaluation, outcome = None, dict(measured or {})
     if folded:
         metrics, evaluation = _by_folds(run, task) or ({}, None)
     elif measured is None and options.test and run.split.test:
-        views = "flip" if refit and task.train and task.train.num_views > 1 else "none"
-        test = run.source(clip, options.progress, run.split.test, views, head.stats_modes == ("stored",))
+        test = run.source(clip, options.progress, run.split.test, "none", head.stats_modes == ("stored",))
         if method.features:
             test.read(progress=options.progress)
         metrics, evaluation = measure(head, test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH), options.progress)
         if is_own(run.split.name) and task.train and not run.split.held_out:
             _warn_of_shared_groups(subset.train, task.plain_train, test)
     if evaluation:
-        found = {"metrics": metrics, **evaluation.info}
+        outcome = {"metrics": metrics, **evaluation.info}
     if task.train and (groups := task.plain_train.groups.unique().numel()) < len(task.train.items):
-        found["groups"] = groups
-    head.info = {**info, **head.info, "trained": f"{date.today()}", "train_seconds": seconds, **found}
+        outcome["groups"] = groups
+    head.info = {**info, **head.info, "trained": f"{date.today()}", "train_seconds": seconds, **outcome}
     return head, metrics, evaluation
 
 
@@ -326,18 +320,6 @@ def _warn_of_shared_groups(given: Sequence[Item], train: ImageSource, test: Imag
             f"{len(shared)} of {len(test.items)} test images were taken together with training images or are copies of "
             f"them, such as {pair}: the accuracy is too high. Keep such images in one part."
         )
-
-
-def _check_learnt(task: Task, head: Head) -> None:
-    """Warn if a method with a schedule of its own has not learnt its training images; `loop.train` does so itself."""
-    recipe, length = task.recipe, next((name for name in ("steps", "epochs") if hasattr(task.recipe, name)), "")
-    if recipe.is_trained or not length or task.train is None:
-        return
-    train = task.plain_train
-    recipe = recipe.fitted(len(train.items), train.num_classes)
-    value = recipe.num_epochs if isinstance(recipe, TrainingRecipe) else getattr(recipe, length)
-    logits = predict(head, train, EVAL_BATCH, task.progress)
-    warn_if_not_learnt(F.cross_entropy(logits, train.labels).item(), train.num_classes, length, value)
 
 
 def _by_folds(run: Run, task: Task) -> tuple[dict[str, float], Evaluation] | None:
@@ -381,7 +363,7 @@ def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> t
             head.save_pretrained(output)
             remove_state(output)
         else:
-            trained, metrics, evaluation = _fit_and_measure(part, first, options, clip=clip, refit=True)
+            trained, metrics, evaluation = _fit_and_measure(part, first, options, clip=clip)
             took = format_duration(trained.info["train_seconds"])
             final = replace(run, split=all_for_training(part.split), shots=None, test_share=0.0)  # with its groups
             options.log(f"Refitting on all {len(final.split.train):,} images; the first fit took {took}.")

@@ -239,8 +239,7 @@ class ImageSource:
         count = count if self.views is None else min(count, len(self.views))
         if self._read is not None and len(self._read) >= count:
             return self._read[:count]
-        rounded = self.views is not None and self.views.dtype == torch.half
-        kept = "" if self.crops or rounded else ALL_PARTS
+        kept = "" if self.crops else ALL_PARTS
         features = encode_views(self, self.clip.read, count, progress, kept=kept).float()
         if not self.crops:
             self._read = features
@@ -381,8 +380,8 @@ def encode_views(
             read = ((x, x.flip(-1)) if views == 2 else (x,) for x in pixels)
         for shown in by_image(progress, read, description, len(source.items), len(source.items) - len(rows)):
             with autocast(device, source.precision):
-                found = [encode(form(x.to(device))).cpu() for x in shown]
-            yield torch.stack(found)
+                encoded = [encode(form(x.to(device))).cpu() for x in shown]
+            yield torch.stack(encoded)
 
     if not kept:
         return torch.cat(list(batches(range(len(source.items)))), 1)

@@ -20,7 +20,6 @@ from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Values
 from dcp_zoo.files import write_file
 from dcp_zoo.heads.config import STATE_NAME
-from dcp_zoo.training.recipes import AS_RELEASED
 
 if TYPE_CHECKING:
     from dcp_zoo.backbone.clip import FrozenCLIP
@@ -80,7 +79,6 @@ class TrainingState:
         """Start with this optimizer, its weights, other tensors that change, and the state of the file, if any."""
         self.optimizer, self.precision, self.others = optimizer, precision, others
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
-        self._round()
         device = self.trained[0].device.type
         self.scaler = torch.amp.GradScaler(device, enabled=precision == "float16" and device != "mps")
         if state := self._found:
@@ -100,7 +98,6 @@ class TrainingState:
         self._between_steps = False
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self._round()
         if not math.isfinite(loss):
             problem = f"Training diverged: the loss of step {len(self.losses) + 1} is {loss}."
             raise ZooError(f"{problem} {self._lower_rate()}, or use float32 or bfloat16 instead of float16.")
@@ -109,13 +106,6 @@ class TrainingState:
         self._between_steps = True
         if self.path and time.perf_counter() - self._saved >= self.every:
             self._save()
-
-    @torch.no_grad()
-    def _round(self) -> None:
-        """Weights of the release's precision are float16's numbers after every step, so that small steps are lost."""
-        if self.precision == AS_RELEASED:
-            for p in self.trained:
-                p.copy_(p.half())
 
     def _lower_rate(self) -> str:
         return f"Lower the learning rate (--set lr=..., now {self.optimizer.defaults['lr']})"

@@ -299,8 +299,8 @@ def get_head(name: str, ask_hub: bool = True) -> HeadEntry:
     in_zoo = first_seed in (f"{dataset}-{shots}shot" for dataset in list_datasets() for shots in SHOTS)
     if in_zoo or f"{head.model}.{first_seed}" in all_heads():
         return head
-    if ask_hub and (found := newest(head)) is not head:
-        return found
+    if ask_hub and (published := newest(head)) is not head:
+        return published
     tags = [entry.tag for entry in all_heads().values() if entry.model == head.model]
     close = nearest(head.tag, tags) or tags[:5]
     problem = f"{head.model} has no head {head.tag!r}. Nearest: {', '.join(close)}. All: dcp-zoo list '{head.model}*'."

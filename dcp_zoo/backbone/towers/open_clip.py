@@ -229,29 +229,25 @@ class VisionTower:
         """Tokens -> so many parts (B, ..), by default all, each normalised: `features`, and `further` what enters
         CLIP's projection (`HIDDEN`), means over positions of a stem's last maps (`STEM`) and of earlier ones
         (`STAGE`), class token and mean patch as the block after the middle one reads them (`MIDDLE`), and the mean
-        patch after the last block (`LAST`). Prompts, from that block on, are for the features alone."""
+        patch after the last block (`LAST`). Prompts are for the features alone."""
         if parts == 1:
-            return self.features(self.run(entering.x, prompts, entering.block))
+            return self.features(self.run(entering.x, prompts))
         names = [*self.further][: None if parts is None else parts - 1]
-        entering = self.enter(entering, len(self.blocks) - 1)
-        rows = slice(0, None, EVERY) if LAST in names else slice(self.pooled)
-        x = self.blocks[-1](entering.x, rows=rows)
+        x, seen, start = entering.x, entering.seen, 0
+        if MIDDLE in self.further:
+            start = self.middle
+            x = self.run(x, (), 0, start)
+            normed = self.blocks[start].norm(x)
+            class_token, patches = normed[:, : self.num_prefix > 0].flatten(1), normed[:, self.num_prefix :].mean(1)
+            seen = torch.cat([class_token, patches], 1)
+        x = self.run(x, (), start, len(self.blocks) - 1)
+        x = self.blocks[-1](x, rows=slice(0, None, EVERY) if LAST in names else slice(self.pooled))
         hidden = self.hidden(x[:, : self.pooled])
-        found = {HIDDEN: hidden, LAST: self.norm(x[:, -(-self.num_prefix // EVERY) :]).mean(1)}
-        seen = {name: width for name, width in self.further.items() if name not in found}
-        found |= zip(seen, () if entering.seen is None else entering.seen.split([*seen.values()], 1), strict=True)
-        parts_read = [self.project(hidden), *(found[name] for name in names)]
-        return torch.cat([F.normalize(part, dim=-1) for part in parts_read], -1)
-
-    def enter(self, entering: Tokens, stop: int) -> Tokens:
-        """Tokens that enter a block -> those that enter block `stop`, with what is read on the way there."""
-        middle, seen = self.middle, entering.seen
-        if entering.block < middle <= stop and MIDDLE in self.further:
-            entering = Tokens(self.run(entering.x, (), entering.block, middle), middle)
-            x = self.blocks[middle].norm(entering.x)
-            class_token, patches = x[:, : self.num_prefix > 0].flatten(1), x[:, self.num_prefix :].mean(1)
-            seen = torch.cat([*([] if seen is None else [seen]), class_token, patches], 1)
-        return Tokens(self.run(entering.x, (), entering.block, stop), stop, seen)
+        by_name = {HIDDEN: hidden, LAST: self.norm(x[:, -(-self.num_prefix // EVERY) :]).mean(1)}
+        before = {name: width for name, width in self.further.items() if name not in by_name}
+        by_name |= zip(before, () if seen is None else seen.split([*before.values()], 1), strict=True)
+        read = [self.project(hidden), *(by_name[name] for name in names)]
+        return torch.cat([F.normalize(part, dim=-1) for part in read], -1)
 
     def block(self, i: int, x: Tensor, prompts: Tensor | KeyValue | None = None, last: bool = False) -> Tensor:
         """Block i: x (B, L, Dv) -> (B, L, Dv), or with `last` only the pooled tokens (B, 1 or N, Dv). `prompts` (M, Dv)
@@ -318,7 +314,7 @@ class OpenClipViT(VisionTower):
         tokens = maps.flatten(2).transpose(1, 2)  # (B, patches, Dv)
         class_token = visual.class_embedding.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
         x = torch.cat([class_token, tokens], 1) + visual.positional_embedding.to(tokens.dtype)
-        return Tokens(visual.ln_pre(visual.patch_dropout(x)), 0, seen)
+        return Tokens(visual.ln_pre(visual.patch_dropout(x)), seen)
 
     def embed_prompts(self, prompts: Tensor) -> Tensor:
         return self.visual.ln_pre(prompts.to(self.dtype))

@@ -7,7 +7,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,15 +105,6 @@ def _whole(labels: Sequence[str], ids: Tensor, tokenizer: Tokenizer, tower: Any,
     return TextChunks(whole, ends, torch.full_like(ends, length), slice(start, start + n_ctx))
 
 
-class Start(NamedTuple):
-    """What enters `block` without prompts, which depends on frozen weights alone: the start token (1, Dt) of a
-    `PrefixRun`, None of a `FullRun`, and the tokens (c, L, Dt) of each chunk of texts."""
-
-    block: int
-    prefix: Any
-    chunks: list[Tensor]
-
-
 class TextTower:
     """A text tower block by block; it holds the modules, and no parameters of its own: `text`, the CLIP itself or its
     `.text`. `width` is Dt; `shares_prefix`: whether start token and prompts are the same for every class."""
@@ -133,19 +124,11 @@ class TextTower:
     def dtype(self) -> torch.dtype:
         return self.text.token_embedding.weight.dtype
 
-    def begin(
-        self, prompts: Tensor, names: TextChunks, run: Runner = call, start: Start | None = None
-    ) -> "PrefixRun | FullRun":
-        """Class names, as of `names.tokenize_names`, after the prompts (M, Dt): before block 0, or that of `start`.
-        `run` calls what is computed per chunk of classes, such as with gradient checkpointing."""
-        if start is None:
-            start = self.start(names, 0)
-            prompts = prompts.to(self.dtype) + self.text.positional_embedding[names.inside]
-        return (PrefixRun if self.shares_prefix else FullRun)(self, prompts, names, run, start)
-
-    def start(self, names: TextChunks, block: int) -> Start:
-        """What enters a block if prompts enter none before."""
-        return (prefix_start if self.shares_prefix else full_start)(self, names, block)
+    def begin(self, prompts: Tensor, names: TextChunks, run: Runner = call) -> "PrefixRun | FullRun":
+        """Class names, as of `tokenize_names`, after the prompts (M, Dt), before the first block. `run` calls what is
+        computed per chunk of classes, such as with gradient checkpointing."""
+        prompts = prompts.to(self.dtype) + self.text.positional_embedding[names.inside]
+        return (PrefixRun if self.shares_prefix else FullRun)(self, prompts, names, run)
 
     def embed(self, names: TextChunks) -> list[Tensor]:
         """Chunks of texts -> their tokens with positions (c, L, Dt), or (c, L + 1, Dt) with CoCa's class token last."""
@@ -186,9 +169,10 @@ class PrefixRun:
     """A causal tower on start token and prompts, y (1 + M, Dt), whose keys and values (H, 1 + M, d) in the blocks so
     far are `prefix`; class names follow in `features`."""
 
-    def __init__(self, tower: TextTower, prompts: Tensor, names: TextChunks, run: Runner, start: Start) -> None:
+    def __init__(self, tower: TextTower, prompts: Tensor, names: TextChunks, run: Runner) -> None:
         self.tower, self.names, self._run = tower, names, run
-        self.blocks, self.y, self.chunks = tower.blocks[start.block :], start.prefix, start.chunks
+        text = tower.text
+        self.y = text.token_embedding.weight[names.start_id][None] + text.positional_embedding[:1]
         self.prefix: list[KeyValue] = []
         self.replace(prompts)
 
@@ -201,24 +185,14 @@ class PrefixRun:
 
     def step(self) -> None:
         """One block."""
-        i, blocks = len(self.prefix), self.blocks
+        i, blocks = len(self.prefix), self.tower.blocks
         self.y, key_value = prefix_block(blocks[i], self.y, last=i == len(blocks) - 1)
         self.prefix.append(key_value)
 
     def features(self) -> Tensor:
         """After the last block -> normalised features (C, E)."""
-        pairs = zip(self.names, self.chunks, strict=True)
+        pairs = zip(self.names, self.tower.embed(self.names), strict=True)
         return self.names.by_class([self._run(name_features, self.tower, y, n.ends, self.prefix) for n, y in pairs])
-
-
-def prefix_start(tower: TextTower, names: TextChunks, block: int) -> Start:
-    text = tower.text
-    y = text.token_embedding.weight[names.start_id][None] + text.positional_embedding[:1]
-    chunks = tower.embed(names)
-    for early in tower.blocks[:block]:
-        y, prefix = prefix_block(early, y)
-        chunks = [name_block(early, x, prefix) for x in chunks]
-    return Start(block, y, chunks)
 
 
 def prefix_block(block: OpenClipBlock, y: Tensor, last: bool = False) -> tuple[Tensor, KeyValue]:
@@ -234,11 +208,10 @@ def prefix_block(block: OpenClipBlock, y: Tensor, last: bool = False) -> tuple[T
 
 
 def name_features(tower: TextTower, y: Tensor, ends: Tensor, prefix: Sequence[KeyValue]) -> Tensor:
-    """The last blocks on class names y (c, L, Dt), given the prefix's keys and values in each of these blocks ->
-    normalised features (c, E), read at `ends` (c,)."""
-    blocks = tower.blocks[-len(prefix) :]
-    for block, key_value in zip(blocks, prefix, strict=True):
-        y = name_block(block, y, key_value, ends if block is blocks[-1] else None)
+    """All blocks on class names y (c, L, Dt), given the prefix's keys and values in each -> normalised features (c, E),
+    read at `ends` (c,)."""
+    for block, key_value in zip(tower.blocks, prefix, strict=True):
+        y = name_block(block, y, key_value, ends if block is tower.blocks[-1] else None)
     return F.normalize(tower.project(y[:, 0]), dim=-1)
 
 
@@ -269,12 +242,12 @@ class FullRun:
     """Any other tower: all tokens of every class, y (c, L, Dt) for each chunk of c classes. With gradients and several
     chunks, each block recomputes its activations in the backward pass."""
 
-    def __init__(self, tower: TextTower, prompts: Tensor, names: Any, run: Runner, start: Start) -> None:
+    def __init__(self, tower: TextTower, prompts: Tensor, names: Any, run: Runner) -> None:
         self.tower, self.names = tower, names
         self._run = checkpointed if len(names) > 1 else run
         self.inside = names.inside
         self.masks = [attention_mask(tower.text, chunk.ids) for chunk in names]
-        self.blocks, self.chunks = iter(tower.blocks[start.block :]), start.chunks
+        self.blocks, self.chunks = iter(tower.blocks), tower.embed(names)
         self.replace(prompts)
 
     def prompts(self, pooling: str) -> Tensor:
@@ -298,19 +271,6 @@ class FullRun:
         pairs = zip(self.chunks, self.names, strict=True)
         pooled = [y[torch.arange(len(y), device=y.device), chunk.ends] for y, chunk in pairs]
         return self.names.by_class([F.normalize(self.tower.project(y), dim=-1) for y in pooled])
-
-
-def full_start(tower: TextTower, names: Any, block: int) -> Start:
-    chunks = tower.embed(names)
-    for n, chunk in enumerate(names if block else ()):
-        shown = torch.ones(chunks[n].shape[1], dtype=torch.bool, device=chunks[n].device)
-        shown[names.inside] = False
-        mask = attention_mask(tower.text, chunk.ids)
-        own = torch.diag(~shown)  # a prompt's place attends to itself: softmax needs one token
-        mask = (shown if mask is None else mask & shown) | own
-        for early in tower.blocks[:block]:
-            chunks[n] = early(chunks[n], mask)
-    return Start(block, None, chunks)
 
 
 def attention_mask(text: Any, ids: Tensor) -> Tensor | None:

@@ -7,22 +7,19 @@ training the prompts are rounded as they will be stored, and the stored statisti
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from statistics import fmean
 
 import torch
-from torch import Tensor
 
 from dcp_zoo.backbone.classes import TEMPLATE
-from dcp_zoo.backbone.inputs import Inputs, Tokens
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.config import Abilities
 from dcp_zoo.heads.dcp import DCP
-from dcp_zoo.training.device import cast_frozen, total_memory
+from dcp_zoo.training.device import cast_frozen
 from dcp_zoo.training.methods.base import Method, Task, train_prompts
 from dcp_zoo.training.methods.text_probe import add_probe, probe_views
 from dcp_zoo.training.recipes import Recipe
-from dcp_zoo.training.sources import ImageSource, Progress, encode_views
+from dcp_zoo.training.sources import ImageSource, encode_views
 
 
 def fit(task: Task) -> DCP:
@@ -30,8 +27,6 @@ def fit(task: Task) -> DCP:
     recipe: Recipe = task.recipe
     model, clip = new_model(task), task.clip
     source, fixed = task.train_images, task.plain_train
-    if not source.crops:
-        source, fixed = frozen_tokens(model, source, fixed, task.progress)
     if recipe.clip_reg:
         shown = max(source.num_views, probe_views(fixed))
         source.targets = fixed.targets = encode_views(fixed, clip.encode_image, shown, task.progress).float()
@@ -55,26 +50,6 @@ def clip_in(model: DCP, precision: str) -> Iterator[None]:
     finally:
         for p, before in zip(model.encoder.clip.parameters(), weights, strict=True):
             p.data = before.to(p.device)
-
-
-def frozen_tokens(
-    model: DCP, source: ImageSource, fixed: ImageSource, progress: Progress
-) -> tuple[ImageSource, ImageSource]:
-    """With late coupling: the images of both sources as the tokens that enter the first block with prompts, of every
-    view, in half precision; the images themselves if all tokens take more than a quarter of the memory."""
-    tower, first = model.encoder.vision_tower, model.first_block
-    numbers = source.num_views * len(source.items) * tower.num_tokens * tower.width
-    if first == 0 or 2 * numbers > total_memory(torch.device("cpu")) / 4:
-        return source, fixed
-
-    def enter(inputs: Inputs) -> Tensor:
-        return model.encoder.enter(inputs, first).packed().half()
-
-    def form(rows: Tensor) -> Tokens:
-        return Tokens.unpacked(rows, (tower.num_tokens, tower.width), first)
-
-    views = encode_views(source, enter, source.num_views, progress)
-    return replace(source, views=views, form=form, flips=False), replace(fixed, views=views, form=form)
 
 
 def new_model(task: Task) -> DCP:

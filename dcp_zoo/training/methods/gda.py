@@ -61,9 +61,9 @@ def gda_weight(
     """alpha, and what it was chosen on if not on validation images: text features (C, E), those of images (V, n, E)."""
     labels = task.train_labels
 
-    def best(found: Tensor, gaussian: Tensor, truth: Tensor) -> float:
+    def best(rows: Tensor, gaussian: Tensor, truth: Tensor) -> float:
         """The alpha of highest accuracy, the smallest on a tie: features (n, E), Gaussian scores (n, C), labels."""
-        zero_shot = task.clip.logits(found.to(text.device), text).cpu()
+        zero_shot = task.clip.logits(rows.to(text.device), text).cpu()
         return most_accurate(((alpha, zero_shot + alpha * gaussian) for alpha in ALPHAS), truth)
 
     if task.val is not None:

@@ -101,8 +101,8 @@ def promptsrc_loss(
 def ensemble(clip: FrozenCLIP, classnames: Sequence[str], texts: Texts = "") -> Tensor:
     """Text features t' (C, E), averaged over all templates and normalised; or of `texts`, if these are sentences."""
     templates = TEMPLATES if isinstance(texts, str) else [texts]
-    found = [clip.encode_sentences(classnames, template) for template in templates]
-    return F.normalize(torch.stack(found).mean(0), dim=-1)
+    features = [clip.encode_sentences(classnames, template) for template in templates]
+    return F.normalize(torch.stack(features).mean(0), dim=-1)
 
 
 def epoch_weights(epochs: int, mean: float, std: float, run: int | None = None) -> list[float]:

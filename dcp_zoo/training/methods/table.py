@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, warn
-from dcp_zoo.training.recipes import AUTHORS, EXAMPLES_UNUSED, FAST, BaseRecipe, Recipe, named_recipe
+from dcp_zoo.training.recipes import AUTHORS, EXAMPLES_UNUSED, BaseRecipe, Recipe
 
 if TYPE_CHECKING:
     from dcp_zoo.heads.head import Head
@@ -106,15 +106,15 @@ def chosen_recipe(
     method: str, model: str, dataset: str, shots: int, recipe: RecipeLike = None, classifier: str | None = None
 ) -> BaseRecipe:
     """The recipe of a run on a dataset; ZooError for an unknown method or classifier, or a recipe that does not fit.
-    `recipe` is a name, see `named_recipe`, changes such as {"lr": 0.001}, or a recipe, by default the method's own;
+    `recipe` is a name, see `AUTHORS`, changes such as {"lr": 0.001}, or a recipe, by default the method's own;
     `classifier` "none" or "text-probe", by default the recipe's."""
     check_choice("method", method, tuple(METHODS))
     base = METHODS[method].recipe(model, dataset, shots, "few-shot")
     if isinstance(recipe, str):
-        check_choice("recipe", recipe, (FAST, *AUTHORS))
+        check_choice("recipe", recipe, tuple(AUTHORS))
         if not isinstance(base, Recipe):
             raise ZooError(f"The recipe {recipe} is for DCP: omit it, or use --method {DCP_METHOD}.")
-        base = named_recipe(recipe, model)
+        base = Recipe(**AUTHORS[recipe])
     elif isinstance(recipe, Mapping):
         base = base.updated(recipe, where="recipe")
     elif isinstance(recipe, BaseRecipe):

@@ -46,8 +46,8 @@ def add_probe(head: Head, task: Task, images: ImageSource | None = None) -> None
     """Fit a text probe to the task's training images and add it to a head, with the encoders that it reads beside CLIP.
     `images`: they without augmentation, if the method has them in a form that its head reads faster."""
     head.image_encoders.extend(task.encoders)
-    found = fit_probe(head, images or task.plain_train, task.progress, task.probe_weights, task.none, task.checks)
-    head.info = head.info | {"text_probe": found}
+    info = fit_probe(head, images or task.plain_train, task.progress, task.probe_weights, task.none, task.checks)
+    head.info = head.info | {"text_probe": info}
 
 
 @torch.no_grad()

@@ -32,8 +32,8 @@ def fit_ensemble(task: Task) -> LinearHead:
     used by Tip-Adapter."""
     own = task.texts
     texts: Texts = (own, *ENSEMBLE) if isinstance(own, str) else own
-    found = [task.clip.zero_shot_classifier(task.classnames, template) for template in (own, *ENSEMBLE)]
-    return task.text_head(F.normalize(torch.stack(found).mean(0), dim=-1), texts=texts)
+    features = [task.clip.zero_shot_classifier(task.classnames, template) for template in (own, *ENSEMBLE)]
+    return task.text_head(F.normalize(torch.stack(features).mean(0), dim=-1), texts=texts)
 
 
 @torch.no_grad()
