@@ -7,7 +7,7 @@ DATA: see `sets.py`, of which the sets for reporting and those for choosing are 
 `many_sets.py`. FEATURES has a file for each set with several readings of its images: `x` is CLIP's vector, `stem` the
 mean over positions of the maps of the miniature's stem, `stage` that of earlier maps, each scaled to the length 1.
 `x+stem` joins both, for any method; `x,stem,stage` are all as a text probe reads them, and for it alone. Where `x` is
-not the first there is no text, and only methods without text are measured.
+not the first there is no text, and only methods without text are measured. The text probe's rows are in `reads.py`.
 
 No method sees validation images, but for those named "with validation images": those of `many_sets.py`.
 """
@@ -70,7 +70,6 @@ NAMES: dict[str, Mapping[str, Any]] = {  # options of each; those of the papers 
     f"proker{VALIDATED}": {},
     "ss-text": {},
     "clap": {},
-    "text-probe": {},
 }
 WITHOUT_TEXT = (NEAREST, "linear-probe", "linear-probe, C = 100", CHOSEN_C, "gda, without text")
 app = typer.Typer()
@@ -145,13 +144,12 @@ class Known:
 def measure(kept: Annotated[Path, typer.Argument(help="The folder that `features` wrote.")]) -> None:
     """Measure what the table does not have for the current weights yet."""
     table, weights = GrowingTable(RESULTS / "baselines.csv", COLUMNS, [*COLUMNS[:2], *COLUMNS[3:7]]), weights_id(MODEL)
-    for reading, name in product(("x", "stem", "x+stem", "x,stem"), (*REPORTING, *CHOOSING)):
+    for reading, name in product(("x", "stem", "x+stem"), (*REPORTING, *CHOOSING)):
         known = Known(kept / f"{name}.npz", reading)
         cells = product((4, 1, 16, 2, 8), range(1, 6), NAMES)  # images per class, draws, methods
         for number, seed, method in cells:
             key = weights, name, number, seed, method, reading
-            able = method == "text-probe" if "," in reading else known.has_text or method in WITHOUT_TEXT
-            if key not in table and able:
+            if key not in table and (known.has_text or method in WITHOUT_TEXT):
                 head = weights, name, len(known.names), number, seed, method, reading
                 table.add([(*head, *measured(known, number, seed, method))])
 
@@ -163,7 +161,7 @@ def measured(known: Known, images: int, seed: int, method: str) -> tuple[Any, ..
     val = known.source(split.val) if method.endswith(VALIDATED) and split.val else None
     task = Task(known.clip, MODEL, known.names, TEMPLATE, train, val, BaseRecipe(), seed)
     if name in METHODS:
-        task.recipe = METHODS[name].recipe(MODEL, "folder", images, "few-shot").updated(NAMES[method])
+        task.recipe = METHODS[name].recipe(MODEL, "folder", images, "few-shot").updated(NAMES.get(method, {}))
     if method == CHOSEN_C:
         task.recipe = min((replace(task.recipe, C=C) for C in CS), key=lambda recipe: loss_left_out(task, recipe))
     head = fit_head(name, task) if name in METHODS else to_nearest_mean(task)

@@ -43,7 +43,7 @@ from dcp_zoo.zoo.build import plain_clip
 RESULTS = Path(__file__).parent / "results" / "bursts.csv"
 COLUMNS = ("weights", "set", "images", "draw", "name", "value")
 MODEL = "dcp_mini"
-CLASSES, TESTED, DRAWS = 10, 40, range(1, 4)
+CLASSES, TESTED, DRAWS = 10, 40, range(1, 3)
 SIDE, TURN, LIGHT = 0.9, 3.0, 0.15
 PATTERNS = {  # bursts of each class, and images of each burst
     "16 photographs": [1] * 16,

@@ -4,7 +4,7 @@ import csv
 import inspect
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,58 @@ def real_clip_summary() -> str:
             found = own[own.shots.isin([0, shots]) & (own.images == tested)].set_index("method").top1
             lines.append([dataset, shots, *(f"{found[m]:.1f}" if m in found else "-" for m in methods)])
     return as_table(["dataset", "images per class", *map(report.title, methods)], lines)
+
+
+SPEED: dict[str, tuple[str, Callable[[Any, Any], float]]] = {  # unit and figure by the two look-ups of `speed_runs`
+    "Fused inference, 100 classes, against `encode_image`": ("x", lambda run, _: run("fused") / run("encode_image")),
+    "Fused inference, 1,000 classes: faster than plain": ("x", lambda run, _: run("plain", 1000) / run("fused", 1000)),
+    "ONNX Runtime against fused in torch, 100 classes": ("x", lambda run, _: run("onnxruntime") / run("fused")),
+    "Peak memory of the fused model against the image tower alone": (
+        "x",
+        lambda run, _: run("fused", column="peak_mb") / run("encode_image", column="peak_mb"),
+    ),
+    "Training step, 100 classes: faster than plain": ("x", lambda _, step: step("plain") / step("ours")),
+    "The same, with bfloat16: faster than plain in float32": (
+        "x",
+        lambda _, step: step("plain") / step("ours-bfloat16"),
+    ),
+    "Training step, 1,000 classes: peak memory": ("GB", lambda _, step: step("ours", 1000, "peak_mb") / 1000),
+    "Training step, 1,000 classes against 10": ("x", lambda _, step: step("ours", 1000) / step("ours", 10)),
+    "Each additional class in a training step (ours 10 to 1,000, plain 10 to 100): faster than plain": (
+        "x",
+        lambda _, step: (step("plain") - step("plain", 10)) / 90 / ((step("ours", 1000) - step("ours", 10)) / 990),
+    ),
+}
+
+
+def speed_runs(rows: pd.DataFrame, model: str) -> tuple[Any, Any]:
+    """Look-ups in the rows of `speed.py`, by variant, number of classes and column: at batch 16, and in training."""
+    found = rows[rows.model == model].set_index(["task", "batch", "variant", "classes"])
+
+    def of(task: str, batch: int) -> Any:
+        return lambda variant, classes=100, column="seconds": found[column].loc[task, batch, variant, classes]
+
+    return of("inference", 16), of("training", 4)
+
+
+def speed_files() -> list[Path]:
+    """The last run, and those of other machines, `speed-MACHINE.csv` and .json."""
+    return [RESULTS / "speed.csv", *sorted(RESULTS.glob("speed-*.csv"))]
+
+
+def speed(start: str, machine: int = 0, model: str = "dcp_vitb16") -> float:
+    """The figure of a statement of the speed page, named by its first words, on one of the machines."""
+    runs = speed_runs(pd.read_csv(speed_files()[machine]), model)
+    return next(figure(*runs) for text, (_, figure) in SPEED.items() if text.startswith(start))
+
+
+def speed_table() -> str:
+    """The figures of the speed benchmark, with a column for each machine."""
+    machines = [json.loads(file.with_suffix(".json").read_text())["cpu"] for file in speed_files()]
+    rows = [
+        [text, *(f"{speed(text, i):.2f} {unit}" for i in range(len(machines)))] for text, (unit, _) in SPEED.items()
+    ]
+    return as_table(["ViT-B/16, inference at batch 16, training at batch 4", *machines], rows)
 
 
 def like_accepted(head: str) -> float:

@@ -7,7 +7,6 @@ Texts have a tokenizer of our own: the structure is checked, not the accuracy. A
 again.
 """
 
-import csv
 import json
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import open_clip
 import open_clip.timm_model
 import timm
 import torch
+from growing import GrowingTable
 from torch.nn import functional as F
 
 import dcp_zoo
@@ -81,7 +81,7 @@ def build_small(config: dict[str, Any], timm_args: dict[str, Any]) -> Any:
         return build_open_clip(json.loads(json.dumps(config)), quick_gelu=bool(config.get("quick_gelu"))).eval()
 
 
-def check_dcp(clip: Any, tokenizer: Any, images: torch.Tensor, folder: Path) -> None:
+def check_dcp(clip: Any, tokenizer: Any, images: torch.Tensor) -> None:
     """Build, train a step, calibrate, fuse, export, and compare the three answers."""
     model = dcp_zoo.DCP(clip, NAMES, n_ctx=N_CTX, tokenizer=tokenizer)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
@@ -130,27 +130,7 @@ def has_one_size(architecture: str) -> bool:
     return cfg is None or cfg.input_size[1] == vision["image_size"]
 
 
-def survey(folder: Path) -> None:
-    tags: dict[str, list[str]] = {}
-    for architecture, tag in open_clip.list_pretrained():
-        tags.setdefault(architecture, []).append(tag)
-    done = {row["architecture"] for row in csv.DictReader(RESULTS.open())} if RESULTS.exists() else set()
-    with RESULTS.open("a") as file:
-        writer = csv.writer(file)
-        if not done:
-            writer.writerow(COLUMNS)
-        for architecture, names in tags.items():
-            if architecture in done:
-                continue
-            dcp, features = run(*small_config(architecture), folder)
-            if dcp == "yes" and not has_one_size(architecture):
-                dcp = "needs images of one size, the same for open_clip and timm."
-            writer.writerow([architecture, " ".join(names), dcp, features])
-            file.flush()
-            print(f"{architecture}: {dcp}, {features}", flush=True)
-
-
-def run(config: dict[str, Any], timm_args: dict[str, Any], folder: Path) -> tuple[str, str]:
+def run(config: dict[str, Any], timm_args: dict[str, Any]) -> tuple[str, str]:
     if "hf_model_name" in config["text_cfg"]:
         reason = f"its text tower is Hugging Face's {config['text_cfg']['hf_model_name']}"
         return f"{reason}, which DCP does not take apart", f"not run: {reason}, which must be downloaded"
@@ -158,13 +138,22 @@ def run(config: dict[str, Any], timm_args: dict[str, Any], folder: Path) -> tupl
     size = config["vision_cfg"]["image_size"]
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     features = outcome(lambda: check_features(clip, tokenizer, images))
-    return outcome(lambda: check_dcp(clip, tokenizer, images, folder)), features
+    return outcome(lambda: check_dcp(clip, tokenizer, images)), features
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    tags, table = dict[str, list[str]](), GrowingTable(RESULTS, COLUMNS, COLUMNS[:1])
+    for architecture, tag in open_clip.list_pretrained():
+        tags.setdefault(architecture, []).append(tag)
+    for architecture, names in tags.items():
+        if (architecture,) not in table:
+            dcp, features = run(*small_config(architecture))
+            if dcp == "yes" and not has_one_size(architecture):
+                dcp = "needs images of one size, the same for open_clip and timm."
+            table.add([(architecture, " ".join(names), dcp, features)])
 
 
 if __name__ == "__main__":
-    import tempfile
-
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory() as temporary:
-        survey(Path(temporary))
+    main()

@@ -12,12 +12,14 @@ import time
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import typer
+from baselines import Known
 from growing import GrowingTable
 from many_sets import MODEL, RESULTS, TEST_IMAGES
-from reads import READINGS, Known, drawn
+from reads import METHOD, READINGS, drawn, task
 from sets import REPORTING
 from torch import Tensor
 
@@ -26,19 +28,18 @@ from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.data.images import load_image
 from dcp_zoo.heads.head import Head
 from dcp_zoo.heads.kinds import LinearHead
-from dcp_zoo.probe import ReadingFeatures, fit_on_features
+from dcp_zoo.training.methods import fit_head
 from dcp_zoo.zoo.build import plain_clip
 
 SHOTS, IMAGES, ROWS = 4, 30, 3
 COLUMNS = "weights set images fall_named fall_elsewhere named_falls_more cpu_seconds".split()
 
 
-def head_of(own: Known, names: list[str]) -> Head:
-    """Zero-shot CLIP with a text probe on a draw of training images."""
-    clip, rows = plain_clip(MODEL), drawn(own.labels, SHOTS, 1)
-    head = LinearHead(clip, names, own.text, torch.zeros(len(names))).eval()
-    reading = ReadingFeatures(own.train[:, rows], head.own_linear(), own.widths, own.inside)
-    head.text_probe, _ = fit_on_features(names, own.labels[rows], [reading])
+def head_of(known: Known) -> Head:
+    """Zero-shot CLIP with the text probe of a draw of training images."""
+    given: Any = fit_head(METHOD, task(known, drawn(known, SHOTS, 1)))
+    head = LinearHead(plain_clip(MODEL), known.names, *given.own_linear()).eval()
+    head.text_probe = given.text_probe
     return head
 
 
@@ -65,7 +66,7 @@ def main(data: Path, features: Path) -> None:
         found, seconds = [], 0.0
         with TemporaryDirectory() as folder:
             names, _, test = make(data, Path(folder))
-            head = head_of(Known(features / f"{name}.npz", READINGS["embedding, backbone, inside"]), names)
+            head = head_of(Known(features / f"{name}.npz", READINGS["embedding, backbone, inside"]))
             transform = dcp_zoo.create_transform(head)
             for item in random.Random(0).sample(test, min(TEST_IMAGES, len(test)))[:IMAGES]:
                 image, started = load_image(item.path), time.process_time()

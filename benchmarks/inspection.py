@@ -18,10 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
-from cleanlab.filter import find_label_issues
 from growing import GrowingTable
 from sets import REPORTING, of_class, tiny_imagenet
 from torch import Tensor
@@ -155,11 +153,6 @@ def labels(images: Images, seed: int) -> Measured:
     found = suspected(chances, given)
     doubt = chances.amax(1) - chances.gather(1, given[:, None])[:, 0]
     kinds = {"": found, "twice as many": doubt.argsort(descending=True)[: 2 * len(swapped)].tolist()}
-    probabilities = chances.double().exp().numpy()
-    for kind in ("confident_learning", "low_self_confidence"):
-        kinds[f"cleanlab {kind}"] = np.flatnonzero(
-            find_label_issues(given.numpy(), probabilities, filter_by=kind, n_jobs=1)
-        )
     yield "images", len(rows)
     yield "swapped", len(swapped)
     for kind, suspects in kinds.items():

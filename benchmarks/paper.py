@@ -52,6 +52,7 @@ ON_FEATURES = ("zero-shot", "linear-probe", "gda", "lp-plus-plus", "clap", "text
 NAMED = {"dcp, paper": "paper", "dcp, release": "release"}
 PROMPTS = ("dcp", "coop", "maple", "promptsrc", "dcp, paper", "dcp, release", "clip-lora")
 IMAGES = 16  # per class
+ALL = "x,stem,stage"  # what a text probe of the miniature reads
 HEAD = "weights protocol trained_on images_per_class seed method".split()
 TRANSFER = [*HEAD, "reading", "target", "top1", "test_images", "cpu_seconds"]
 PARTS = "weights set images_per_class seed changes stats top1 test_images cpu_seconds".split()
@@ -71,7 +72,7 @@ Test = tuple[Sequence[str], ImageSource]  # class names, and images
 def features(kept: Annotated[Path, typer.Argument(help="As `baselines.py` keeps them.")], draws: Draws = 5) -> None:
     """Measure methods on image features, with 4 and 16 images per class, on the sets whose features are there."""
     there = [name for name in SETS if (kept / f"{name}.npz").exists()]
-    read = {reading: {name: Known(kept / f"{name}.npz", reading) for name in there} for reading in ("x", "x,stem")}
+    read = {reading: {name: Known(kept / f"{name}.npz", reading) for name in there} for reading in ("x", ALL)}
     for known in read.values():  # any may read any class
         texts = {name: text for each in known.values() for name, text in each.clip.given_texts.items()}
         for each in known.values():

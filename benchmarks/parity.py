@@ -11,7 +11,7 @@
 DATA holds Caltech-101 in CoOp's layout. Their code is copied to a temporary folder and changed there as `CHANGES` says:
 for a machine without CUDA, for a current torch, and where a published line cannot run. The miniature takes the place of
 CLIP. With `--float64` both sides compute in double precision, so that rounding does not grow into other predictions.
-Every run replaces its own rows in `results/parity.csv`.
+Every run adds its rows to `results/parity.csv`.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
 
-import pandas as pd
 import torch
+from growing import GrowingTable
 from timm.layers import LayerNormFp32
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.head import Head
 from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.training.evaluation import predict
-from dcp_zoo.training.loop import Epoch, train
+from dcp_zoo.training.loop import train
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.prompts import MaPLeRecipe, new_maple
 from dcp_zoo.training.recipes import Recipe, TrainingRecipe
@@ -98,26 +98,14 @@ UNUSED = ("wilds", "gdown", "torch.utils.tensorboard")  # packages that Dassl im
 
 @dataclass
 class Recorded:
-    """What one of the two trainers did: its state before and after training and after its first steps, the loss of
-    every step, and its logits of the test images."""
+    """What one of the two trainers did: its state before and after training, the loss of every step, and its logits of
+    the test images; of theirs also the batches, and their test images' pixels against ours."""
 
-    before: dict[str, Tensor] = field(default_factory=dict)
-    early: dict[str, Tensor] = field(default_factory=dict)
+    before: dict[str, Tensor]
     after: dict[str, Tensor] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
-class Theirs(Recorded):
-    """Beside that, the images they drew, the batches they trained on, and their test images' pixels against ours."""
-
-    drawn: list[str] = field(default_factory=list)
-    tested: list[str] = field(default_factory=list)
-    tokens: Tensor = field(default_factory=lambda: torch.zeros(0))
     batches: list[tuple[Inputs, Tensor]] = field(default_factory=list)
-    per_epoch: int = 0
-    first: int = 0  # steps
     pixels: float = 0.0
 
 
@@ -197,21 +185,15 @@ def clip_config() -> dict[str, Any]:
     return {"size": cfg["input_size"][-1], "mean": list(cfg["mean"]), "std": list(cfg["std"])}
 
 
-def run_theirs(trainer: Any, ours: Iterator[tuple[Inputs, Tensor]], first: int) -> Theirs:
+def run_theirs(trainer: Any, ours: Iterator[tuple[Inputs, Tensor]]) -> Recorded:
     """Train and test with their trainer, and record what it does; `ours` are our test images in batches of theirs."""
-    found = Theirs(before=copy_of(trainer.model), first=first)
-    found.drawn = [item.impath for item in trainer.dm.dataset.train_x]
-    found.tested = [item.impath for item in trainer.dm.dataset.test]
-    found.per_epoch = len(trainer.train_loader_x)
-    found.tokens = trainer.model.tokenized_prompts
+    found = Recorded(copy_of(trainer.model))
     step, read, process = trainer.forward_backward, trainer.parse_batch_test, trainer.evaluator.process
 
     def forward_backward(batch: Any) -> Any:
         summary = step(batch)
         found.batches.append((Pixels(batch["img"]), batch["label"]))
         found.losses.append(summary["loss"])
-        if len(found.losses) == first:
-            found.early = copy_of(trainer.model)
         return summary
 
     def parse_batch_test(batch: Any) -> Any:
@@ -224,11 +206,8 @@ def run_theirs(trainer: Any, ours: Iterator[tuple[Inputs, Tensor]], first: int) 
         found.logits.append(logits)
         process(logits, labels)
 
-    trainer.forward_backward, trainer.parse_batch_test, trainer.evaluator.process = (
-        forward_backward,
-        parse_batch_test,
-        keep,
-    )
+    trainer.forward_backward, trainer.parse_batch_test = forward_backward, parse_batch_test
+    trainer.evaluator.process = keep
     trainer.train()
     found.after = copy_of(trainer.model)
     return found
@@ -246,18 +225,6 @@ class TheirBatches(ImageSource):
 
     def batches(self, *args: Any, **options: Any) -> Any:
         return next(self.epochs)
-
-
-class Early:
-    """Keeps the parameters after the first steps."""
-
-    def __init__(self, first: int) -> None:
-        self.first = first
-        self.state: dict[str, Tensor] = {}
-
-    def __call__(self, model: nn.Module, epoch: Epoch) -> None:
-        if epoch.step == self.first:
-            self.state = trained(model)
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -309,60 +276,37 @@ def as_ours(method: str, state: dict[str, Tensor], head: Head) -> dict[str, Tens
     return trained(copy)
 
 
-def run_ours(head: Head, recipe: TrainingRecipe, theirs: Theirs, items: list[Item], tests: ImageSource) -> Recorded:
+def run_ours(head: Head, recipe: TrainingRecipe, theirs: Recorded, items: list[Item], tests: ImageSource) -> Recorded:
     """Our loop on their batches, then our test on our own reading of the test images."""
-    size = theirs.per_epoch
+    size = len(theirs.batches) // recipe.num_epochs
     epochs = [theirs.batches[i : i + size] for i in range(0, len(theirs.batches), size)]
-    source = TheirBatches(head.encoder, items, tests.transform, epochs=iter(epochs))
-    early, before = Early(theirs.first), trained(head)
-    losses = train(head, source, recipe, callbacks=[early])
-    logits = predict(head, tests, 16)
-    return Recorded(before, early.state, trained(head), losses, [logits])
+    source, found = TheirBatches(head.encoder, items, tests.transform, epochs=iter(epochs)), Recorded(trained(head))
+    found.losses = train(head, source, recipe)
+    found.after, found.logits = trained(head), [predict(head, tests, 16)]
+    return found
 
 
-def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor], start: dict[str, Tensor]) -> float:
-    """The largest difference of a parameter from theirs, in parts of the largest change from its start in training."""
-    assert ours.keys() == theirs.keys() == start.keys()
-    apart = max(float((ours[name] - t).abs().max()) for name, t in theirs.items())
-    moved = max(float((start[name] - t).abs().max()) for name, t in theirs.items())
-    return apart / moved
-
-
-def compare(method: str, theirs: Theirs, ours: Recorded, head: Head, same: dict[str, Any]) -> dict[str, Any]:
-    labels = same.pop("labels")
+def compare(theirs: Recorded, ours: Recorded, after: dict[str, Tensor], labels: Tensor) -> dict[str, Any]:
+    """`after`: their trained parameters under our names. Parameters are apart by the largest difference, in parts of
+    the largest change from the start."""
     losses = (torch.tensor(theirs.losses) - torch.tensor(ours.losses)).abs()
     own, other = torch.cat(ours.logits), torch.cat(theirs.logits).cpu()
     predicted = own.argmax(-1), other.argmax(-1)
-    start = ours.before
-    equal = int((predicted[0] == predicted[1]).sum())
+    assert ours.after.keys() == after.keys() == ours.before.keys()
+    apart, moved = (
+        max(float((state[name] - t).abs().max()) for name, t in after.items()) for state in (ours.after, ours.before)
+    )
     return {
-        **same,
         "test pixels apart by": theirs.pixels,
         "steps": len(losses),
-        f"losses of {theirs.first} steps apart by": float(losses[: theirs.first].max()),
         "all losses apart by": float(losses.max()),
-        f"parameters after {theirs.first} steps apart by": distance(
-            ours.early, as_ours(method, theirs.early, head), start
-        ),
-        "parameters at the end apart by": distance(ours.after, as_ours(method, theirs.after, head), start),
+        "parameters at the end apart by": apart / moved,
         "test logits apart by": float((own - other).abs().max()),
         "their top-1": round(100 * float((predicted[1] == labels).float().mean()), 2),
         "our top-1": round(100 * float((predicted[0] == labels).float().mean()), 2),
         "test images": len(own),
-        "equal predictions": equal,
+        "equal predictions": int((predicted[0] == predicted[1]).sum()),
     }
-
-
-def write(identity: dict[str, Any], row: dict[str, Any]) -> None:
-    """Replace the rows of this method, seed and precision."""
-    short = {what: f"{v:.2g}" if isinstance(v, float) and v < 1 else str(v) for what, v in row.items()}
-    rows = pd.DataFrame([{**identity, "what": what, "value": v} for what, v in short.items()])
-    if RESULTS.exists():
-        old = pd.read_csv(RESULTS, dtype={"value": str})
-        others = (old[list(identity)] != pd.Series(identity)).any(axis=1)
-        rows = pd.concat([old[others], rows])
-    rows.to_csv(RESULTS, index=False)
-    print(rows.to_string(index=False))
 
 
 def main() -> None:
@@ -373,7 +317,6 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--float64", action="store_true", help="compute in float64 in place of float32")
-    parser.add_argument("--first", type=int, default=100, help="steps, whole epochs, of the first comparison")
     args = parser.parse_args()
     changes = CHANGES[args.method]
     if args.float64:
@@ -391,21 +334,22 @@ def main() -> None:
         for file in (args.data_root / "caltech-101").iterdir():
             (data / file.name).symlink_to(file.resolve())
         trainer = build_theirs(args.method, args.seed, folder, data.parent, clip.clip)
-        theirs = run_theirs(trainer, iter(tests.batches(trainer.test_loader.batch_size)), args.first)
-        keys = [
-            [str(Path(path).relative_to(data / "101_ObjectCategories")) for path in paths]
-            for paths in (theirs.drawn, theirs.tested)
-        ]
+        theirs = run_theirs(trainer, iter(tests.batches(trainer.test_loader.batch_size)))
     head, recipe = build_ours(args.method, split.classnames, theirs.before)
-    same = {
-        "same training images in order": keys[0] == [item.key for item in split.train],
-        "same test images in order": keys[1] == [item.key for item in split.test],
-        "same tokens of class names": same_tokens(theirs.tokens, head, split.classnames),
-        "labels": tests.labels,
-    }
+    images, row = data / "101_ObjectCategories", dict[str, Any]()
+    for which, items, read in (("training", split.train, "train_x"), ("test", split.test, "test")):
+        keys = [str(Path(item.impath).relative_to(images)) for item in getattr(trainer.dm.dataset, read)]
+        row[f"same {which} images in order"] = keys == [item.key for item in items]
+    row["same tokens of class names"] = same_tokens(trainer.model.tokenized_prompts, head, split.classnames)
     ours = run_ours(head, recipe, theirs, split.train, tests)
-    identity = {"method": args.method, "seed": args.seed, "precision": "float64" if args.float64 else "float32"}
-    write(identity, compare(args.method, theirs, ours, head, same))
+    row |= compare(theirs, ours, as_ours(args.method, theirs.after, head), tests.labels)
+    precision = "float64" if args.float64 else "float32"
+    table = GrowingTable(RESULTS, ("method", "seed", "precision", "what", "value"), ())
+    table.add((args.method, args.seed, precision, what, shown(value)) for what, value in row.items())
+
+
+def shown(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) and value < 1 else str(value)
 
 
 if __name__ == "__main__":

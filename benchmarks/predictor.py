@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import psutil
 from huggingface_hub import constants
-from speed_variants import cache_clip
+from speed import cache_clip
 
 import dcp_zoo
 from dcp_zoo.data import load_image

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import speed_report
 import yaml
 from doc_tables import (  # noqa: F401 - for the pages' expressions
     as_table,
@@ -33,8 +32,11 @@ from doc_tables import (  # noqa: F401 - for the pages' expressions
     predictor_plan,
     predictor_rate,
     real_clip_summary,
+    speed,
+    speed_table,
     train_times,
 )
+from reads import METHOD, READINGS
 from sets import REPORTING
 
 from dcp_zoo.benchmark import report
@@ -134,7 +136,7 @@ def titled(method: str) -> str:
 NUMBERS = (4, 16)  # images per class with which every method that trains prompts or weights is measured
 PROBES = {"": "", "own": " + one text probe", "both": " + text probes"}  # after a method that changes the features
 READ_BY = {"top1": "top-1", "ece": "ECE", "auroc_near": "AUROC, near"}
-READINGS = {"x": "", "stem": " on the stem", "x+stem": " on both", "x,stem": ""}  # of `baselines.py`
+PARTS = {"x": "", "stem": " on the stem", "x+stem": " on both", "x,stem": " on both", "x,stem,stage": ""}
 
 
 @cache
@@ -142,9 +144,11 @@ def on_sets(file: str = "many_sets") -> pd.DataFrame:
     """Top-1, ECE and CPU seconds on the reporting sets of `sets.py`, a column of each for every method and way of
     reading it; a row for every set, number of images per class and seed. Draws that were measured in part are left
     out. Of two files, as in "many_sets+baselines", the first counts for what is in both."""
-    rows = pd.concat([results(each) for each in file.split("+")]).fillna({"reading": ""})
+    probes = results("reads").replace({"reading": READINGS}).assign(method=METHOD)  # that "baselines" lacks
+    tables = [part for each in file.split("+") for part in (results(each), probes)[: 1 + (each == "baselines")]]
+    rows = pd.concat(tables, ignore_index=True).fillna({"reading": ""})
     rows = rows[rows.set.isin(REPORTING)]
-    rows["label"] = rows.method.map(titled) + rows.reading.map(PROBES | READINGS)
+    rows["label"] = rows.method.map(titled) + rows.reading.map(PROBES | PARTS)
     rows.loc[(rows.method == "text-probe") & (rows.reading == "x"), "label"] += " on the embedding"
     keys = ["set", "images_per_class", "seed"]
     rows = rows.drop_duplicates([*keys, "label"])
@@ -188,7 +192,7 @@ def cells_of(label: str, numbers: Sequence[int], file: str) -> list[str]:
     return [f"{set_mean(label, images, file=file):.1f}" for images in numbers]
 
 
-def many_sets(*labels: str, file: str = "many_sets+baselines") -> str:
+def many_sets(*labels: str, file: str = "baselines+many_sets") -> str:
     """Averages of these methods over the reporting sets: top-1 by images per class, the mean paired difference from
     zero-shot CLIP with its interval over sets, and CPU seconds of training at 4 images per class."""
     numbers = sorted({images for _, images, _ in on_sets(file).index})
@@ -221,14 +225,13 @@ def prompts_table(*labels: str, file: str = "many_sets+baselines") -> str:
 
 
 def features_table(*methods: str, file: str = "baselines") -> str:
-    """Methods on features, on the reporting sets: each on the embedding alone and on all that the text probe reads,
-    minus the text probe that reads the same."""
+    """Methods on features, on the reporting sets: each on the embedding alone and on both vectors, minus the text probe
+    that reads the same."""
     numbers, lines = (1, 4, 16), []
     for method in methods:
         alone = f"{method} on the embedding" if method == "Text probe" else method
-        whole = method if method == "Text probe" else f"{method} on both"
         line = [method]
-        for label, reference in ((alone, "Text probe on the embedding"), (whole, "Text probe")):
+        for label, reference in ((alone, "Text probe on the embedding"), (f"{method} on both", "Text probe on both")):
             gaps = "" if method == "Text probe" else report.difference_cell(set_gaps(label, reference, file=file))
             line += [*cells_of(label, numbers, file), gaps]
         lines.append(line)
@@ -288,7 +291,6 @@ def parity() -> str:
     rows = results("parity").sort_values(["precision", "method", "seed"], ascending=[False, True, True], kind="stable")
     runs = rows.assign(run=rows.method.map(report.title) + ", seed " + rows.seed.astype(str) + ", " + rows.precision)
     shown = runs.pivot_table("value", "what", "run", aggfunc="first", sort=False).fillna("")
-    shown = shown[~shown.index.str.contains("100 steps")]  # the end says it
     return as_table(["", *shown.columns], [[what, *row] for what, row in zip(shown.index, shown.values, strict=True)])
 
 
@@ -390,14 +392,8 @@ def rejection_examples() -> str:
     for (part, examples), means in sets.groupby(["part", "examples"], sort=False):
         which = "ViT-B/32" if part == "choosing" else "the miniature"
         lines.append([f"{len(means)}, {which}", str(examples), *map("{:.1f}".format, means.mean())])
-    header = [
-        "datasets, features of",
-        "examples",
-        "similar things accepted",
-        "known rejected",
-        "other datasets accepted",
-    ]
-    return as_table(header, lines)
+    header = ["datasets, features of", "examples", "similar things accepted", "known rejected"]
+    return as_table([*header, "other datasets accepted"], lines)
 
 
 def bursts(part: Any = REPORTING) -> str:
@@ -467,12 +463,6 @@ def estimates() -> str:
     return as_table(["dataset", *map(str, numbers)], [[name, *line] for name, line in cells.items()])
 
 
-def inspected_share(agg: str) -> float:
-    """The smallest or largest share of flipped labels that `inspect` found on a set: means over draws, in percent."""
-    rows = select("inspection", name="twice as many recall")
-    return 100 * float(rows.groupby("set").value.mean().agg(agg))
-
-
 def strangers() -> str:
     """Images of other sets that `inspect` says to show none of the classes: sums over the other sets and samples."""
     rows = results("inspection").query("measure == 'strangers'")
@@ -481,27 +471,6 @@ def strangers() -> str:
     columns += [counts["planted found"] / (counts["planted found"] + counts["others taken for planted"])]
     lines = [[name, *(f"{100 * column[name]:.0f} %" for column in columns)] for name in counts.index]
     return as_table(["dataset", "other images found", "own images listed", "of the listed, other images"], lines)
-
-
-def speed_table() -> str:
-    """The figures of the speed benchmark, with a column for each machine."""
-    runs = speed_report.runs()
-    figures = [(s, [s.value(speed_report.Figures(run.rows)) for run in runs]) for s in speed_report.STATEMENTS]
-    rows = [[s.text, *(f"{v:.2f} {s.unit}" if v == v else "-" for v in values)] for s, values in figures]
-    header = ["ViT-B/16, inference at batch 16, training at batch 4", *(run.machine["cpu"] for run in runs)]
-    return as_table(header, rows)
-
-
-def speed(start: str, machine: int = 0) -> float:
-    """The figure of a statement of the speed page, named by its first words, on one of the machines."""
-    figures = speed_report.Figures(speed_report.runs()[machine].rows)
-    return next(s.value(figures) for s in speed_report.STATEMENTS if s.text.startswith(start))
-
-
-def zero_shot(model: str) -> float:
-    """The published zero-shot accuracy of a model, the mean over ten datasets."""
-    assert MODELS[model].zero_shot
-    return MODELS[model].zero_shot
 
 
 def head_mb(model: str) -> float:

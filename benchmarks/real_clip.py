@@ -56,14 +56,9 @@ def imagenet(arrays: dict[str, np.ndarray], text: np.ndarray, shots: int) -> dic
     test = unit(np.concatenate([arrays[f"draw{k}_vector"] for k in others]))
     labels = np.concatenate([arrays[f"draw{k}_label"] for k in others])
     new = (test @ train.T).max(1) < SAME
-    return {
-        "classnames": arrays["classnames"],
-        "text_vector": text,
-        f"train{shots}_vector": train,
-        f"train{shots}_label": arrays[f"draw{shots}_label"],
-        "test_vector": test[new],
-        "test_label": labels[new],
-    }
+    found = {"classnames": arrays["classnames"], "text_vector": text}
+    found |= {f"train{shots}_vector": train, f"train{shots}_label": arrays[f"draw{shots}_label"]}
+    return found | {"test_vector": test[new], "test_label": labels[new]}
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

@@ -103,12 +103,7 @@ class Features:
         return [item for own in of_each for item in random.Random(1).sample(own, min(each, len(own)))]
 
 
-def fitted(
-    own: Any,
-    rows: Sequence[int],
-    classes: Sequence[int],
-    examples: Sequence[int] | None = None,
-) -> tuple[Any, Any]:
+def fitted(own: Any, rows: Sequence[int], classes: Sequence[int], examples: Sequence[int] = ()) -> tuple[Any, Any]:
     """A text probe for these of a set's classes on these of its training images, and how it was fitted; `examples` are
     those of none of the classes."""
     labels = torch.tensor([classes.index(label) for label in own.labels[rows].tolist()])

@@ -1,6 +1,6 @@
 """Speed and memory of the method as in its release, of this package's implementations, and of CLIP alone.
 
-    python benchmarks/speed.py      about 24 minutes on two cores: every statement of docs/speed.md
+    python benchmarks/speed.py      writes results/speed.csv and speed.json: every figure of docs/speed.md
 
 Every variant runs in its own process. The processes of one comparison take turns, one call each, so that other load on
 the machine affects all of them equally; ratios are those of medians. All start from the same weights, and their logits
@@ -8,7 +8,6 @@ are compared before anything is timed. CLIP's weights are random here: speed doe
 """
 
 import argparse
-import csv
 import itertools
 import json
 import multiprocessing
@@ -16,55 +15,138 @@ import os
 import platform
 import resource
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from speed_variants import (
-    FILES,
-    INFERENCE,
-    TRAINING,
-    Case,
-    inference,
-    make_images,
-    prepare,
-    training,
-)
-
-COLUMNS = (
-    "task,model,classes,batch,variant,seconds,fastest,cpu_seconds,repeats,peak_mb,loaded_mb,file_mb,difference,note"
-)
-NAN = float("nan")
 RESULTS = Path(__file__).parent / "results"
-
+COLUMNS = "task model classes batch variant seconds cpu_seconds repeats peak_mb file_mb difference".split()
 REPEATS, SPEND = 5, 12.0  # calls per variant; no further turns once they have taken this many seconds in total
 LONG = 20.0  # seconds; the first call counts if it takes this long, as the warm-up is then negligible
 TOLERANCE = 1e-3  # in logits, relative to the largest
 COARSE = {"ours-bfloat16": 0.1}  # tolerance of low precision; the CSV has the actual difference
+INFERENCE = ("plain", "fused", "encode_image", "onnxruntime")
+FILES = {"fused": "fused.pt", "onnxruntime": "fused.onnx", "encode_image": "visual.pt"}
 
 
-def grid() -> Iterator[Case]:
-    """The cases behind the statements of docs/speed.md, one comparison of ViT-B/32, and the miniature's inference."""
-    for classes in (10, 100, 1000):
-        variants = {100: TRAINING[:3], 10: TRAINING[:3], 1000: TRAINING[1:]}[classes]
-        yield Case("training", "dcp_vitb16", classes, (4,), variants)
-    yield Case("inference", "dcp_vitb16", 100, (1, 4, 16, 64), INFERENCE)
-    yield Case("inference", "dcp_vitb16", 1000, (16,), INFERENCE[:4])
-    yield Case("inference", "dcp_vitb16", 10, (16,), ("plain", "fused", "encode_image"))
-    yield Case("inference", "dcp_vitb32", 100, (16,), INFERENCE)
-    for classes in (10, 100, 1000):
-        yield Case("inference", "dcp_mini", classes, (1, 4, 16, 64), INFERENCE)
-    for model in ("dcp_siglip2_b16", "dcp_eva02_b16"):  # image towers of timm
-        yield Case("inference", model, 100, (4,), ("fused", "encode_image"))
-    for model in ("dcp_vitb32", "dcp_mini"):
-        yield Case("training", model, 100, (4,), TRAINING[:3])
+class Case(NamedTuple):
+    task: str  # "inference" or "training"
+    model: str
+    classes: int
+    batches: tuple[int, ...]  # ascending, as a process's peak memory is that of its largest batch so far
+    variants: tuple[str, ...]
 
 
-# ------------------------------------------------------------------------------------------ one variant, in its process
+GRID = (
+    Case("training", "dcp_vitb16", 10, (4,), ("plain", "ours")),
+    Case("training", "dcp_vitb16", 100, (4,), ("plain", "ours", "ours-bfloat16")),
+    Case("training", "dcp_vitb16", 1000, (4,), ("ours",)),
+    Case("inference", "dcp_vitb16", 100, (1, 16), INFERENCE),
+    Case("inference", "dcp_vitb16", 1000, (16,), ("plain", "fused")),
+    Case("inference", "dcp_mini", 100, (16,), INFERENCE),
+)
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+def build_model(case: Case) -> Any:
+    """The same random model in every process."""
+    import torch
+
+    from dcp_zoo import create_model
+    from dcp_zoo.data import classnames
+
+    torch.manual_seed(0)
+    names = classnames("imagenet") if case.classes == 1000 else classnames("caltech101")[: case.classes]
+    return create_model(case.model, classnames=names).eval()
+
+
+def make_images(case: Case, batch: int) -> Any:
+    """(batch, 3, H, W): one random image repeated, so that the context is the same for every batch size."""
+    import torch
+
+    from dcp_zoo import get_pretrained_cfg
+
+    size = get_pretrained_cfg(case.model)["input_size"]
+    return torch.randn(1, *size, generator=torch.Generator().manual_seed(1)).repeat(batch, 1, 1, 1)
+
+
+def prepare(case: Case, folder: Path) -> None:
+    """Write the files of the deployed variants. The model is calibrated on the images, so that all contexts agree."""
+    import torch
+
+    from dcp_zoo.release.onnx import export
+
+    model = build_model(case)
+    model.store_stats(make_images(case, 1))
+    fused = model.fuse()
+    torch.save(fused, folder / FILES["fused"])
+    torch.save(model.encoder.visual, folder / FILES["encode_image"])
+    if "onnxruntime" in case.variants:
+        export(fused, folder / FILES["onnxruntime"])
+
+
+def cache_clip(cache: Path, name: str) -> None:
+    """Write random weights of this CLIP model to a cache like that of the Hub's client."""
+    from safetensors.torch import save_file
+
+    from dcp_zoo import create_model
+    from dcp_zoo.zoo.registry import get_spec
+
+    weights, spec = create_model(name).encoder.clip.state_dict(), get_spec(name)
+    repo, revision = cache / f"models--{spec.clip_repo.replace('/', '--')}", spec.clip_revision or "0" * 40
+    (folder := repo / "snapshots" / revision).mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(revision)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "open_clip_model.safetensors")
+
+
+Call = Callable[[Any], Any]  # images -> logits or features
+
+
+def inference(case: Case, variant: str, folder: Path) -> Call:
+    import reference
+    import torch
+
+    from dcp_zoo.prediction.onnx import OnnxClassifier
+
+    if variant == "onnxruntime":
+        session = OnnxClassifier(folder / FILES[variant], threads=torch.get_num_threads())
+        return lambda images: torch.from_numpy(session(images.numpy()))
+    if variant in FILES:
+        return torch.load(folder / FILES[variant], weights_only=False, mmap=True).eval()
+    model = build_model(case)
+    return lambda images: reference.forward(model, images)
+
+
+def training(case: Case, variant: str, folder: Path) -> Call:
+    """A complete training step with a learning rate of 0: the same work, and all variants keep equal weights."""
+    import reference
+    import torch
+    from torch.nn import functional as F
+
+    from dcp_zoo.training.device import autocast, cast_frozen
+
+    model, precision = build_model(case).train(), "bfloat16" if variant == "ours-bfloat16" else "float32"
+    cast_frozen(model, precision)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0, momentum=0.9)
+
+    def step(images: Any) -> Any:
+        with autocast(torch.device("cpu"), precision):
+            logits = reference.forward(model, images) if variant == "plain" else model(images)
+        optimizer.zero_grad()
+        F.cross_entropy(logits.float(), torch.arange(len(images)) % case.classes).backward()
+        optimizer.step()
+        return logits.detach()
+
+    return step
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
 
 
 class Timing(NamedTuple):
@@ -78,13 +160,10 @@ def work(pipe: Any, case: Case, variant: str, folder: Path, threads: int) -> Non
     """A worker process: build one variant, then run it on each batch size received, and send the results."""
     import torch
 
-    import dcp_zoo  # noqa: F401
-
     torch.set_num_threads(threads)
     if variant == "prepare":
         prepare(case, folder)
         return
-    pipe.send(peak_mb())  # of the libraries
     call = (inference if case.task == "inference" else training)(case, variant, folder)
     with torch.inference_mode(case.task == "inference"):
         while batch := pipe.recv():
@@ -103,9 +182,6 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS counts in bytes
 
 
-# ---------------------------------------------------------------------------------------------------------- comparisons
-
-
 class Worker:
     """The process of one variant."""
 
@@ -115,71 +191,51 @@ class Worker:
         self.process = context.Process(target=work, args=(other, case, variant, folder, threads))
         self.process.start()
         other.close()  # so that waiting ends if the worker dies
-        self.variant, self.loaded_mb = variant, 0.0
 
-    def call(self, batch: int) -> Timing | str:
-        """One call, or why the process ended."""
-        try:
-            self.loaded_mb = self.loaded_mb or self.pipe.recv()
-            self.pipe.send(batch)
-            return self.pipe.recv()
-        except (EOFError, BrokenPipeError):
-            self.process.join()
-            code = self.process.exitcode
-            return f"ended with exit code {code}" + ", most likely out of memory" * (code == -9)
+    def call(self, batch: int) -> Timing:
+        self.pipe.send(batch)
+        return self.pipe.recv()
 
     def stop(self) -> None:
-        if self.process.is_alive():
-            self.pipe.send(0)
+        self.pipe.send(0)
         self.process.join()
 
 
-def compare(case: Case, threads: int, repeats: int) -> Iterator[dict[str, Any]]:
+def compare(case: Case, threads: int, repeats: int = REPEATS) -> Iterator[dict[str, Any]]:
     """One row per batch size and variant of a case, measured in turns."""
     with tempfile.TemporaryDirectory() as name:
-        folder, workers = Path(name), {}
+        folder = Path(name)
         if case.task == "inference":
-            preparation = Worker(case, "prepare", folder, threads)
-            preparation.process.join()
-            if preparation.process.exitcode:
-                raise SystemExit(f"{case}: preparation failed")
+            Worker(case, "prepare", folder, threads).process.join()
+        workers = {v: Worker(case, v, folder, threads) for v in case.variants}
         for batch in case.batches:
-            workers = workers or {v: Worker(case, v, folder, threads) for v in case.variants}
-            results = measure(case, batch, workers, repeats)
-            for variant in case.variants:
+            for variant, (calls, difference) in measure(batch, workers, repeats).items():
                 path = folder / FILES.get(variant, "")
-                file_mb = path.stat().st_size / 1e6 if path.is_file() else NAN
-                key = case.task, case.model, case.classes, batch, variant
-                yield row(key, results[variant], workers[variant].loaded_mb, file_mb)
+                row = dict(zip(COLUMNS, (*case[:3], batch, variant), strict=False)) | {"repeats": len(calls)}
+                row |= {"seconds": round(statistics.median(call.wall for call in calls), 4)}
+                row |= {"cpu_seconds": round(statistics.median(call.cpu for call in calls), 4)}
+                row |= {"peak_mb": round(calls[-1].peak_mb), "difference": difference}
+                yield row | {"file_mb": round(path.stat().st_size / 1e6, 1) if path.is_file() else None}
         for worker in workers.values():
             worker.stop()
 
 
-Result = tuple[list[Timing], float]  # calls, and the difference of the first one's logits from the first variant's
-
-
-def measure(case: Case, batch: int, workers: dict[str, Worker], repeats: int) -> dict[str, Result | str]:
-    """Calls of all variants in turns, or why a variant's process ended."""
-    results: dict[str, Result | str] = {}
+def measure(batch: int, workers: dict[str, Worker], repeats: int) -> dict[str, tuple[list[Timing], str | None]]:
+    """Calls of all variants in turns, and the difference of the first one's logits from the first variant's."""
+    results: dict[str, tuple[list[Timing], str | None]] = {}
     expected = None
     for variant, worker in workers.items():
         first = worker.call(batch)
-        if isinstance(first, str):
-            results[variant] = first
-            continue
         expected = first.output if expected is None else expected
-        difference = NAN if variant == "encode_image" else difference_of(first.output, expected)
-        if difference > COARSE.get(variant, TOLERANCE):
-            raise SystemExit(f"{case}: {variant} computes different logits, relative difference {difference:.2g}")
-        results[variant] = ([first] if first.wall >= LONG else []), difference
+        difference = None if variant == "encode_image" else difference_of(first.output, expected)
+        if difference and difference > COARSE.get(variant, TOLERANCE):
+            raise SystemExit(f"{variant} computes different logits, relative difference {difference:.2g}")
+        shown = None if difference is None else f"{difference:.1e}"
+        results[variant] = [first] if first.wall >= LONG else [], shown
     for _, (variant, worker) in itertools.product(range(repeats), workers.items()):
         calls = results[variant][0]
-        if isinstance(calls, list) and (len(calls) < 2 or sum(call.wall for call in calls) < SPEND):
-            result = worker.call(batch)
-            if isinstance(result, str):
-                results[variant] = result
-            else:
-                calls.append(result)
+        if len(calls) < 2 or sum(call.wall for call in calls) < SPEND:
+            calls.append(worker.call(batch))
     return results
 
 
@@ -187,70 +243,30 @@ def difference_of(output: Any, expected: Any) -> float:
     return float(abs(output - expected).max() / abs(expected).max())
 
 
-def row(key: tuple[Any, ...], result: Result | str, loaded_mb: float, file_mb: float) -> dict[str, Any]:
-    cells = dict.fromkeys(COLUMNS.split(","), "") | dict(zip(COLUMNS.split(","), key, strict=False))
-    if isinstance(result, str):
-        return cells | {"note": result}
-    calls, difference = result
-    wall = [call.wall for call in calls]
-    return cells | {
-        "seconds": cell(statistics.median(wall), ".4f"),
-        "fastest": cell(min(wall), ".4f"),
-        "cpu_seconds": cell(statistics.median(call.cpu for call in calls), ".4f"),
-        "repeats": len(calls),
-        "peak_mb": cell(calls[-1].peak_mb, ".0f"),
-        "loaded_mb": cell(loaded_mb, ".0f"),
-        "file_mb": cell(file_mb, ".1f"),
-        "difference": cell(difference, ".1e"),
-    }
-
-
-def cell(value: float, spec: str) -> str:
-    """A formatted number; "" for NaN, which is what was not measured."""
-    return "" if value != value else format(value, spec)
-
-
-# -------------------------------------------------------------------------------------------------------------- results
-
-
-def machine(threads: int) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         cpu = next((line.split(":")[1].strip() for line in cpuinfo.open() if line.startswith("model name")), cpu)
-    packages = ("torch", "timm", "open_clip_torch", "onnxruntime", "onnx")
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load before": round(os.getloadavg()[0], 2),
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "threads": threads,
-        "command": " ".join(["python", *sys.argv]),
-    }
-
-
-def run(threads: int, output: Path) -> None:
-    """Measure, and write every row as soon as it is available."""
-    cases = list(grid())
-    with (output / "speed.csv").open("w", newline="", buffering=1) as file:
-        writer = csv.DictWriter(file, COLUMNS.split(","))
-        writer.writeheader()
-        for i, case in enumerate(cases, 1):
-            print(f"{time.strftime('%X')} {i}/{len(cases)}: {case}", file=sys.stderr)
-            writer.writerows(compare(case, threads, REPEATS))
+    versions = {name: version(name) for name in ("torch", "timm", "open_clip_torch", "onnxruntime", "onnx")}
+    load = round(os.getloadavg()[0], 2)
+    return {"cpu": cpu, "cores": os.cpu_count(), "load before": load, "date": time.strftime("%Y-%m-%d"), **versions}
 
 
 def main() -> None:
+    from growing import GrowingTable  # not in the processes whose memory is measured
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="of torch and ONNX Runtime (default: 2)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of speed.csv and speed.json")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "speed.json").write_text(json.dumps(machine(args.threads), indent=1) + "\n")
-    run(args.threads, args.output)
+    (args.output / "speed.json").write_text(json.dumps(machine() | {"threads": args.threads}, indent=1) + "\n")
+    (args.output / "speed.csv").unlink(missing_ok=True)
+    table = GrowingTable(args.output / "speed.csv", COLUMNS, COLUMNS[:5])
+    for case in GRID:
+        table.add(compare(case, args.threads))
 
 
 if __name__ == "__main__":

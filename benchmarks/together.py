@@ -13,19 +13,11 @@ on the other sets, 4.9 on one of them. The constants of `GRID` were therefore ch
 turn: those that lose no more than `LOSS` on the 17 others, and of these the ones that gain most. The same come out for
 each set but the groceries. The sets of `LAST` had no part in any of this. (What neighbours do on flowers, UCF-101,
 SUN397 and ImageNet was known before, from earlier rules.)
-
-What was tried on the sets for choosing and left out: the same rule for every folder (with weaker weights 1.5 points
-on the real CLIP's features and 2.6 on the miniature's, but the worst tenth of all runs loses 3.5); to leave a folder
-by the classes of the refined answers (-2.6), by how far nearest images agree (-2.6), or where more than a tenth of
-the answers changes (-0.9, with gains of 0.4 and 1.4); class means that move to what they hold, as in StatA, alone or
-with neighbours (gains on complete folders at one image per class, and loses as much on others; the calibration error
-rises by 10 to 25 points); shares of the classes with a fixed weight (lose on complete folders); a weight from how
-well labelled images are named by their nearest ones in the folder (it did not foretell which folders gain).
 """
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -160,38 +152,22 @@ def compose(data: Set, composition: str, others: Tensor, rng: random.Random) -> 
 # --------------------------------------------------------------------------------------------------------------- rules
 
 
-class Folder(NamedTuple):
-    """What a rule knows: probabilities (n, C) and features (n, E) of the folder, and the class means (C, E) of the
-    labelled images."""
-
-    p: Tensor
-    f: Tensor
-    means: Tensor
-
-    def affinities(self, nearest: int) -> Tensor:
-        """The cosines of each image (n, n) with its nearest ones, 0 elsewhere."""
-        cosines = (self.f @ self.f.T).fill_diagonal_(-2)
-        values, columns = cosines.topk(min(nearest, len(cosines) - 1))
-        return torch.zeros_like(cosines).scatter_(1, columns, values.clamp(min=0)).to_sparse_csr()
+def own(p: Tensor, f: Tensor) -> Tensor:
+    """Probabilities (n, C) of a folder's images with features (n, E), which help each other."""
+    return torch.from_numpy(together(p.numpy(), f.numpy()))
 
 
-def own(folder: Folder) -> Tensor:
-    return torch.from_numpy(together(folder.p.numpy(), folder.f.numpy()))
-
-
-def neighbours(folder: Folder) -> Tensor:
+def neighbours(p: Tensor, f: Tensor, nearest: int = 8) -> Tensor:
     """Nearest images with a fixed weight."""
-    w, logs, z = folder.affinities(8), folder.p.clamp(min=1e-9).log(), folder.p
-    total = (w @ torch.ones(len(z), 1)).clamp(min=1e-9)
+    cosines = (f @ f.T).fill_diagonal_(-2)
+    values, columns = cosines.topk(min(nearest, len(cosines) - 1))
+    w, logs, z = torch.zeros_like(cosines).scatter_(1, columns, values.clamp(min=0)), p.clamp(min=1e-9).log(), p
     for _ in range(10):
-        z = (logs + 0.5 * math.log(z.shape[1]) * (w @ z) / total).softmax(1)
+        z = (logs + 0.5 * math.log(z.shape[1]) * (w @ z) / w.sum(1, keepdim=True).clamp(min=1e-9)).softmax(1)
     return z
 
 
-RULES: dict[str, Callable[[Folder], Tensor]] = {
-    "--together": own,
-    "neighbours alone": neighbours,
-}
+RULES = {"--together": own, "neighbours alone": neighbours}
 
 
 # ------------------------------------------------------------------------------------------------------------- measure
@@ -236,11 +212,11 @@ def measure(clip: Path, kept: Path, draws: int = len(DRAWS)) -> None:
 
 def measured(head: Head, rules: list[str]) -> Iterator[tuple[Any, ...]]:
     """The rows of one head: for each composition and rule."""
-    for composition, f, labels, logits, means in folders(head.data, head.images, head.draw, head.others):
+    for composition, f, labels, logits in folders(head.data, head.images, head.draw, head.others):
         known = labels >= 0
         before = [each(logits[known], labels[known]) for each in (top1, expected_calibration_error)]
         for name in rules:
-            found = RULES[name](Folder(logits.softmax(1), f, means)).clamp(min=1e-30).log()[known]
+            found = RULES[name](logits.softmax(1), f).clamp(min=1e-30).log()[known]
             after = [each(found, labels[known]) for each in (top1, expected_calibration_error)]
             changes = [round(b - a, 2) for a, b in zip(before, after, strict=True)]
             yield composition, int(known.sum()), name, after[0], changes[0], after[1], changes[1]
@@ -267,7 +243,7 @@ def choose(clip: Path, kept: Path, draws: int = len(DRAWS)) -> None:
 
 def changes_by_constants(head: Head) -> Iterator[tuple[tuple[float, ...], float]]:
     """How the accuracy changes in each folder with each of the constants."""
-    for _, f, labels, logits, _ in folders(head.data, head.images, head.draw, head.others):
+    for _, f, labels, logits in folders(head.data, head.images, head.draw, head.others):
         known, p = (labels >= 0).numpy(), logits.softmax(1).numpy()
         average = rule._average(f.numpy(), min(rule.NEAREST, len(f) - 1), no_progress)
         right = (p.argmax(1) == labels.numpy())[known].mean()
@@ -291,20 +267,18 @@ def chosen(rows: pd.DataFrame) -> tuple[float, ...]:
     return means.change[means.worst_tenth >= -LOSS].idxmax()
 
 
-def folders(data: Set, images: int, draw: int, others: Tensor) -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor]]:
-    """Each composition with its features, labels and logits by a head, and the head's class means."""
+def folders(data: Set, images: int, draw: int, others: Tensor) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Each composition with its features, labels and logits by a head."""
     rng, classes = random.Random(draw), len(data.text[0])
     of_each = [(data.train_labels == label).nonzero().flatten().tolist() for label in range(classes)]
     rows = [row for own in of_each for row in rng.sample(own, min(images, len(own)))]
     x, y = data.train[rows], data.train_labels[rows]
     probe, _ = fit_on_features(list(map(str, range(classes))), y, [ReadingFeatures(x[None], data.text)])
     weight, bias = probe.linear(data.text, probe.classes)
-    means = F.normalize(torch.stack([x[y == label].mean(0) for label in range(classes)]), dim=1)
     for composition in COMPOSITIONS:
         f, labels = compose(data, composition, others, random.Random(f"{draw} {composition}"))
-        if len(f) < SMALLEST:
-            continue
-        yield composition, f, labels, F.linear(f, weight, bias), means
+        if len(f) >= SMALLEST:
+            yield composition, f, labels, F.linear(f, weight, bias)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Annotated
 
 import typer
 from growing import GrowingTable
-from speed_variants import cache_clip
+from speed import cache_clip
 
 from dcp_zoo.data import load_split
 from dcp_zoo.training.recipes import batch_sizes

@@ -74,6 +74,11 @@ def loud(model: Any) -> Any:
     return model
 
 
+def copied(head: Any) -> Any:
+    """A copy that shares the tokenizer, whose dictionaries take longer than all weights."""
+    return copy.deepcopy(head, {id(head.encoder.tokenizer): head.encoder.tokenizer})
+
+
 def write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Replace the tensors of a checkpoint, and their hash."""
     save_file(tensors, folder / WEIGHTS_NAME)

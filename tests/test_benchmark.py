@@ -1,4 +1,5 @@
-"""Benchmarks: the plan of a grid, metrics, one file per trial, and sweeps that are killed and resumed."""
+"""Benchmarks: the plan of a grid, metrics, one file per trial, and sweeps that are killed and resumed. No trial learns
+from the labels of test images: with others there, all that is fitted is the same bit for bit."""
 
 import errno
 import json
@@ -10,6 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from helpers import Count, StoppedState, made_up_result, no_images, until
@@ -17,7 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dcp_zoo.benchmark import Settings, Trial, plan, plan_trials, store, sweep
-from dcp_zoo.data import few_shot, list_datasets, load_image, load_split, subset_sha256
+from dcp_zoo.benchmark import sweep as sweep_module
+from dcp_zoo.data import Item, Split, few_shot, list_datasets, load_image, load_split, subset_sha256
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.errors import ZooError
 from dcp_zoo.training import evaluation as metrics
@@ -406,3 +409,56 @@ def test_no_group_of_a_folder_is_in_two_parts(tmp_path, monkeypatch):
     split = plan.read_split("folder", tmp_path / "photos")
     parts = [{Path(item.path).name[0] for item in part} for part in (split.train, split.val, split.test)]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 6
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """Two training, one validation and four test images of each of three classes. They are noise, so that what fits one
+    labelling of them best fits another worse."""
+    folder, rng, items = tmp_path_factory.mktemp("noise"), np.random.default_rng(2), []
+    for i in range(21):
+        path = folder / f"{i}.png"
+        Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((32, 32)).save(path)
+        items.append(Item(str(path), path.name, i % 3))
+    return Split("digits", ["red", "blue", "green"], items[:6], items[6:9], items[9:])
+
+
+@pytest.fixture
+def fitted(clip, split, monkeypatch, tmp_path):
+    """A function (permuted) -> the logits of the test images and `info`, of a whole few-shot trial of GDA."""
+    logits: list[torch.Tensor] = []
+    top1 = sweep_module.METRICS["top1"]
+    monkeypatch.setattr(sweep_module, "plain_clip", lambda model: clip)
+    monkeypatch.setitem(sweep_module.METRICS, "top1", lambda x, labels: logits.append(x) or top1(x, labels))
+
+    def run(permuted):
+        test = [item._replace(label=(item.label + 1) % 3) for item in split.test] if permuted else split.test
+        monkeypatch.setattr(plan, "read_split", lambda *args: replace(split, test=test))
+        sweep_module.shared_images.cache_clear()
+        logits.clear()
+        (trial,) = plan_trials("few-shot", ["dcp_mini"], ["gda"], ["digits"], [2], [1])
+        result = sweep_module.run_trial(trial, Settings(tmp_path / str(permuted), device="cpu"))
+        assert len(logits) == len(result["results"])
+        return torch.stack(logits), result["info"]
+
+    yield run
+    sweep_module.shared_images.cache_clear()
+
+
+def test_labels_of_test_images_change_nothing(fitted):
+    """A method gets training and validation images alone; what it gets is the same for all."""
+    (logits, info), (permuted, other) = fitted(permuted=False), fitted(permuted=True)
+    assert torch.equal(permuted, logits)
+    assert other == info
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_method_that_reads_them_is_found(fitted, monkeypatch, part):
+    """If it is given the test images as its training or validation images."""
+    subset = sweep_module.TrialImages.subset
+
+    def leaking(self, *args):
+        return replace(subset(self, *args), **{part: self.split("digits").test})
+
+    monkeypatch.setattr(sweep_module.TrialImages, "subset", leaking)
+    assert not torch.equal(fitted(permuted=False)[0], fitted(permuted=True)[0])

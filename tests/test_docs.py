@@ -1,5 +1,5 @@
 """README and docs: every page is whole on GitHub. Every code block runs, or its title names what it needs and it is
-checked without running.
+checked without running. What publishing needs agrees with setup.cfg: the conda recipe, the citation, the workflows.
 
 A block is fenced and names its language. Blocks of a page run in order in one folder, Python in one namespace. Not run
 is a block of which benchmarks/quotes.yaml lists a line with what it needs, one below a line in italics that begins with
@@ -7,6 +7,7 @@ is a block of which benchmarks/quotes.yaml lists a line with what it needs, one 
 `dcp-zoo` and of scripts like it are parsed.
 """
 
+import configparser
 import json
 import re
 import shlex
@@ -28,11 +29,13 @@ import quote
 import real_table
 import submit
 import typer.main
+import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from PIL import Image
 from shared import CommandLine
 
+import dcp_zoo
 from dcp_zoo.cli import app
 from dcp_zoo.data import Split, load_split
 
@@ -242,3 +245,40 @@ def test_documented_names_are_public():
                 import_module(f"{found.__name__}.{name}")
             found = getattr(found, name)
         assert public <= 2, f"{path} is deeper"
+
+
+CONDA_NAMES = {"torch": "pytorch", "open_clip_torch": "open-clip-torch"}
+
+
+@pytest.fixture(scope="module")
+def setup() -> configparser.ConfigParser:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert config["metadata"]["version"] == "attr: dcp_zoo.__version__"
+    config["metadata"]["version"] = dcp_zoo.__version__
+    return config
+
+
+def test_conda_recipe(setup):
+    version, text = setup["metadata"]["version"], (ROOT / "hub/conda/meta.yaml").read_text()
+    assert f'{{% set version = "{version}" %}}' in text
+    text = re.sub(r"{%.*%}", "", text).replace("{{ PYTHON }}", "python")
+    recipe = yaml.safe_load(re.sub(r"{{ (\w+) }}", r"\1", text))
+    required = [line for line in setup["options"]["install_requires"].split("\n") if line and line[0] != "#"]
+    names = [re.split(r"(?=[<>=])", line, maxsplit=1) for line in required]
+    run = {f"{CONDA_NAMES.get(name, name).lower()} {bounds}" for name, bounds in names}
+    assert set(recipe["requirements"]["run"]) == run | {"python >=python_min"}
+    assert recipe["build"]["entry_points"] == ["dcp-zoo = dcp_zoo.cli:main"]
+
+
+def test_citation(setup):
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (setup["metadata"]["version"], setup["metadata"]["license"])
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github/workflows").glob("*.yml")), ids=lambda path: path.name)
+def test_actions_are_pinned(path):
+    used = re.findall(r"uses: (\S+)", path.read_text())
+    assert used
+    assert [action for action in used if not re.search(r"@[0-9a-f]{40}$", action)] == []

@@ -1,7 +1,6 @@
 """Every door asks the same head about the same images, and gets the same answer: all kinds of heads, in all precisions,
 with classes that share a name, and others than it was trained on. No door opens on another CLIP."""
 
-import copy
 import json
 import re
 import warnings
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import told
+from helpers import copied, told
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -70,11 +69,6 @@ def heads(pictures):
         return copied(made[kind])
 
     return get
-
-
-def copied(head: Head) -> Head:
-    """A copy that shares the tokenizer, whose dictionaries take longer than all weights."""
-    return copy.deepcopy(head, {id(head.encoder.tokenizer): head.encoder.tokenizer})
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
 """Properties that hold for any input: what strangers write is read or refused, and never escapes. Examples are made by
-hypothesis, the same at every run; `benchmarks/fuzz.py` damages whole files, and for longer than here."""
+hypothesis, the same at every run; `.ci/fuzz.py` damages whole files, and for longer than here."""
 
 import csv
 import json

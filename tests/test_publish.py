@@ -86,25 +86,20 @@ def test_the_index_keeps_what_others_list(uploads, monkeypatch):
     assert uploads.published() == {INDEX: 4}
 
 
-def test_the_card_is_valid_metadata(folder):
-    """Read back by the Hub's client, which rejects a model-index that it cannot parse."""
-    publish.prepare(folder, "our-org").card.save(folder / "README.md")
-    metadata = metadata_load(folder / "README.md")
+def test_the_card(folder):
+    """Its metadata are read back by the Hub's client, which rejects a model-index that it cannot parse."""
+    (card := publish.prepare(folder, "our-org").card).save(folder / "README.md")
+    metadata, text = metadata_load(folder / "README.md"), card.text
     data = ModelCardData(**metadata)
     assert data.to_dict() == metadata == ModelCard.load(folder / "README.md").data.to_dict()
     assert (data.library_name, data.license, data.pipeline_tag) == ("dcp-zoo", "apache-2.0", "image-classification")
-    metrics = json.loads((folder / "config.json").read_text())["dcp"]["metrics"]
-    assert {result.metric_name: result.metric_value for result in data.eval_results} == {
-        "top-1, stored statistics, with a text probe": metrics["top1_stored"],
-        "top-1, without the text probe": metrics["top1_no_classifier"],
-    }
-
-
-def test_contents_of_the_card(folder):
-    text = publish.prepare(folder, "our-org").card.text
-    assert "coupling `bidirectional`, the paper's" in text
     config = json.loads((folder / "config.json").read_text())["dcp"]
     alone, stored, batch = (config["metrics"][f"top1_{mode}"] for mode in ("no_classifier", "stored", "batch"))
+    assert {result.metric_name: result.metric_value for result in data.eval_results} == {
+        "top-1, stored statistics, with a text probe": stored,
+        "top-1, without the text probe": alone,
+    }
+    assert "coupling `bidirectional`, the paper's" in text
     assert "| DCP alone | with the text probe, stored statistics |" in text
     assert f"| {alone} | {stored} | {batch} |" in text
     assert f"**top-1 is {alone} % by DCP alone and {stored} % with the text probe**" in text
@@ -151,6 +146,15 @@ def test_a_part_is_not_published_as_the_whole(tmp_path, uploads):
         with pytest.raises(ZooError, match=reason):
             dcp_zoo.push_to_hub(dcp_zoo.create_model(str(folder), True), "me/photos")
     assert uploads.requests == []
+    for block, change, reason in (
+        ("dcp", {"dataset": "folder"}, r"not one of the zoo's heads, by .*push_to_hub"),
+        ("model_args", {"n_ctx": 5}, "of another shape"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | {block: config[block] | change}))
+        with pytest.raises(ZooError, match=reason):
+            publish.prepare(folder, "our-org")
+    with pytest.raises(ZooError, match="is not a checkpoint"):
+        publish.prepare(tmp_path / "none", "our-org")
 
 
 def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
@@ -171,20 +175,6 @@ def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
     head.save_pretrained(tmp_path)
     with pytest.raises(ZooError, match=r"is a head of gda: .*push_to_hub"):
         publish.prepare(tmp_path, "me")
-
-
-@pytest.mark.scripts
-def test_invalid_folders_are_rejected(folder, tmp_path):
-    config = json.loads((folder / "config.json").read_text())
-    for block, change, message in (
-        ("dcp", {"dataset": "folder"}, r"not one of the zoo's heads, by .*push_to_hub"),
-        ("model_args", {"n_ctx": 5}, "of another shape"),
-    ):
-        (folder / "config.json").write_text(json.dumps(config | {block: config[block] | change}))
-        with pytest.raises(ZooError, match=message):
-            publish.prepare(folder, "our-org")
-    with pytest.raises(ZooError, match="is not a checkpoint"):
-        publish.prepare(tmp_path / "none", "our-org")
 
 
 def test_push_to_hub(uploads, tmp_path):

@@ -27,15 +27,12 @@ from dcp_zoo.zoo import registry
 from dcp_zoo.zoo.registry import MODELS, SIZES, all_heads, get_head, trained_heads
 
 
-def test_lists():
+def test_lists_and_sizes():
     assert dcp_zoo.list_models("*vit*") == ["dcp_vitb16", "dcp_vitb32", "dcp_vitl14", "dcp_vitl14_336"]
     assert dcp_zoo.list_models(["dcp_mini", "dcp_vitb*"], exclude_filters="*32") == ["dcp_mini", "dcp_vitb16"]
     assert "dcp_vitb16.dtd-4shot" in dcp_zoo.list_models(include_tags=True)
     assert dcp_zoo.list_models(pretrained=True, include_tags=False) == ["dcp_mini"]
     assert dcp_zoo.list_models(module="vision_transformer") == []
-
-
-def test_a_size_is_a_model():
     for size, name in SIZES.items():
         assert dcp_zoo.is_model(size)
         assert dcp_zoo.model_entrypoint(size).__name__ == name
@@ -84,35 +81,28 @@ def test_pretrained_means_can_be_loaded():
         dcp_zoo.list_heads(status="trained")
 
 
-def test_a_part_does_not_stand_for_the_whole():
-    """The head of the whole dataset is planned, though one of a part exists."""
-    assert dcp_zoo.get_pretrained_cfg("dcp_mini.oxford_flowers-16shot")["num_classes"] == 102
-    with offline(), pytest.raises(ZooError, match="^dcp_mini.oxford_flowers-16shot is planned: nobody has trained it"):
-        dcp_zoo.create_model("dcp_mini", pretrained="oxford_flowers-16shot")
-
-
 def test_each_seed_has_its_own_head(monkeypatch):
     assert (get_head("dcp_vitb16.dtd-4shot-seed2").seed, get_head("dcp_vitb16.dtd-4shot").seed) == (2, 1)
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "us")
     assert get_head("dcp_vitb16.dtd-4shot-seed3").repo_id == "us/dcp_vitb16.dtd-4shot-seed3"
-    for tag in ("dtd-4shot-seed1", "dtd-4shot-seed4"):
-        with pytest.raises(ZooError, match="dtd-4shot"):
-            get_head(f"dcp_vitb16.{tag}")
 
 
-@pytest.mark.parametrize(
-    ("name", "pretrained", "message"),
-    [
+def test_names_without_weights_say_why_and_what_there_is():
+    """Those of unknown models and heads the nearest; the head of a whole dataset is planned, though one of a part
+    exists."""
+    assert dcp_zoo.get_pretrained_cfg("dcp_mini.oxford_flowers-16shot")["num_classes"] == 102
+    for name, pretrained, message in (
         ("dcp_vitb61", False, "Nearest: dcp_vitb16"),
         ("dcp_vitb16", "imagnet-16shot", "Nearest: imagenet-16shot"),
+        ("dcp_vitb16.dtd-4shot-seed1", True, "dtd-4shot"),
+        ("dcp_vitb16.dtd-4shot-seed4", True, "dtd-4shot"),
         ("dcp_vitb16.imagenet-16shot", "dtd-4shot", "pass only one"),
         ("web:dcp_vitb16", True, "hf-hub:org/repo"),
         ("ViT-B-32", "clip", "open_clip's ViT-B-32 is open_clip:ViT-B-32/TAG, with a tag of open_clip.list_pretrain"),
-    ],
-)
-def test_unknown_names_get_the_nearest_valid_ones(name, pretrained, message):
-    with pytest.raises(ZooError, match=message):
-        dcp_zoo.create_model(name, pretrained)
+        ("dcp_mini", "oxford_flowers-16shot", "^dcp_mini.oxford_flowers-16shot is planned: nobody has trained it"),
+    ):
+        with offline(), pytest.raises(ZooError, match=message):
+            dcp_zoo.create_model(name, pretrained)
 
 
 def test_training_transform_works_on_tensors_as_on_pil_images():

@@ -1,22 +1,27 @@
-"""Scripts: the speed benchmark, whose variants agree and whose grid has what the page states; and the backend for Label
-Studio, with a stand-in for it (hub/label_studio/check.py tries the real one)."""
+"""Scripts: the speed benchmark, whose variants agree and whose grid has what the page states; the backend for Label
+Studio, with a stand-in for it (hub/label_studio/check.py tries the real one); methods on given image features."""
 
+import re
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import doc_tables
+import given_features
 import numpy as np
 import pandas as pd
 import paper
 import pytest
 import speed
-import speed_report
-import speed_variants as variants
 import torch
+from helpers import read_csv
+from shared import CommandLine
 from starlette.testclient import TestClient
+from torch.nn import functional as F
 
 from dcp_zoo import DCP
 from dcp_zoo.data.packaged import sample_images
+from dcp_zoo.training.methods.gda import gaussian_discriminant
 
 
 @pytest.mark.scripts
@@ -24,47 +29,43 @@ from dcp_zoo.data.packaged import sample_images
 def test_variants_agree(tiny_clip, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime", reason="the export extra is not installed")
 
-    def build(case: variants.Case) -> DCP:
+    def build(case: speed.Case) -> DCP:
         torch.manual_seed(0)
         model = DCP(tiny_clip, ["ant", "wild_cat", "crocodile head"], n_ctx=3)
         model.pretrained_cfg = {"input_size": (3, 32, 32)}
         return model.eval()
 
-    monkeypatch.setattr(variants, "build_model", build)
-    monkeypatch.setattr(variants, "make_images", lambda case, batch: torch.ones(1, 3, 32, 32).repeat(batch, 1, 1, 1))
-    case = variants.Case("inference", "tiny", 3, (2,), variants.INFERENCE)
-    variants.prepare(case, tmp_path)
-    images = variants.make_images(case, 2)
+    monkeypatch.setattr(speed, "build_model", build)
+    monkeypatch.setattr(speed, "make_images", lambda case, batch: torch.ones(1, 3, 32, 32).repeat(batch, 1, 1, 1))
+    case = speed.Case("inference", "tiny", 3, (2,), speed.INFERENCE)
+    speed.prepare(case, tmp_path)
+    images = speed.make_images(case, 2)
     with torch.inference_mode():
-        out = {v: variants.inference(case, v, tmp_path)(images).numpy() for v in variants.INFERENCE}
+        out = {v: speed.inference(case, v, tmp_path)(images).numpy() for v in speed.INFERENCE}
     assert out.pop("encode_image").shape == (2, 64)
     for variant, logits in out.items():
         assert speed.difference_of(logits, out["plain"]) < speed.TOLERANCE, variant
-    steps = {v: variants.training(case, v, tmp_path) for v in variants.TRAINING if v != "ours-bfloat16"}
-    expected = steps["plain"](images)
-    for step in steps.values():
+    steps = [speed.training(case, variant, tmp_path) for variant in ("plain", "ours")]
+    expected = steps[0](images)
+    for step in steps:
         for _ in range(2):
             assert speed.difference_of(step(images), expected) < 1e-4
 
 
 @pytest.mark.scripts
 def test_processes_run_every_batch_size():
-    case = variants.Case("training", "dcp_mini", 2, (1, 2), ("ours",))
+    case = speed.Case("training", "dcp_mini", 2, (1, 2), ("ours",))
     rows = list(speed.compare(case, threads=1, repeats=1))
-    assert [(r["batch"], r["repeats"], r["note"]) for r in rows] == [(1, 1, ""), (2, 1, "")]
-    assert all(float(r["seconds"]) > 0 and float(r["peak_mb"]) > float(r["loaded_mb"]) > 50 for r in rows)
+    assert [(row["batch"], row["repeats"]) for row in rows] == [(1, 1), (2, 1)]
+    assert all(row["seconds"] > 0 and row["peak_mb"] > 50 for row in rows)
 
 
 def test_the_grid_covers_every_statement():
-    rows = [
-        {"task": case.task, "model": case.model, "classes": case.classes, "batch": batch, "variant": variant}
-        for case in speed.grid()
-        for batch in case.batches
-        for variant in case.variants
-    ]
-    figures = speed_report.Figures(pd.DataFrame(rows).assign(seconds=range(1, len(rows) + 1), peak_mb=100.0))
-    for statement in speed_report.STATEMENTS:
-        assert statement.value(figures) == statement.value(figures), statement.text
+    cells = [(*case[:3], batch, variant) for case in speed.GRID for batch in case.batches for variant in case.variants]
+    rows = pd.DataFrame(cells, columns=speed.COLUMNS[:5]).assign(seconds=1.0, peak_mb=100.0)
+    rows.seconds += rows.index
+    for text, (_, figure) in doc_tables.SPEED.items():
+        assert figure(*doc_tables.speed_runs(rows, "dcp_vitb16")) > 0, text
 
 
 backend = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "hub/label_studio/backend.py")))
@@ -88,6 +89,7 @@ class FakeStudio:
         return {address: address for address in addresses if address and Path(address).is_file()}
 
 
+@pytest.mark.scripts
 def test_it_learns_from_annotations():
     studio, project = FakeStudio(), "7.1700000000"
     client = TestClient(backend.app_of(backend.Backend(studio, "dcp_mini"), ["localhost"]), "http://localhost")
@@ -124,7 +126,6 @@ def test_it_learns_from_annotations():
     assert setup("<View>").startswith("The labeling configuration")
 
 
-@pytest.mark.scripts
 def test_the_latest_annotation_counts():
     def annotation(answer: str, day: int, cancelled: bool = False) -> dict:
         part = {"from_name": "class", "value": {"choices": [answer]}}
@@ -164,3 +165,72 @@ def test_the_papers_experiments_on_image_features(tmp_path, monkeypatch):
             > 90
         )
         assert len(found) == 5 * 2 + 2 * 2 + 2 + 2 * 2
+
+
+E, C = 16, 3
+ABLE = {"zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "proker", "ss-text", "gda", "text-probe"}
+ABLE |= {"lp-plus-plus", "clap"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Noisy features of three classes; the text features are their centres."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(C, E))
+    arrays = {"classnames": np.array(["cat", "dog", "bus"]), "text_vector": centres.astype(np.float16)}
+    for part, n in (("train4", 12), ("test", 60)):
+        labels = np.arange(n) % C
+        arrays |= {f"{part}_label": labels, f"{part}_vector": centres[labels] + rng.normal(size=(n, E))}
+    np.savez(tmp_path / "caltech101.npz", **arrays)
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    return CommandLine(monkeypatch, capsys, given_features.app)
+
+
+def sweep(run, folder, *options):
+    return run(folder, "--model", "dcp_vitb32", "--output", folder / "sweep", *options)
+
+
+def test_every_method_that_needs_features_only(folder, run):
+    """Without further options: the files have one dataset, 4 shots and one draw."""
+    code, _, err = sweep(run, folder)
+    rows = {row["method"]: row for row in read_csv(folder / "sweep" / "results.csv")}
+    assert (code, set(rows)) == (0, ABLE), err
+    arrays = np.load(folder / "caltech101.npz")
+    test = F.normalize(torch.from_numpy(arrays["test_vector"]).float(), dim=-1)
+    text = F.normalize(torch.from_numpy(arrays["text_vector"]).float(), dim=-1)
+    expected = (test @ text.T).argmax(-1).numpy() == arrays["test_label"]
+    assert float(rows["zero-shot"]["top1"]) == round(100 * expected.mean(), 2)
+
+
+@pytest.mark.scripts
+def test_other_features_are_not_mixed_in_and_labels_are_checked(folder, run):
+    assert sweep(run, folder, "--methods", "zero-shot")[0] == 0
+    arrays = dict(np.load(folder / "caltech101.npz"))
+    np.savez(folder / "caltech101.npz", **(arrays | {"test_vector": arrays["test_vector"][::-1]}))
+    code, _, err = sweep(run, folder, "--methods", "zero-shot")
+    assert (code, "was made with other images of caltech101: choose another --output" in err) == (2, True), err
+    other, labels = folder / "other", arrays.pop("test_label")
+    other.mkdir()
+    np.savez(other / "caltech101.npz", **arrays, test_label=labels + 1)
+    assert "0 to 2" in sweep(run, other, "--methods", "linear-probe")[2]
+
+
+@pytest.mark.scripts
+def test_image_features_alone_are_enough_for_gda(folder, run):
+    arrays = dict(np.load(folder / "caltech101.npz"))
+    del arrays["text_vector"]
+    np.savez(folder / "caltech101.npz", **arrays)
+    for options, message in (("--methods=dcp", "dcp needs images.*choose from zero-shot"), ("--shots=2", "lack what")):
+        code, out, err = sweep(run, folder, options)
+        assert (code, (folder / "sweep").exists()) == (2, False)
+        assert re.search(message, out + err), err
+    assert sweep(run, folder, "--methods", "gda", "--set", "text=false")[0] == 0
+    (row,) = read_csv(folder / "sweep" / "results.csv")
+    train, test = (F.normalize(torch.from_numpy(arrays[f"{p}_vector"]).float(), dim=-1) for p in ("train4", "test"))
+    weight, bias = gaussian_discriminant(train, torch.from_numpy(arrays["train4_label"]), C)
+    hits = (test @ weight.T + bias).argmax(-1).numpy() == arrays["test_label"]
+    assert float(row["top1"]) == round(100 * hits.mean(), 2)

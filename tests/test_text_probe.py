@@ -1,6 +1,5 @@
 """The text probe: its equations, its way through checkpoints and states, new classes, and how it is fitted."""
 
-import copy
 import doctest
 import json
 import math
@@ -11,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import close, loud
+from helpers import close, copied, loud
 from safetensors.torch import load_file
 from scipy.optimize import minimize, minimize_scalar
 from shared import CFG, build_tiny_clip
@@ -45,7 +44,7 @@ def built(golden):
     """A DCP with stored statistics, without a text probe and with one."""
     plain = loud(DCP(FrozenCLIP(build_tiny_clip(golden), pretrained_cfg=CFG), NAMES, n_ctx=2)).eval()
     plain.store_stats(images(4))
-    model = copy.deepcopy(plain)
+    model = copied(plain)
     with torch.no_grad():
         read = [ReadingFeatures(each.encode(images(12))[None], each.start(), each.widths) for each in model.readings]
         model.text_probe, _ = fit_on_features(model.classes, torch.arange(12) % 3, read)
@@ -56,12 +55,12 @@ def built(golden):
 
 @pytest.fixture
 def plain(built):
-    return copy.deepcopy(built[0])
+    return copied(built[0])
 
 
 @pytest.fixture
 def model(built):
-    return copy.deepcopy(built[1])
+    return copied(built[1])
 
 
 def text_logits(model: DCP, x: Tensor) -> Tensor:
@@ -197,7 +196,7 @@ def test_it_needs_images_of_each_class(picky, tiny_clip, tmp_path):
     picky.set_classnames(classes)
     message = "has seen no image of zebra, .*omit --classes.*train it again"
     assert cannot_reject(picky, message)
-    assert cannot_reject(copy.deepcopy(picky), message)
+    assert cannot_reject(copied(picky), message)
     assert cannot_reject(load_head(DCP(tiny_clip, classes, n_ctx=2), tmp_path / "whole").eval(), message)
     picky.info = {"text_probe": {"thresholds": {"0.05": 1.0}, "text_scale": 1.0}}
     picky.save_pretrained(tmp_path / "new")
@@ -396,7 +395,7 @@ def test_no_group_of_images_is_in_two_folds():
     assert [part.tolist() for part in alone] == [part.tolist() for part in folds.folds(labels)]
 
 
-def test_a_group_counts_as_one_image():
+def test_a_group_counts_as_one_image(few_candidates):
     """A probe that is fitted to images and copies of some, in groups, is that of the images alone."""
     views, labels, text = in_a_cone([8, 8, 8])
     copies = torch.cat([torch.arange(24), torch.tensor([0] * 60 + [9] * 3)])
@@ -413,7 +412,7 @@ def test_a_group_counts_as_one_image():
     assert not close(without(F.linear(views[0], *text), views[0], without.classes), wanted, 0.05)
 
 
-def test_copies_of_an_image_in_one_group_are_no_evidence():
+def test_copies_of_an_image_in_one_group_are_no_evidence(few_candidates):
     """Without groups a copy in another fold tells the class: here of labels that mean nothing."""
     views, labels, (weight, bias) = in_a_cone([6, 6, 6])
     once = labels[torch.randperm(18, generator=torch.Generator().manual_seed(0))]
@@ -546,8 +545,14 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain):
     assert close(fused.distances(fused.encode_image(x)), distances, 1e-3)
 
 
+@pytest.fixture
+def few_candidates(monkeypatch) -> None:
+    """Of all of them a fit takes seconds."""
+    monkeypatch.setattr("dcp_zoo.probe.candidates.TEXTS", (1.0,))
+
+
 @torch.no_grad()
-def test_examples_of_no_class_reject_what_is_nearer_to_them(plain, tiny_clip, tmp_path):
+def test_examples_of_no_class_reject_what_is_nearer_to_them(plain, tiny_clip, tmp_path, few_candidates):
     """By more than of 98 % of the images that are left out, if that is normally distributed. The frozen features alone
     say so: prompts have seen the images of the classes, and not these."""
     train, none = source(plain, 30, 0), source(plain, 4, 7)
@@ -570,7 +575,7 @@ def test_examples_of_no_class_reject_what_is_nearer_to_them(plain, tiny_clip, tm
     assert 0 < alike.sum() < len(x)
     expected = distances.masked_fill(alike, 1e4)
     plain.save_pretrained(tmp_path, torch.float32)
-    for head in (plain, load_head(DCP(tiny_clip, NAMES, n_ctx=2), tmp_path).eval(), plain.fuse(), copy.deepcopy(plain)):
+    for head in (plain, load_head(DCP(tiny_clip, NAMES, n_ctx=2), tmp_path).eval(), plain.fuse(), copied(plain)):
         assert close(head.distances(head.encode_image(x)), expected, 1e-3)
     assert plain.distances(features_of(plain, none, 1)[0]).tolist() == [1e4] * 4
     with pytest.warns(UserWarning, match="The 4 images of none of the classes are not used: .* It needs 20 images"):
@@ -579,8 +584,7 @@ def test_examples_of_no_class_reject_what_is_nearer_to_them(plain, tiny_clip, tm
     assert cannot_reject(plain, "fitted on too few")
 
 
-def test_added_images_set_the_threshold_only_where_others_are_few(plain, monkeypatch):
-    monkeypatch.setattr("dcp_zoo.probe.candidates.TEXTS", (1.0,))  # of all candidates it would take seconds
+def test_added_images_set_the_threshold_only_where_others_are_few(plain, few_candidates):
     train, thresholds = source(plain, 30, 0), []
     for first in (30, 24, 15):
         added = replace(train, items=[item._replace(added=i >= first) for i, item in enumerate(train.items)])

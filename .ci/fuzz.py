@@ -1,8 +1,8 @@
 """Damage what the package reads at random and read it: each input is read, or refused with a ZooError.
 
-    python benchmarks/fuzz.py --minutes 10             all kinds, each as long
-    python benchmarks/fuzz.py --only pictures --keep FOLDER     where inputs that failed are; default: failed
-    python benchmarks/fuzz.py --only pictures --first 4711      from this number on: an input follows from its number
+    python .ci/fuzz.py --minutes 10             all kinds, each as long
+    python .ci/fuzz.py --only pictures --keep FOLDER     where inputs that failed are; default: failed
+    python .ci/fuzz.py --only pictures --first 4711      from this number on: an input follows from its number
 
 The corpus are pictures of every format and mode that Pillow writes, the photographs of the package, a head of the
 miniature with a text probe, another with a template, and files of labels, class names and sentences.
@@ -21,9 +21,11 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ from PIL import Image
 from dcp_zoo.data.images import check_complete, load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.errors import ZooError
+from dcp_zoo.zoo import build
+from dcp_zoo.zoo.registry import get_spec
 
 HANG, MAX_MB = 30.0, 1500
 FORMATS = {
@@ -43,6 +47,15 @@ FORMATS = {
     "PPM": ("1", "L", "RGB"),
     "WEBP": ("RGB", "RGBA"),
     "AVIF": ("RGB", "RGBA"),
+}
+FRAMES: dict[str, Any] = {"save_all": True}
+EXIF = b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0"
+OPTIONS: dict[str, Sequence[dict[str, Any]]] = {
+    "TIFF": [FRAMES, *({"compression": kind} for kind in ("tiff_lzw", "jpeg", "tiff_deflate", "packbits"))],
+    "JPEG": [{"progressive": True, "exif": EXIF}],
+    "GIF": [FRAMES],
+    "WEBP": [FRAMES],
+    "PNG": [FRAMES],
 }
 EXTREMES = (b"\0", b"\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x80\0\0\0", b"\0\0\0\x80", b"\xff" * 8)
 VALUES = (
@@ -63,25 +76,17 @@ NUMBERS = (0.0, -1.0, 1e-30, 6e4, 1e14, 1e30, float("nan"), float("inf"))
 
 
 def pictures() -> list[bytes]:
-    """Small pictures of every format and mode, some with more than one frame or compression."""
+    """Small pictures of every format and mode, some with more than one frame or compression; without those that this
+    Pillow does not write."""
     noise, found = Image.effect_noise((23, 17), 80), [Path(path).read_bytes() for path in sample_images()[:2]]
     for name, modes in FORMATS.items():
-        for mode in modes:
+        for mode, options in product(modes, ({}, *OPTIONS.get(name, ()))):
+            if options and mode not in ("L", "RGB"):  # libtiff crashes
+                continue
             image = noise.convert("RGB").convert(mode) if mode not in ("I;16", "LAB") else Image.new(mode, noise.size)
-            more: list[dict[str, Any]] = [{}]
-            if name == "TIFF" and mode in ("L", "RGB"):
-                more += [{"compression": kind} for kind in ("tiff_lzw", "jpeg", "tiff_deflate", "packbits")]
-            if name in ("GIF", "WEBP", "PNG", "TIFF") and mode == "RGB":
-                more += [{"save_all": True, "append_images": [image.rotate(90)]}]
-            if name == "JPEG":
-                more += [
-                    {"progressive": True, "exif": b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0"}
-                ]
-            for options in more:
-                try:
-                    image.save(buffer := BytesIO(), name, **options)
-                except (KeyError, OSError):  # this Pillow does not write it
-                    continue
+            more = {"append_images": [image.rotate(90)]} if "save_all" in options else {}
+            with suppress(KeyError, OSError):
+                image.save(buffer := BytesIO(), name, **options, **more)
                 found.append(buffer.getvalue())
     return found
 
@@ -213,12 +218,8 @@ def fuzz_labels(corpus: list[tuple[str, bytes]], chance: random.Random, folder: 
     for i in range(8):
         (folder / f"{i}.jpg").touch()
     file.write_bytes(damaged(content, others, chance))
-    readers: dict[str, Callable[[Path], object]] = {
-        "names.txt": read_classnames,
-        "sentences.json": read_descriptions,
-    }
-    read = readers.get(name, lambda path: load_labelled("folder", folder, path))
-    return lambda: read(file)
+    readers: dict[str, Callable[[Path], object]] = {"names.txt": read_classnames, "sentences.json": read_descriptions}
+    return lambda: readers.get(name, lambda path: load_labelled("folder", folder, path))(file)
 
 
 KINDS: dict[str, tuple[Callable[[], list[Any]], Callable[[list[Any], random.Random, Path], Callable[[], object]]]] = {
@@ -229,21 +230,6 @@ KINDS: dict[str, tuple[Callable[[], list[Any]], Callable[[list[Any], random.Rand
 
 
 # ------------------------------------------------------------------------------------------------------------ running
-
-
-def build_clips_once() -> None:
-    """The CLIP that a checkpoint names is the same for most, and takes most of the time."""
-    from dcp_zoo.zoo import build as zoo_build
-
-    build, clips = zoo_build.build_clip, {}
-
-    def built(spec: Any, *options: Any) -> Any:
-        key = spec.name, *options
-        if key not in clips:
-            clips[key] = build(spec, *options)
-        return clips[key]
-
-    zoo_build.build_clip = built
 
 
 def fuzz(kind: str, seconds: float, first: int, kept: Path) -> int:
@@ -281,7 +267,10 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     faulthandler.enable()
-    build_clips_once()
+    built = cache(
+        lambda name, *options, make=build.build_clip: make(get_spec(name), *options)
+    )  # takes most of the time
+    build.build_clip = lambda spec, *options: built(spec.name, *options)
     kinds = [args.only] if args.only else list(KINDS)
     raise SystemExit(sum(fuzz(kind, 60 * args.minutes / len(kinds), args.first, args.keep) for kind in kinds) > 0)
 
