@@ -83,7 +83,7 @@ def features(kept: Annotated[Path, typer.Argument(help="As `baselines.py` keeps 
         key, targets = (weights_id(MODEL), protocol, name, images, seed, method), targets_of(protocol, name)
         if key in table or not applies(method, protocol) or not {*there} >= {*targets}:
             continue
-        known = read["x,stem" if method == "text-probe" else "x"]
+        known = read[ALL if method == "text-probe" else "x"]
         own = known[name]
         split = of_part(draw((own.names, own.items, own.test.items), images, seed), protocol)
         task = Task(own.clip, MODEL, split.classnames, TEMPLATE, own.source(split.train), None, None, seed)

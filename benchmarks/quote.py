@@ -410,6 +410,14 @@ def bursts(part: Any = REPORTING) -> str:
     return as_table([*header, "width of the interval, of a third of the images'"], lines)
 
 
+def whole_image() -> str:
+    """Top-1 as CLIP crops an image, and with the whole of it: means over draws, and what that changes over the sets."""
+    found = results("whole_image").pivot_table("top1", "set", "shown", sort=False)
+    lines = [[name, *map("{:.1f}".format, row)] for name, row in found.iterrows()]
+    changes = ["", *(report.difference_cell(found[how] - found["cropped"]) for how in found.columns[1:])]
+    return as_table(["dataset", *found.columns], [*lines, ["**difference**", *changes]])
+
+
 def folder(last: bool = False) -> str:
     """What the rules for a folder as a whole change, in percentage points: on the sets for reporting, or the last."""
     rows = results("together")

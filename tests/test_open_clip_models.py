@@ -96,10 +96,12 @@ def test_what_cannot_be_built_is_explained(monkeypatch):
         create_model("dcp_siglip2_b16", "clip", classnames=["ant"])
 
 
-def write_tokenizer(folder: Path, pieces: dict[str, int], merges: list[list[str]]) -> None:
-    """A tokenizer in the file format of SigLIP 2's, which is Gemma's."""
+def write_tokenizer(folder: Path) -> dict[str, list[int]]:
+    """SigLIP 2's tokenizer, which is Gemma's, with the pieces that some texts need: returns these with their ids."""
     tokenizers = pytest.importorskip("tokenizers")
-    model = tokenizers.models.BPE(pieces, [tuple(pair) for pair in merges], unk_token="<unk>", fuse_unk=True)
+    known = json.loads((GOLDEN.parent / "gemma.json").read_text("utf-8"))
+    merges = [tuple(pair) for pair in known["merges"]]
+    model = tokenizers.models.BPE(known["pieces"], merges, unk_token="<unk>", fuse_unk=True)
     made = tokenizers.Tokenizer(model)
     made.normalizer = tokenizers.normalizers.Replace(" ", "▁")
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
@@ -114,20 +116,19 @@ def write_tokenizer(folder: Path, pieces: dict[str, int], merges: list[list[str]
     }
     config |= {f"{name[1:-1]}_token": name for name in special}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return known["ids"]
 
 
 def test_the_tokenizer_of_a_model_for_many_languages(monkeypatch, tmp_path):
     """Its token ids, padded to 64, are those of Gemma's own tokenizer for text in lower case without punctuation and
-    underscores, as SigLIP 2 was trained; of it `gemma.json` has the pieces that these texts need."""
+    underscores, as SigLIP 2 was trained."""
     pytest.importorskip("transformers")
-    known = json.loads((GOLDEN.parent / "gemma.json").read_text("utf-8"))
-    write_tokenizer(tmp_path, known["pieces"], known["merges"])
-    spec = MODELS["dcp_siglip2_b16"]
+    known, spec = write_tokenizer(tmp_path), MODELS["dcp_siglip2_b16"]
     config = open_clip.get_model_config(spec.clip)
     config["text_cfg"]["hf_tokenizer_name"] = str(tmp_path)
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, spec.clip, config)
     tokenizer = zoo_build.build_tokenizer(spec)
-    rows = tokenizer([*known["ids"]])
-    assert rows.tolist() == [ids + [0] * (64 - len(ids)) for ids in known["ids"].values()]
+    rows = tokenizer([*known])
+    assert rows.tolist() == [ids + [0] * (64 - len(ids)) for ids in known.values()]
     assert start_tokens(tokenizer) == 0
-    assert last_tokens(rows).tolist() == [len(ids) - 1 for ids in known["ids"].values()]
+    assert last_tokens(rows).tolist() == [len(ids) - 1 for ids in known.values()]

@@ -151,7 +151,8 @@ def test_the_papers_experiments_on_image_features(tmp_path, monkeypatch):
         for part, views in (("train", 2), ("test", 1)):
             x = classes[labels] + 0.1 * rng.normal(size=(views, 40, 8)) + shift * np.eye(8)[7]
             x = (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
-            arrays |= {f"{part}_x": x, f"{part}_stem": x[..., ::-1].copy(), f"{part}_labels": labels}
+            more = {f"{part}_{name}": x[..., ::-1].copy() for name in ("stem", "stage")}
+            arrays |= {f"{part}_x": x, f"{part}_labels": labels} | more
         np.savez(tmp_path / f"{name}.npz", **arrays)
     for _ in range(2):
         paper.features(tmp_path, draws=1)
