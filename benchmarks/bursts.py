@@ -178,6 +178,7 @@ class Drawn:
         yield "refused", self.percent(refused)
         truth = self.percent((logits.argmax(1) == self.test_labels).numpy())
         yield "top1", truth
+        yield "test images", len(self.test_labels)
         items, answers = [], []
         for out in folds(self.labels, groups):
             kept = all_images[~torch.isin(all_images, out)]

@@ -54,11 +54,12 @@ def test_round_trip(tmp_path, coupling, with_stats):
 
 
 def test_what_a_head_reads_is_in_its_config(mini, tmp_path):
-    """A head of an earlier version reads less, and says nothing; one that reads something else is refused."""
+    """A head of an earlier version reads less, says nothing, and holds a tensor that nothing reads; one that reads something else is refused."""
     mini.text_probe = mini._probe_of(NAMES, 512 + 512 + 1280)
     assert [[*reading.parts] for reading in mini.reads] == [["embedding"], ["embedding", "stem"]]
     mini.text_probe = mini._probe_of(NAMES, 512 + sum(mini.encoder.widths))
     mini.save_pretrained(tmp_path)
+    write_weights(tmp_path, load_file(tmp_path / "model.safetensors") | {"classifier.evidence": torch.ones(3)})
     mini.text_probe = None
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["dcp"]["reads"] == [["embedding"], [*mini.encoder.parts]]

@@ -211,7 +211,6 @@ class Head(Classifier):
 
     def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:
         """A state with a text probe brings it, and one with the method's tensors alone takes it away."""
-        state_dict.pop(f"{prefix}{PREFIX}evidence", None)  # of earlier versions
         own = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
         if f"{PREFIX}weight" in own:
             probe = self._probe_like(own, self.named)
