@@ -54,7 +54,8 @@ def test_round_trip(tmp_path, coupling, with_stats):
 
 
 def test_what_a_head_reads_is_in_its_config(mini, tmp_path):
-    """A head of an earlier version reads less, says nothing, and holds a tensor that nothing reads; one that reads something else is refused."""
+    """A head of an earlier version reads less, says nothing, and may hold a tensor that nothing reads; one that reads
+    something else is refused."""
     mini.text_probe = mini._probe_of(NAMES, 512 + 512 + 1280)
     assert [[*reading.parts] for reading in mini.reads] == [["embedding"], ["embedding", "stem"]]
     mini.text_probe = mini._probe_of(NAMES, 512 + sum(mini.encoder.widths))
