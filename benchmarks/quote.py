@@ -224,6 +224,17 @@ def prompts_table(*labels: str, file: str = "many_sets+baselines") -> str:
     return as_table([*header, "with text probes, minus the text probe", "CPU seconds", "draws"], lines)
 
 
+def recipes(images: int = 4) -> str:
+    """DCP's own logits by recipe, on the draws that all have, and minus this project's recipe for the miniature."""
+    labels = {"this project's": "DCP", "`paper`": "DCP, paper", "`release`": "DCP, release"}
+    found = on_sets()["top1"].xs(images, level="images_per_class")[[*labels.values()]].dropna()
+    means, lines = found.groupby("set", sort=False).mean(), []
+    for recipe, label in labels.items():
+        gaps = report.difference_cell(means[label] - means["DCP"]) if label != "DCP" else ""
+        lines.append([recipe, *map("{:.1f}".format, [*means[label], means[label].mean()]), gaps])
+    return as_table(["recipe", *means.index, "mean", "difference"], lines)
+
+
 def features_table(*methods: str, file: str = "baselines") -> str:
     """Methods on features, on the reporting sets: each on the embedding alone and on both vectors, minus the text probe
     that reads the same."""
@@ -279,11 +290,11 @@ def explained() -> str:
 
 
 def reading_costs() -> str:
-    """Time of one image by fused heads, in units of a text probe's that reads the embedding alone."""
+    """CPU time of one image by fused heads, relative to that of CLIP's `encode_image`."""
     rows = select("readings", batch=1)
     rows = rows[~rows["head"].str.startswith("DCP")]
     lines = [[f"`{model}`", *(f"{x:.2f}" for x in of.ratio)] for model, of in rows.groupby("model", sort=False)]
-    return as_table(["model", *rows["head"].unique()], lines)
+    return as_table(["model", *rows["head"].unique()], lines).replace("encode_image", "`encode_image`")
 
 
 def parity() -> str:
@@ -407,7 +418,7 @@ def bursts(part: Any = REPORTING) -> str:
         [pattern, *(f"{row[name]:.1f}" for name in columns), f"{row['width']:.2f}"] for pattern, row in means.iterrows()
     ]
     header = ["images of a class", "rejected without groups", "rejected", "top-1", "top-1 told", "in its interval, %"]
-    return as_table([*header, "width of the interval, of a third of the images'"], lines)
+    return as_table([*header, "width of the interval"], lines)
 
 
 def whole_image() -> str:
