@@ -274,15 +274,6 @@ def told(run: Any, head: Path, paths: list[str]) -> list[list[tuple[str, float]]
     return [[(p["class"], p["probability"]) for p in answer["predictions"]] for answer in answers]
 
 
-def served(file: Path, paths: list[str]) -> list[list[tuple[str, float]]]:
-    """The answers of a server of an exported file."""
-    client = pytest.importorskip("starlette.testclient")
-    server = pytest.importorskip("dcp_zoo.serve.app")
-    with client.TestClient(server.application(file), base_url="http://localhost") as ask:
-        answers = [ask.post("/predict", content=Path(path).read_bytes()).json()["images"][0] for path in paths]
-    return [[(p["class"], p["probability"]) for p in answer["predictions"]] for answer in answers]
-
-
 def state_of_the_process() -> dict[str, object]:
     """What belongs to the user's process and not to a function that it calls."""
     return {

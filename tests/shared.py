@@ -179,9 +179,8 @@ def tiny_head(golden: dict) -> DCP:
     torch.manual_seed(3)
     model = loud(DCP(clip, ["ant", "wild_cat", "crocodile head", "emu"], n_ctx=3, depth=2))
     model.store_stats(torch.randn(6, *CFG["input_size"], generator=torch.Generator().manual_seed(0)))
-    with (
-        quick_fits()
-    ):  # every worker's head is the same, as they share an export: some tests fit quickly, others do not
+    # every worker's head is the same, as they share an export: some tests fit quickly, others do not
+    with quick_fits():
         return rejecting(model.eval())
 
 

@@ -105,6 +105,7 @@ BREAKS: dict[str, list[tuple[list[str], Callable[[Path, str], object], str]]] = 
     ],
     "malformed listing": [
         (LISTED, lambda root, name: listing_of(root, name).write_text('{"train": ['), "is not JSON"),
+        (LISTED, lambda root, name: listing_of(root, name).write_text('{"train": {}}'), "must have the lists"),
         (AIRCRAFT, lambda root, name: listing_of(root, name).write_text("{"), "'{' is not an image number"),
     ],
     "label and name disagree": [

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import Around, classify, encoded, photo, read_csv, recipe, until
+from helpers import Around, classify, encoded, read_csv, recipe, until
 from PIL import Image
 from pyarrow.parquet import read_table
 from rich.table import Table
@@ -462,18 +462,3 @@ def test_rejection_is_one_column_in_every_output(run, photos):
         assert (code, "has seen no image of" in err) == (2, True), err
         assert "much like its classes" not in err, "no note on what passes before the error"
     assert not Path("q.csv").exists()
-
-
-def test_predict_goes_on_after_damaged_images(run, photos, my_head):
-    """A truncated photograph, a text, and a file that does not exist."""
-    content = photo(Path("cut.jpg")).read_bytes()
-    Path("cut.jpg").write_bytes(content[:2000])
-    Path("text.jpg").write_text("not an image")
-    damaged, good = ["cut.jpg", "text.jpg", "nothing.jpg"], sample_images()[:2]
-    paths = [damaged[0], good[0], *damaged[1:], good[1]]
-    code, out, err = run("predict", *paths, "--head", "my_head", "--json")
-    answers = json.loads(out)
-    assert [answer["image"] for answer in answers] == paths
-    assert [answer["image"] for answer in answers if "error" in answer] == damaged
-    assert all(path in answers[paths.index(path)]["error"] for path in damaged)
-    assert (code, err.count("Error:"), "3 of 5 images cannot be read" in err) == (1, 3, True)

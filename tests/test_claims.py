@@ -13,7 +13,7 @@ from shared import CommandLine
 
 import dcp_zoo
 from dcp_zoo import release as cards
-from dcp_zoo.data import load_split
+from dcp_zoo.data import classnames, load_split
 from dcp_zoo.training.evaluation import measure
 from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo import registry
@@ -21,14 +21,13 @@ from dcp_zoo.zoo import registry
 pytestmark = pytest.mark.usefixtures("quick_probe")
 
 MINI = "dcp_mini.pacs_photo-16shot"
-NAMES = ["dog", "elephant", "giraffe", "guitar", "horse", "house", "person"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """PACS with three pictures of each class."""
     root = tmp_path_factory.mktemp("data")
-    for number, name in enumerate(NAMES):
+    for number, name in enumerate(classnames("pacs_photo")):
         for i in range(3):
             path = root / "pacs/photo" / name / f"{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,11 +45,6 @@ def measured(tmp_path_factory, data) -> Path:
     metrics, _ = measure(model, image_source(model.encoder, split.test), 16)
     change(folder, metrics=metrics)
     return folder
-
-
-@pytest.fixture
-def submitted(monkeypatch, capsys) -> CommandLine:
-    return CommandLine(monkeypatch, capsys, submit.app)
 
 
 @pytest.fixture
@@ -118,8 +112,8 @@ SUBMISSION = {
 
 
 @pytest.mark.scripts
-def test_a_submission_is_measured(head, data, submitted, monkeypatch):
-    file = head / "submission.yaml"
+def test_a_submission_is_measured(head, data, monkeypatch, capsys):
+    submitted, file = CommandLine(monkeypatch, capsys, submit.app), head / "submission.yaml"
     assert "cannot be read" in submitted.refused(head)
     measured = json.loads((head / "config.json").read_text())["dcp"]["metrics"]["top1_stored"]
     file.write_text(yaml.safe_dump(SUBMISSION | {"reported": measured}))

@@ -47,18 +47,6 @@ def test_classes_with_the_same_name_stay_apart(kind, clip, photos, tmp_path):
     assert answers(0, 2)
 
 
-@torch.no_grad()
-def test_metrics_of_other_classes_are_not_saved(clip, photos, tmp_path):
-    """Also if something else is noted of the head after the change; those of the present classes are."""
-    head = fit_head("text-probe", small("text-probe", clip, photos))
-    head.info = head.info | {"metrics": {"top1_stored": 50.0}}
-    head.set_classnames([*head.classnames, "zebra"])
-    for noted, measured in (({"x": 1}, False), ({"metrics": {"top1_stored": 60.0}}, True)):
-        head.info |= noted
-        saved = read_config(head.save_pretrained(tmp_path / str(measured)))["dcp"]
-        assert ("metrics" in saved, saved["x"]) == (measured, 1)
-
-
 SENTENCES = {
     "red": ["a red thing.", "something like a ripe tomato."],
     "Blue sky": ["the sky at noon."],  # found for blue_sky
@@ -181,7 +169,7 @@ def test_other_sentences_unset_the_threshold(tmp_path):
     assert "for other texts than" in loaded.cannot_reject
 
 
-def test_names_and_sentences_that_are_too_long(clip):
+def test_names_in_any_script_are_read_and_those_that_are_too_long_refused(clip):
     long = "cat " * 80
     with pytest.raises(ZooError, match="The class name .* takes 82 tokens, but only 73 are left next to 3"):
         DCP(clip, ["dog", long.strip()], n_ctx=3)
@@ -190,10 +178,4 @@ def test_names_and_sentences_that_are_too_long(clip):
     with pytest.raises(ZooError, match="The text .* takes 82 tokens, but only 77 are left: shorten it"):
         clip.encode_sentences([long], "{}")
     assert clip.encode_sentences(["cat " * 75], "{}").isfinite().all()  # exactly as long as the text tower reads
-
-
-def test_names_in_any_script_are_read_as_they_are(clip):
-    model = create_model("dcp_mini", classnames=SCRIPTS)
-    assert model.encoder.tokenizer.decode(model.encoder.tokenizer([SCRIPTS[0]])[0].tolist()).count(SCRIPTS[0]) == 1
-    text = clip.encode_sentences([*SCRIPTS, "cat"], "{}")
-    assert torch.pdist(text).min() > 0
+    assert torch.pdist(clip.encode_sentences([*SCRIPTS, "cat"], "{}")).min() > 0

@@ -114,7 +114,6 @@ GDA = ["train", "MY_PHOTOS", "--method", "gda", "--output", "OUT"]
     [
         (["predict"], "Pass images, a folder of images, or --sample"),
         (["predict", "--sample", "--head", "HEAD", "--device", "tpu"], "--device auto or cpu"),
-        (["train", "caltech101", "--output", "OUT"], "--data-root"),
         (["train", "--output", "OUT"], "or train caltech101 --data-root DATA"),
         ([*DIGITS, "--data-root", "MY_PHOTOS"], "digits needs no --data-root: omit it"),
         (["train", "digts"], "There is no folder digts, and no dataset of this name. Nearest: digits"),
@@ -123,7 +122,6 @@ GDA = ["train", "MY_PHOTOS", "--method", "gda", "--output", "OUT"]
         ([*GDA, "--recipe", "release"], "The recipe release is for DCP: omit it, or use --method dcp"),
         ([*GDA, "--set", "beta=2"], "--set: beta is none of augment"),
         ([*GDA, "--set", "classifier=svm"], "classifier must be none or text-probe, not 'svm'"),
-        ([*DIGITS, "--set", "coupling=both"], "bidirectional or text_to_vision"),
         ([*DIGITS, "--set", "depth=1,3"], "--set depth has 2 values: pass one"),
         (["train", "--output", "OUT", "--epochs", "50"], "use --set epochs=50"),
         (["predict", "a.jpg", "--output", "a" * 5000 + ".csv"], "This path is too long for the system: 'aaaa"),

@@ -61,6 +61,10 @@ def test_a_head_of_own_images_is_trained_on_all_of_them_in_the_end(run, flowers,
     for number, args in enumerate((["MY_PHOTOS", "--no-refit"], ["MY_PHOTOS", "--shots", 2])):
         code, _, err = run("train", *args, "--output", f"head{number}")
         assert (code, err.count("Text probe on dcp_mini"), "trained on all" in err) == (0, 1, False), err
+    for part in ("train", "test"):
+        shutil.copytree("MY_PHOTOS", Path("PARTS", part))
+    run.ok("train", "PARTS", "--method", "gda", "--refit", "--output", "whole")
+    assert "trained on these images" in run.refused("eval", "PARTS", "--head", "whole")
 
 
 def test_photographs_of_one_group_are_on_one_side(run, flowers):

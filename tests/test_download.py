@@ -120,15 +120,12 @@ def test_bad_archives_leave_nothing(tmp_path, content, message):
     assert list(folder.iterdir()) == []
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def offered(server: UploadHub, name: str, root: Path, make: Callable[[Path], object] = picture) -> tuple[Archive, ...]:
     """The dataset's archives in their real structure, with a tiny tree; the table's own, but for url and checksum."""
     write_tree(root, name, make)
     spec = DATASETS[name]
-    files = contents(root / spec.folder)
+    folder = root / spec.folder
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     archives = []
     for archive in spec.archives:
         inside = {

@@ -6,7 +6,7 @@ import json
 import pytest
 import timm
 import torch
-from helpers import close, served, told
+from helpers import close, told
 from PIL import Image
 from safetensors.torch import load_file
 from shared import CFG, build_tiny_clip
@@ -111,7 +111,7 @@ def test_other_weights_than_those_trained_with_are_refused(head, tmp_path):
 
 
 @torch.no_grad()
-def test_a_head_beside_an_encoder_is_fused_exported_and_served(golden, tmp_path, run):
+def test_a_head_beside_an_encoder_is_fused_and_exported(golden, tmp_path, run):
     """Of few blocks, as an export takes seconds; the frozen CLIP is read beside the head's own features."""
     clip = FrozenCLIP(build_tiny_clip(golden, vision_cfg={"layers": 2}, text_cfg={"layers": 2}), pretrained_cfg=CFG)
     size, names, x = (32, 32), ["bus", "cat"], torch.randn(3, 3, 32, 32)
@@ -128,9 +128,8 @@ def test_a_head_beside_an_encoder_is_fused_exported_and_served(golden, tmp_path,
     assert close(torch.from_numpy(OnnxClassifier(path)(x.numpy())), head(x), 1e-3)
     files = list(sample_images()[:2])
     expected = head(torch.stack([create_transform(head)(load_image(file)) for file in files])).softmax(-1).tolist()
-    for answers in (told(run, path, files), served(path, files)):
-        for row, probabilities in zip(answers, expected, strict=True):
-            assert dict(row) == pytest.approx(dict(zip(names, probabilities, strict=True)), abs=2e-4)
+    for row, probabilities in zip(told(run, path, files), expected, strict=True):
+        assert dict(row) == pytest.approx(dict(zip(names, probabilities, strict=True)), abs=2e-4)
 
 
 def test_errors_name_the_choices(head, pictures):

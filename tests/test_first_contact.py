@@ -3,7 +3,6 @@ small towers with random values."""
 
 import errno
 import json
-import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,6 @@ from upload_hub import Repo
 import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError, create_model, hub
 from dcp_zoo.files import sha256_of
-from dcp_zoo.hub import CLIP_WEIGHTS_NAMES
 from dcp_zoo.zoo.build import build_open_clip, plain_clip
 from dcp_zoo.zoo.registry import ModelSpec, get_spec
 
@@ -31,10 +29,8 @@ pytestmark = pytest.mark.usefixtures("quick_probe")
 
 EXPORTED = "dcp_pe_b16"  # a tower of timm; an export takes seconds, and those of open_clip are in test_export.py
 SMALL_TIMM = {"depth": 3, "embed_dim": 64, "num_heads": 2}
-PICKLED = "dcp_dfn_b16"  # whose repo has no safetensors file
 BY_NAME = "open_clip:ViT-B-32/laion2b_s34b_b79k"  # which has no row in the table
-WEEKLY = (PICKLED, EXPORTED)  # `test_a_clip_of_a_field` has a pickled file, too
-MODELS = ["dcp_siglip2_b16", BY_NAME, *(pytest.param(name, marks=pytest.mark.scripts) for name in WEEKLY)]
+MODELS = ["dcp_siglip2_b16", BY_NAME, pytest.param(EXPORTED, marks=pytest.mark.scripts)]
 PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 
 
@@ -45,11 +41,7 @@ def write_repo(folder: Path, spec: ModelSpec) -> dict[str, bytes]:
     described = open_clip.get_pretrained_cfg(spec.clip, spec.clip_pretrained)
     clip = build_open_clip(config, quick_gelu=bool(described.get("quick_gelu")))
     state = {name: tensor.contiguous() for name, tensor in clip.state_dict().items()}
-    safe, pickled = (folder / name for name in CLIP_WEIGHTS_NAMES)
-    if spec.name == PICKLED:
-        torch.save(state, pickled)
-    else:
-        save_file(state, safe)
+    save_file(state, folder / hub.CLIP_WEIGHTS_NAME)
     preprocess = {name: described[name] for name in PREPROCESS}
     text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
     (folder / "open_clip_config.json").write_text(text)
@@ -87,10 +79,10 @@ def test_a_model_from_the_hub(model, flowers, run):
     """Downloaded, trained on, exported, and all of it again without a network."""
     photo, weights = flowers / "rose" / "1.jpg", flowers.parent / "repo"
     assert "Saved in head" in run.ok("train", flowers, "--model", model.name, "--output", "head")
-    (file,) = (flowers.parent / "cache").glob("*/snapshots/*/open_clip_[mp]*")
+    (file,) = (flowers.parent / "cache").glob(f"*/snapshots/*/{hub.CLIP_WEIGHTS_NAME}")
     assert sha256_of(file) == file.resolve().name == sha256_of(weights / file.name)
     clip = plain_clip(model.name).clip
-    stored = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    stored = load_file(file)
     assert clip.state_dict().keys() == stored.keys()
     assert all(torch.equal(tensor, stored[name]) for name, tensor in clip.state_dict().items())
 
@@ -222,17 +214,10 @@ def test_a_clip_in_a_folder(flowers, run, tmp_path, monkeypatch):
 CLIP = get_spec("small").clip_repo
 
 
-@pytest.fixture
-def large(uploads) -> bytes:
-    """What the repo of `--model small` holds here in place of weights, larger than the client's buffer."""
-    content = random.Random(0).randbytes(2**25)
-    uploads.repos[CLIP] = Repo(private=False)
-    uploads.repos[CLIP].commit({hub.CLIP_WEIGHTS_NAME: content}, get_spec("small").clip_revision)
-    return content
-
-
-def test_what_stops_a_download_is_said(uploads, large, monkeypatch):
+def test_what_stops_a_download_is_said(uploads, monkeypatch):
     """The repo is gated; the disk is full, as the client sees before it writes; a proxy does not answer."""
+    uploads.repos[CLIP] = Repo(private=False)
+    uploads.repos[CLIP].commit({hub.CLIP_WEIGHTS_NAME: b"no weights"}, get_spec("small").clip_revision)
 
     def refused() -> str:
         with pytest.raises(ZooError) as caught:

@@ -2,9 +2,7 @@
 other packages, as the example of docs/baselines.md."""
 
 import copy
-import json
 import re
-import shutil
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -155,26 +153,6 @@ def test_a_probe_is_fitted_with_texts_that_stand_for_the_heads_own(clip, photos,
     assert close(head.text_probe.weight, weight, 1e-3)
     with pytest.raises(ZooError, match="A head of gda is fitted to features.*method text-probe"):  # before a training
         plan(Split("folder", NAMES, given.train.items), "dcp_mini", "gda", classifier="text-probe")
-
-
-def test_the_command_line_trains_any_method(photos, tmp_path, run):
-    for item in photos[:9]:  # three of each class
-        folder = tmp_path / "photos" / NAMES[item.label]
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(item.path, folder)
-    gda = ("--method", "gda", "--no-refit", "--output", tmp_path / "gda")
-    assert "test top-1" in run.ok("train", tmp_path / "photos", *gda)
-    code, out, err = run("eval", tmp_path / "photos", "--head", tmp_path / "gda", "--claim")  # on those held out
-    assert (code, out.count("holds")) == (0, 1), err
-    cached = ("--method", "tip-adapter", "--output", tmp_path / "cache")
-    assert "test top-1" in run.ok("train", tmp_path / "photos", *cached)
-    answers = json.loads(run.ok("predict", photos[0].path, "--head", tmp_path / "cache", "--json"))[0]["predictions"]
-    assert {answer["class"] for answer in answers} == set(NAMES)
-    for part in ("train", "test"):
-        shutil.copytree(tmp_path / "photos", tmp_path / "parts" / part)
-    run.ok("train", tmp_path / "parts", "--method", "gda", "--refit", "--output", tmp_path / "whole")
-    err = run.refused("eval", "--head", tmp_path / "whole", "--data-root", tmp_path / "parts")
-    assert "trained on these images" in err
 
 
 def test_a_folder_that_holds_a_stopped_training_is_refused(flowers, run):

@@ -59,26 +59,18 @@ def test_a_published_head_is_loaded_by_its_pin(folder, uploads, manifest, monkey
     assert ModelCard.load(f"our-org/{MINI}").data.license == "apache-2.0"
 
 
-@pytest.mark.scripts
-def test_a_busy_hub_is_asked_again(folder, uploads):
-    """A rate limit, a server in trouble, and an answer that is lost after the commit: one commit in the end."""
-    uploads.faults = [("repos/create", 429), ("PUT /lfs", 503), ("/commit/main", 500), ("/commit/main", 0)]
-    with pytest.warns(UserWarning, match=f"(?s)our-org/{MINI} at {uploads.url}: .*429.* Attempt 2 of 5 follows in 2 s"):
-        revision = publish.publish(publish.prepare(folder, "our-org"))
-    assert uploads.faults == []
-    assert uploads.published() == {f"our-org/{MINI}": 1, INDEX: 1}
-    assert revision == next(reversed(uploads.repos[f"our-org/{MINI}"].commits))
-    assert publish.publish(publish.prepare(folder, "our-org")) == revision  # nothing has changed: no new commit
-
-
-@pytest.mark.filterwarnings("ignore:.*Attempt")
 def test_the_index_keeps_what_others_list(uploads, monkeypatch):
+    """Also if the Hub is busy, refuses a commit, or its answer is lost after the commit."""
     row = {"revision": "0" * 40, "sha256": "0" * 64, "license": "mit", "metrics": {"top1_stored": 50.0}}
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "our-org")
-    for number, fault in enumerate(([], [("/commit/main", 412)], [("/commit/main", 429)], [("/commit/main", 412)] * 4)):
-        uploads.faults = fault
+    for number, faults in enumerate(([], [412], [429, 0], [412] * 4)):
+        uploads.faults = [("/commit/main", status) for status in faults]
         entries = {f"dcp_vitb16.dtd-{number + 1}shot": {**row, "status": "published"}}
-        publish.retried(lambda entries=entries: publish.add_to_index("our-org", entries))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            publish.retried(lambda entries=entries: publish.add_to_index("our-org", entries))
+        attempts = [f"Attempt {2 + i} of 5 follows in" in str(warning.message) for i, warning in enumerate(told)]
+        assert attempts == [True] * len(faults)
         listed = json.loads(uploads.files(INDEX)["heads.json"])
         assert listed == {f"dcp_vitb16.dtd-{n}shot": row for n in range(1, number + 2)}
         assert dcp_zoo.list_pretrained("dcp_vitb16*") == list(listed)  # in the same process
@@ -153,8 +145,6 @@ def test_a_part_is_not_published_as_the_whole(tmp_path, uploads):
         (folder / "config.json").write_text(json.dumps(config | {block: config[block] | change}))
         with pytest.raises(ZooError, match=reason):
             publish.prepare(folder, "our-org")
-    with pytest.raises(ZooError, match="is not a checkpoint"):
-        publish.prepare(tmp_path / "none", "our-org")
 
 
 def test_a_head_of_another_method_has_a_card_but_no_place_in_the_zoo(tmp_path):
@@ -186,5 +176,3 @@ def test_push_to_hub(uploads, tmp_path):
     assert again.classnames == ["temple", "flower"]
     assert again.info == saved.info
     assert "caltech101" not in uploads.files("me/photos")["README.md"].decode()
-    with pytest.raises(ZooError, match="is not a Hub repo id"):
-        dcp_zoo.push_to_hub(model, "me/../photos")

@@ -38,12 +38,6 @@ def recipe():
         yield train
 
 
-@cache
-def random_stem() -> Stem:
-    torch.manual_seed(1)
-    return Stem()
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Three classes of noisy plain colours, and a handful of nouns."""
@@ -79,11 +73,11 @@ def letters(texts: list[str]) -> torch.Tensor:
 
 def sources(recipe):
     torch.manual_seed(1)
-    teacher = torch.nn.Linear(1280, 3).requires_grad_(False)
+    stem, teacher = Stem(), torch.nn.Linear(1280, 3).requires_grad_(False)
     glosses = {"red": "like blood", "green": "like grass", "blue": "like the sky"}
     vectors = torch.nn.functional.normalize(torch.randn(6, 64), dim=1)
     clip = recipe.ClipNames([*NAMES, "yellow"], vectors[:4], ["pink", "brown"], vectors[4:], NAMES)
-    return recipe.Sources(random_stem(), teacher, clip, glosses, letters)
+    return recipe.Sources(stem, teacher, clip, glosses, letters)
 
 
 def run(recipe, folder: Path, output: Path) -> dict[str, torch.Tensor]:

@@ -68,8 +68,8 @@ def test_a_model_is_on_the_frontier_if_none_as_cheap_is_as_accurate(accuracy):
     assert [best.index(name) for name in SIZES.values()] == sorted(best.index(name) for name in SIZES.values())
 
 
-def test_pretrained_means_can_be_loaded():
-    """CLIP's weights are pinned by whole commits, as a branch may move."""
+def test_pretrained_means_can_be_loaded(monkeypatch):
+    """CLIP's weights are pinned by whole commits, as a branch may move. Each seed has a head of its own."""
     assert all(re.fullmatch("[0-9a-f]{40}", spec.clip_revision) for spec in MODELS.values() if spec.clip_revision)
     bundled, published, planned = (dcp_zoo.list_heads(status=s) for s in ("bundled", "published", "planned"))
     assert set(dcp_zoo.list_models(pretrained=True)) == {*bundled, *published} == trained_heads().keys()
@@ -79,9 +79,6 @@ def test_pretrained_means_can_be_loaded():
         assert (head.metrics, head.revision, head.sha256, head.license) == ({}, None, None, None)
     with pytest.raises(ZooError, match="bundled, published, planned"):
         dcp_zoo.list_heads(status="trained")
-
-
-def test_each_seed_has_its_own_head(monkeypatch):
     assert (get_head("dcp_vitb16.dtd-4shot-seed2").seed, get_head("dcp_vitb16.dtd-4shot").seed) == (2, 1)
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "us")
     assert get_head("dcp_vitb16.dtd-4shot-seed3").repo_id == "us/dcp_vitb16.dtd-4shot-seed3"

@@ -77,13 +77,6 @@ def test_differences_are_paired_and_have_intervals(sweep):
     assert found[3] == f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
 
 
-def test_only_an_interval_without_zero_is_marked():
-    import pandas as pd
-
-    for values, text in (([], "-"), ([1.0, 3.0], "+2.0 (-10.7 to +14.7)"), ([2.0, 2.1, 2.2], "+2.1 (+1.9 to +2.3) *")):
-        assert report.difference_cell(pd.Series(values)) == text
-
-
 def test_base_to_new_has_the_harmonic_mean_and_domain_shift_the_mean_of_the_targets(sweep):
     found = report.with_labels(store.gather(sweep))
     (table,) = report.base_to_new_tables(found)

@@ -49,15 +49,10 @@ def test_crops_differ_from_pass_to_pass_with_any_number_of_workers(clip, photos)
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=[True, False])
-def multiplies(request, monkeypatch) -> bool:
-    """A processor that multiplies bfloat16, and one that does not."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: request.param, raising=False)
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_auto_is_bfloat16_for_a_real_clip_where_the_processor_multiplies_it(multiplies, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-    return request.param
-
-
-def test_auto_is_bfloat16_for_a_real_clip_where_the_processor_multiplies_it(multiplies):
     fast = "bfloat16" if multiplies else "float32"
     found = [pick_precision("auto", name, CPU) for name in ("dcp_vitb16", "open_clip:ViT-B-16/openai")]
     assert found == [fast, fast]

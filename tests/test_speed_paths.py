@@ -1,7 +1,5 @@
 """The fast paths against plain equations, and the caches against every way to change their inputs."""
 
-from pathlib import Path
-
 import pytest
 import reference
 import torch
@@ -13,13 +11,12 @@ from torchvision.transforms.functional import center_crop
 from torchvision.transforms.functional import to_tensor as pil_to_tensor
 
 from dcp_zoo import DCP, create_model
-from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.towers.open_clip import attend
 from dcp_zoo.data import Item
 from dcp_zoo.heads.config import COUPLINGS
 from dcp_zoo.heads.head import Head
 from dcp_zoo.training.device import autocast, cast_frozen
-from dcp_zoo.training.sources import ImageDataset, ImageSource
+from dcp_zoo.training.sources import ImageDataset
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -205,15 +202,11 @@ def test_every_parameter_of_a_head_is_loaded(monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.fixture
-def items(tmp_path) -> list[Item]:
-    for i in range(6):
-        Image.effect_noise((40 + i, 30), 80).convert("RGB").save(tmp_path / f"{i}.png")
-    return [Item(str(tmp_path / f"{i}.png"), f"{i}.png", i) for i in range(6)]
-
-
-def test_decoded_images_are_cached_up_to_a_size_and_unchanged(items):
+def test_decoded_images_are_cached_up_to_a_size_and_unchanged(tmp_path):
     """What is not kept is decoded again: here from files that have changed."""
+    items = [Item(str(tmp_path / f"{i}.png"), f"{i}.png", i) for i in range(6)]
+    for i, item in enumerate(items):
+        Image.effect_noise((40 + i, 30), 80).convert("RGB").save(item.path)
     dataset = ImageDataset(items, to_tensor, 8000)
     plain = torch.stack([to_tensor(Image.open(item.path).convert("RGB")) for item in items])
     for _ in range(2):
@@ -223,11 +216,3 @@ def test_decoded_images_are_cached_up_to_a_size_and_unchanged(items):
     for item in items:
         Image.new("RGB", (40, 30)).save(item.path)
     assert sum(bool(image.any()) for image, _ in dataset.__getitems__(range(6))) == 2
-
-
-def test_a_source_decodes_each_file_once(tiny_clip, items):
-    source = ImageSource(FrozenCLIP(tiny_clip), items, to_tensor)
-    first = len(list(source.batches(2)))
-    for item in items:
-        Path(item.path).unlink()
-    assert len(list(source.batches(2, torch.Generator().manual_seed(1)))) == first == 3

@@ -47,6 +47,7 @@ CLIPA = TEXT | {"no_causal_mask": True, "pool_type": "last"}
 CAUSAL = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3}
 VIT = {"image_size": 32, "patch_size": 16, "width": 64, "head_width": 32, "layers": 4}
 SMALL = {"img_size": 32, "patch_size": 16, "embed_dim": 64, "depth": 4, "num_heads": 2}
+TWO = {"vision_cfg": {"layers": 2}, "text_cfg": {"layers": 2}}
 
 
 def word_tokenizer(start: bool) -> Callable[..., torch.Tensor]:
@@ -299,13 +300,6 @@ def build(clip: nn.Module, **options) -> DCP:
     return loud(DCP(clip, NAMES, n_ctx=3, **options)).eval()
 
 
-@pytest.fixture
-def with_stats(tiny_clip) -> DCP:
-    model = build(tiny_clip)
-    model.store_stats(IMAGES)
-    return model
-
-
 def logits_and_gradients(model: DCP) -> dict[str, torch.Tensor]:
     logits = model.train()(IMAGES)
     return {"logits": logits} | gradients(model, logits)
@@ -343,17 +337,11 @@ def test_a_norm_inside_attention_is_refused(golden):
     assert build(clip)(IMAGES).shape == (3, 4)
 
 
-@pytest.fixture
-def short(golden) -> DCP:
-    """A calibrated model of one block with prompts and one without: more are compiled like these, for seconds."""
-    model = build(build_tiny_clip(golden, vision_cfg={"layers": 2}, text_cfg={"layers": 2}), depth=1)
-    model.store_stats(IMAGES)
-    return model
-
-
 @torch.no_grad()
-def test_compiled_models_read_no_texts(short, monkeypatch):
+def test_compiled_models_read_no_texts(golden, monkeypatch):
     """Texts are read once, between the graphs, as without a compiler."""
+    short = build(build_tiny_clip(golden, **TWO), depth=1)  # more blocks are compiled like these, for seconds
+    short.store_stats(IMAGES)
     short.text_probe = short._probe_of(short.classes, sum(sum(reading.widths) for reading in short.readings))
     expected = short(IMAGES)
     monkeypatch.setattr(short.encoder, "tokenizer", None)
@@ -363,15 +351,6 @@ def test_compiled_models_read_no_texts(short, monkeypatch):
     monkeypatch.undo()
     short.text_probe.bias += 1  # what a training changes has its effect
     torch.testing.assert_close(compiled(IMAGES), expected + 1, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.scripts  # it takes seconds; every run exports to ONNX and compiles
-@torch.no_grad()
-def test_a_model_with_stats_exports_with_a_dynamic_batch(short):
-    batch = {"images": {0: torch.export.Dim("batch")}}
-    program = torch.export.export(short, (IMAGES,), dynamic_shapes=batch).module()
-    for images in (IMAGES, IMAGES[:2]):
-        torch.testing.assert_close(program(images), short(images), atol=1e-4, rtol=1e-4)
 
 
 def calibrated(model: DCP) -> DCP:
@@ -407,7 +386,6 @@ def test_a_fused_head_is_a_frozen_and_small_module_of_its_own(tiny_clip):
 def test_compiles_as_a_full_graph(golden, backend):
     if backend == "inductor" and not shutil.which("g++"):
         pytest.skip("inductor needs g++")
-    two = {"layers": 2}  # inductor takes seconds per block
-    fused = calibrated(DCP(build_tiny_clip(golden, vision_cfg=two, text_cfg=two), NAMES, n_ctx=3, depth=1)).fuse()
+    fused = calibrated(DCP(build_tiny_clip(golden, **TWO), NAMES, n_ctx=3, depth=1)).fuse()
     compiled = torch.compile(fused, fullgraph=True, backend=backend)
     assert close(compiled(IMAGES), fused(IMAGES))

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 import dcp_zoo.training.run as training_run
 from dcp_zoo import ZooError, create_model
-from dcp_zoo.backbone.inputs import Pixels, Tokens
-from dcp_zoo.data import Item, all_for_training, few_shot, load_image, subset_sha256
+from dcp_zoo.backbone.inputs import Pixels
+from dcp_zoo.data import Item, all_for_training, few_shot, subset_sha256
 from dcp_zoo.training.evaluation import predict, top1, warn_if_not_learnt
 from dcp_zoo.training.loop import objective, train
 from dcp_zoo.training.methods import METHODS, fit_head
@@ -51,11 +51,6 @@ def sources(red_and_blue) -> Callable[..., ImageSource]:
     return lambda augment="none": replace(shared(augment))
 
 
-def a_task(sources, augment: str, **changes) -> Task:
-    recipe, source = replace(default_recipe("dcp_mini"), **(QUICK | {"augment": augment} | changes)), sources(augment)
-    return Task(source.clip, "dcp_mini", ["red", "blue"], "a photo of a {}.", source, None, recipe)
-
-
 def test_the_default_recipe_has_the_numbers_of_the_release():
     recipe = Recipe()
     assert (recipe.optimizer, recipe.lr, recipe.momentum, recipe.weight_decay) == ("sgd", 0.0035, 0.9, 5e-4)
@@ -84,7 +79,8 @@ def test_a_schedule_without_epochs_fits_the_training_set(classes, images):
 
 def test_the_papers_recipe_stays_for_the_papers_datasets_and_by_name():
     """The first with a text probe afterwards; the released code's differs in the coupling. ImageNet is no exception,
-    unless its head is tested on other datasets."""
+    unless its head is tested on other datasets. The miniature's stays nearer to zero-shot CLIP where classes or styles
+    are new."""
     for dataset in ("dtd", "imagenet"):
         paper = chosen_recipe("dcp", "dcp_mini", dataset, 4, "paper")
         assert default_recipe("dcp_vitb16", dataset) == replace(paper, classifier="text-probe")
@@ -94,6 +90,9 @@ def test_the_papers_recipe_stays_for_the_papers_datasets_and_by_name():
     protocols, recipe = ("few-shot", "cross-dataset"), METHODS["dcp"].recipe
     assert [recipe("dcp_vitb16", "imagenet", 16, name).num_epochs for name in protocols] == [20, 5]
     assert chosen_recipe("dcp", "dcp_mini", "dtd", 4) == default_recipe("dcp_mini")
+    own, new, styles = (recipe("dcp_mini", "dtd", 16, name) for name in ("few-shot", "base-to-new", "domain-shift"))
+    assert styles == new == replace(own, clip_reg=4 * own.clip_reg)
+    assert recipe("dcp_vitb16", "dtd", 16, "domain-shift") == recipe("dcp_vitb16", "dtd", 16, "few-shot")
 
 
 def test_the_classifier_is_an_option_of_every_recipe():
@@ -102,23 +101,6 @@ def test_the_classifier_is_an_option_of_every_recipe():
         assert (chosen.augment, chosen.classifier) == ("none", "text-probe")
     with pytest.raises(ZooError, match="The recipe of gda takes changes"):
         chosen_recipe("gda", "dcp_mini", "folder", 4, Recipe())
-
-
-@torch.no_grad()
-def test_tokens_replace_the_images(sources):
-    model = mini().eval()
-    source = sources()
-    images = torch.stack([source.transform(load_image(item.path)) for item in source.items])
-    tokens, _ = next(iter(source.batches(len(source.items))))
-    assert type(tokens) is Tokens
-    torch.testing.assert_close(source.clip.read(tokens), source.clip.read(images))
-    torch.testing.assert_close(model(tokens), model(images))
-    torch.testing.assert_close(model.encode_image(tokens), model.encode_image(images))
-    model.store_stats(source.batches(3))
-    stored = model.stored_stats.clone()
-    model.store_stats(images)
-    torch.testing.assert_close(model.stored_stats, stored)
-    torch.testing.assert_close(model(tokens), model(images))
 
 
 def test_training_learns(sources, tmp_path):
@@ -136,15 +118,6 @@ def test_training_learns(sources, tmp_path):
     assert top1(logits, source.labels) == 100
     model.save_pretrained(tmp_path)  # what is measured is what is saved: rounded weights
     torch.testing.assert_close(predict(create_model(f"local-dir:{tmp_path}", True).eval(), sources(), 8), logits)
-
-
-def test_transfer_stays_nearer_to_zero_shot():
-    def recipe(model: str, protocol: str) -> Recipe:
-        return METHODS["dcp"].recipe(model, "caltech101", 16, protocol)
-
-    own, new, styles = (recipe("dcp_mini", protocol) for protocol in ("few-shot", "base-to-new", "domain-shift"))
-    assert styles == new == replace(own, clip_reg=4 * own.clip_reg)
-    assert recipe("dcp_vitb16", "domain-shift") == recipe("dcp_vitb16", "few-shot")
 
 
 def test_agreement_is_the_distance_to_zero_shot_features():
@@ -176,8 +149,9 @@ def test_targets_are_zero_shot_features_of_the_view_or_of_the_whole_image(source
 
 
 def test_training_images_that_are_not_learnt_are_warned_about(sources):
+    recipe, source = replace(default_recipe("dcp_mini"), **QUICK | {"augment": "none", "epochs": 1}), sources()
     with pytest.warns(UserWarning, match=r"Training has not converged: .* where guessing gives 0.69.*epochs=3"):
-        fit_head("dcp", a_task(sources, "none", epochs=1))
+        fit_head("dcp", Task(source.clip, "dcp_mini", ["red", "blue"], "a photo of a {}.", source, None, recipe))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_if_not_learnt(0.27, 2, "epochs", 2)
@@ -187,18 +161,6 @@ def test_training_images_that_are_not_learnt_are_warned_about(sources):
 def digits_run():
     recipe = replace(default_recipe("dcp_mini"), **QUICK | {"batch_size": 3})
     return plan(three_digits(), "dcp_mini", shots=2, recipe=recipe, device="cpu")
-
-
-def test_a_run_leaves_a_checkpoint_and_its_metrics(digits_run, tmp_path):
-    model, metrics = train_head(digits_run, tmp_path / "a")
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {"model.safetensors", "config.json"}
-    again = create_model(f"local-dir:{tmp_path / 'a'}", True)
-    assert again.info["metrics"] == metrics == model.info["metrics"]
-    assert (again.info["dataset"], again.info["shots"], again.info["seed"]) == ("digits", 2, 1)
-    assert again.info["split_sha256"] == digits_run.split.sha256
-    assert metrics.keys() == {"top1_stored", "top1_batch", "top1_no_classifier"}
-    with pytest.raises(ZooError, match="already holds a checkpoint"):
-        train_head(digits_run, tmp_path / "a")
 
 
 def test_a_refit_that_was_stopped_does_not_train_the_first_head_again(digits_run, tmp_path, monkeypatch):

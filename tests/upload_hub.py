@@ -21,7 +21,6 @@ from helpers import http_server
 
 TOKEN = "hf_of_the_tests"
 LFS = (".safetensors", ".bin")
-DATE = "2026-01-01T00:00:00.000Z"
 
 
 def git_oid(content: bytes) -> str:
@@ -210,8 +209,6 @@ class Answers(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
-            elif entry["key"] == "deletedFile":
-                del files[value["path"]]
         oid = self.repo(repo_id).commit(files)
         return {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{oid}"}
 
