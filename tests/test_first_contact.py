@@ -55,8 +55,6 @@ def small(config: dict) -> dict:
     vision, text = dict(config["vision_cfg"]), config["text_cfg"] | {"width": 64, "heads": 2, "layers": 3}
     if "timm_model_name" not in vision:
         vision |= {"width": 64, "head_width": 32, "layers": 3}
-    if "hf_tokenizer_name" in text:
-        text["vocab_size"] = 100
     return config | {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}
 
 
