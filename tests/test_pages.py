@@ -135,6 +135,6 @@ def test_a_visitor_trains_downloads_and_classifies(page, tmp_path):
     page.get_by_text(re.compile("^very red ")).first.wait_for()
     page.get_by_text(re.compile("broken.jpg: not in a supported format")).wait_for()
     page.get_by_label("none of these").check()
-    page.get_by_text("none of these", exact=True).wait_for()
+    page.get_by_text("none of these", exact=True).last.wait_for()
     page.set_viewport_size({"width": 390, "height": 900})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
