@@ -84,6 +84,25 @@ def test_the_page_answers_as_python_does(tiny_head, exported_once, tmp_path, chr
         assert [url for url in asked if not url.startswith((f"{address}/", f"blob:{address}/", "data:", CDN))] == []
 
 
+def test_what_the_command_line_writes_is_accessible(run, flowers, chromium):
+    """axe finds nothing that WCAG 2.2 AA forbids on a page, dark or light, and nothing is wider than a phone."""
+    from axe_playwright_python.sync_playwright import Axe  # not skipped without it, which would skip the rest
+
+    run("predict", *sample_images(), "--head", "dcp_mini.pacs_photo-16shot", "--reject", "--sheet", "sheet.html")
+    run("inspect", flowers, "--output", "found")
+    run.ok("train", flowers, "--no-refit", "--output", "my_head")
+    run.ok("eval", flowers, "--head", "my_head", "--report", "mistakes.html")
+    rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"], "resultTypes": ["violations"]}
+    for scheme in ("dark", "light"):
+        with chromium.new_context(viewport={"width": 390, "height": 900}, color_scheme=scheme) as context:
+            page = context.new_page()
+            for file in ("sheet.html", "found/inspection.html", "mistakes.html"):
+                page.goto(Path(file).absolute().as_uri())
+                violations = Axe().run(page, options=rules).response["violations"]
+                assert [(v["id"], [node["html"] for node in v["nodes"]]) for v in violations] == [], file
+                assert page.evaluate("document.documentElement.scrollWidth") <= 390, file
+
+
 @pytest.fixture
 def page(chromium, tmp_path, monkeypatch):
     """The demo's page. No request may go anywhere else, and no script may fail."""
