@@ -340,7 +340,7 @@ def transfer(protocol: str, images: int = 16, *labels: str) -> str:
     found = rows.pivot_table("top1", ["label", "column"], "seed", sort=False)
     lines, columns, away = [], list(dict.fromkeys(rows.column)), list(dict.fromkeys(rows[~rows.home].column))
     for label in labels or rows.label.unique():
-        own = found.loc[label].dropna(axis=1)
+        own = found.reindex([label], level=0).droplevel(0).dropna(axis=1)
         if len(own) < len(columns):  # it is not measured everywhere yet
             continue
         means, gaps = own.mean(axis=1), transfer_gaps(label, protocol, images)
