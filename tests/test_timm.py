@@ -165,7 +165,9 @@ def test_features_the_head_and_another_classifier():
     assert features.shape == (2, head.num_features) == (2, head.head_hidden_size)
     assert torch.equal(head.forward_head(features, pre_logits=True), features)
     torch.testing.assert_close(head.forward_head(features), logits)
-    torch.testing.assert_close(head.get_classifier()(features), logits)
+    gate, head.text_probe.gate = head.text_probe.gate, head.text_probe.gate[:0]  # which is not linear in the features
+    torch.testing.assert_close(head.get_classifier()(features), head(IMAGES))
+    head.text_probe.gate = gate
     assert head.get_classifier() is not head.get_classifier()  # computed from the names and the text probe
     assert (head.embed_dim, head.num_prefix_tokens) == (256, 1)
     with pytest.raises(ZooError, match="num_classes=3, but there are 2 class names"):
@@ -294,7 +296,7 @@ def test_forward_intermediates(model):
     features, pairs = model.forward_intermediates(IMAGES, return_prefix_tokens=True, norm=True, output_fmt="NLC")
     torch.testing.assert_close(pairs[2][0], model.encoder.visual.ln_post(tokens[2]))
     projected = torch.nn.functional.normalize(pairs[-1][1][:, 0] @ model.encoder.visual.proj, dim=-1)
-    torch.testing.assert_close(projected, features[:, : projected.shape[1]] * 3**0.5)  # the first of three parts
+    torch.testing.assert_close(projected, features[:, : projected.shape[1]] * 4**0.5)  # the first of four parts
     named = model.forward_intermediates(IMAGES, [-1], return_prefix_tokens=True, output_dict=True, output_fmt="NLC")
     assert list(named) == ["image_features", "image_intermediates", "image_intermediates_prefix"]
     assert torch.equal(named["image_intermediates"][0], tokens[-1])
