@@ -9,8 +9,8 @@ The first two write results/transfer.csv, the last results/parts.csv. All resume
 before the next. Draws and test images are those of `many_sets.py`, sets those of `sets.py`.
 
 A method that trains is read by its own logits, and with the text probes that follow it by default. A text probe is also
-read "without gate": the text then has no say beyond the probe's, however far an image is from what it has seen. The gate
-was chosen on PACS' photographs, art paintings and cartoons, and on Caltech-101.
+read "without gate": the text then has no say beyond the probe's, however far an image is from what it has seen. The
+gate was chosen on PACS' photographs, art paintings and cartoons, and on Caltech-101.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
