@@ -37,7 +37,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.inputs import Features
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar
-from dcp_zoo.data import Item
+from dcp_zoo.data import Item, Split
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.probe.estimates import class_means, text_scale
 from dcp_zoo.training.evaluation import EVAL_BATCH, predict
@@ -132,6 +132,10 @@ class Known:
         tested = [Item("", str(i), label) for i, label in enumerate(arrays["test_labels"].tolist())]
         self.test = ImageSource(self.clip, tested, nothing_read, views=test, form=Features)
 
+    def drawn(self, images: int, seed: int) -> Split:
+        """Training images of one draw, and all test images."""
+        return draw((self.names, self.items, self.test.items), images, seed)
+
     def source(self, items: Sequence[Item]) -> ImageSource:
         rows = [int(item.path) for item in items]
         return ImageSource(self.clip, items, nothing_read, views=self.views[:, rows], form=Features)
@@ -156,7 +160,7 @@ def measure(kept: Annotated[Path, typer.Argument(help="The folder that `features
 
 def measured(known: Known, images: int, seed: int, method: str) -> tuple[Any, ...]:
     """Top-1 and ECE in percent, cross-entropy, test images, and CPU seconds of training, with those of the features."""
-    split, started = draw((known.names, known.items, known.test.items), images, seed), time.process_time()
+    split, started = known.drawn(images, seed), time.process_time()
     name, train = method.split(",")[0], known.source(split.train)
     val = known.source(split.val) if method.endswith(VALIDATED) and split.val else None
     task = Task(known.clip, MODEL, known.names, TEMPLATE, train, val, BaseRecipe(), seed)

@@ -19,7 +19,7 @@ import typer
 from baselines import Known
 from growing import GrowingTable
 from many_sets import MODEL, RESULTS, TEST_IMAGES
-from reads import METHOD, READINGS, drawn, task
+from reads import METHOD, READINGS, task
 from sets import REPORTING
 from torch import Tensor
 
@@ -37,7 +37,7 @@ COLUMNS = "weights set images fall_named fall_elsewhere named_falls_more cpu_sec
 
 def head_of(known: Known) -> Head:
     """Zero-shot CLIP with the text probe of a draw of training images."""
-    given: Any = fit_head(METHOD, task(known, drawn(known, SHOTS, 1)))
+    given: Any = fit_head(METHOD, task(known, known.drawn(SHOTS, 1)))
     head = LinearHead(plain_clip(MODEL), known.names, *given.own_linear()).eval()
     head.text_probe = given.text_probe
     return head

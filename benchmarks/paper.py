@@ -26,6 +26,7 @@ import typer
 from baselines import Known
 from growing import GrowingTable
 from many_sets import MODEL, RESULTS, draw, frozen_clip, test_images
+from reads import READINGS
 from sets import SETS, Pool
 from torch import Tensor
 from torch.nn import functional as F
@@ -52,7 +53,7 @@ ON_FEATURES = ("zero-shot", "linear-probe", "gda", "lp-plus-plus", "clap", "text
 NAMED = {"dcp, paper": "paper", "dcp, release": "release"}
 PROMPTS = ("dcp", "coop", "maple", "promptsrc", "dcp, paper", "dcp, release", "clip-lora")
 IMAGES = 16  # per class
-ALL = "x,stem,stage"  # what a text probe of the miniature reads
+ALL = READINGS["embedding, backbone, inside"]  # what a text probe of the miniature reads
 HEAD = "weights protocol trained_on images_per_class seed method".split()
 TRANSFER = [*HEAD, "reading", "target", "top1", "test_images", "cpu_seconds"]
 PARTS = "weights set images_per_class seed changes stats top1 test_images cpu_seconds".split()
@@ -85,7 +86,7 @@ def features(kept: Annotated[Path, typer.Argument(help="As `baselines.py` keeps 
             continue
         known = read[ALL if method == "text-probe" else "x"]
         own = known[name]
-        split = of_part(draw((own.names, own.items, own.test.items), images, seed), protocol)
+        split = of_part(own.drawn(images, seed), protocol)
         task = Task(own.clip, MODEL, split.classnames, TEMPLATE, own.source(split.train), None, None, seed)
         task.recipe = METHODS[method].recipe(MODEL, "folder", images, protocol)
         pools = {target: (known[target].names, replace(known[target].test, clip=own.clip)) for target in targets}

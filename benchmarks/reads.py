@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from baselines import Known, measured
 from growing import GrowingTable
-from many_sets import MODEL, RESULTS, draw
+from many_sets import MODEL, RESULTS
 from sets import REPORTING
 from sklearn.metrics import roc_auc_score
 
@@ -35,10 +35,6 @@ READINGS = {"embedding": "x", "embedding and backbone": "x,stem", "embedding, ba
 METHOD = "text-probe"
 
 
-def drawn(known: Known, images: int, seed: int) -> Split:
-    return draw((known.names, known.items, known.test.items), images, seed)
-
-
 def task(known: Known, split: Split) -> Task:
     recipe = METHODS[METHOD].recipe(MODEL, "folder", 0, "few-shot")
     return Task(known.clip, MODEL, split.classnames, TEMPLATE, known.source(split.train), None, recipe, 0)
@@ -46,7 +42,7 @@ def task(known: Known, split: Split) -> Task:
 
 def rejection(known: Known, images: int, seed: int) -> float:
     """AUROC in percent, of a head that knows every second class."""
-    train = [item._replace(label=item.label // 2) for item in drawn(known, images, seed).train if item.label % 2 == 0]
+    train = [item._replace(label=item.label // 2) for item in known.drawn(images, seed).train if item.label % 2 == 0]
     head: Any = fit_head(METHOD, task(known, Split("folder", known.names[::2], train, [], [])))
     logits, features = read(head, known.test, EVAL_BATCH)
     scores = in_distribution_score(logits.numpy(), head.distances(features).numpy())

@@ -139,9 +139,8 @@ def run_trial(
     results = _tests(trial, head, images, kept)
     known = run.info(subset)
     hashes = {"split_sha256": split.sha256, "subset_sha256": known["subset_sha256"] if trial.shots else ""}
-    if (
-        trial.method == settings.save_heads and trial.protocol == "few-shot"
-    ):  # other protocols: other heads of this name
+    # heads of this name are those of few-shot: other protocols train others
+    if trial.method == settings.save_heads and trial.protocol == "few-shot":
         metrics = {f"top1_{entry['stats']}": entry["top1"] for entry in results}
         folder = head.save_pretrained(settings.output / SAVED_HEADS / trial.head, **head.info | {"metrics": metrics})
         hashes["head_sha256"] = sha256_of(folder / WEIGHTS_NAME)
