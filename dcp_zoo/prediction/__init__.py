@@ -10,15 +10,16 @@ from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, partial
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dcp_zoo.answers import Outputs
 from dcp_zoo.data.images import ImageLike, Progress, by_image, crop, in_threads, load_image, no_progress
-from dcp_zoo.errors import ZooError, attempted, check_range, shorten
+from dcp_zoo.errors import ZooError, as_zoo_error, attempted, check_range, shorten
 from dcp_zoo.fields import Values
-from dcp_zoo.files import MAX_PIXELS, packed, unpacked
+from dcp_zoo.files import MAX_PIXELS, packed, sha256_of, unpacked
+from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME, read_config
 from dcp_zoo.threads import available_cores
 
 Errors = list[ZooError | None]  # of each image None, or why it cannot be read
@@ -99,19 +100,16 @@ class Backend(ABC):
         return {i: error for i, error in enumerate(chain(*errors)) if error}, Outputs.joined(parts)
 
 
-class Decode(NamedTuple):
+def decode_batch(batch: Mapping[str, Any], image: str, preprocessing: Values) -> Values:
     """See `Predictor.decode`."""
-
-    preprocessing: Values
-    image: str
-
-    def __call__(self, batch: Mapping[str, Any]) -> Values:
-        images, left, size = *images_of(batch, self.image), self.preprocessing["input_size"]
-        decoded = in_threads(partial(attempted, partial(decode, preprocessing=self.preprocessing)), images)
-        errors = [str(each) if isinstance(each, ZooError) else "" for each in decoded]
-        pixels = [np.zeros(size, np.uint8) if isinstance(each, ZooError) else each for each in decoded]
-        every = np.stack(pixels) if pixels else np.zeros((0, *size), np.uint8)
-        return left | {self.image: every, ERROR: np.array(errors, str)}
+    images, left = images_of(batch, image)
+    decoded = in_threads(partial(attempted, partial(decode, preprocessing=preprocessing)), images)
+    errors = [str(each) if isinstance(each, ZooError) else "" for each in decoded]
+    every = np.zeros((len(images), *preprocessing["input_size"]), np.uint8)
+    for pixels, each in zip(every, decoded, strict=True):
+        if not isinstance(each, ZooError):
+            pixels[:] = each
+    return left | {image: every, ERROR: np.array(errors, str)}
 
 
 @dataclass(eq=False)
@@ -158,7 +156,7 @@ class Predictor:
         if isinstance(self.head, Predictor):
             vars(self).update(self.head.__getstate__())
             return
-        from dcp_zoo.zoo.resolve import head_files, head_sha256, parse_name  # here, as servers do without
+        from dcp_zoo.zoo.resolve import parse_name  # here, as servers do without
 
         check_range("top_k", self.top_k, 1)
         check_range("batch_size", self.batch_size, 1)
@@ -169,27 +167,33 @@ class Predictor:
             exported = f"{name} is run as it was exported"
             raise ZooError(f"{exported}: omit other classes and precision, and let reject be True or None.")
         self.head = str(Path(name).absolute()) if self.on_onnx else str(parse_name(name))
-        self.sha256 = head_sha256(self._place)
-        self.files = packed(head_files(self._place)) if self.carry else None
+        files = self._files
+        self.sha256 = sha256_of(files[0])
+        with as_zoo_error(f"{name} is not whole: {{}}. Train or download the head again.", OSError):
+            self.files = packed(files) if self.carry else None
 
     def __getstate__(self) -> Values:
         return {name: value for name, value in vars(self).items() if name != "backend"} | {"rank": 0}
 
     @property
-    def _place(self) -> Path:
-        """The exported file, or the folder of the head's checkpoint."""
+    def _files(self) -> list[Path]:
+        """The exported file, or those of the head's checkpoint, the first of which names the other by its hash."""
         from dcp_zoo.zoo.resolve import head_folder
 
-        return Path(str(self.head)) if self.on_onnx else head_folder(str(self.head))
+        if not self.on_onnx:
+            folder = head_folder(str(self.head))
+            return [folder / CONFIG_NAME, folder / WEIGHTS_NAME]
+        if not (file := Path(str(self.head))).is_file():
+            raise ZooError(f"There is no file {file}: create one with dcp-zoo export.")
+        return [file]
 
     def depends_on(self) -> Values:
         """What the answers depend on besides the images, as plain JSON; the precision is the one that is used here."""
         precision = "float32"
         if not self.on_onnx:  # known without loading the head
-            from dcp_zoo.heads.config import read_config
             from dcp_zoo.training.device import pick_device, pick_precision
 
-            architecture = read_config(self._place)["architecture"]
+            architecture = read_config(self._files[0].parent)["architecture"]
             precision = pick_precision(self.precision, architecture, pick_device(self._device))
         options = {"classnames": self.classnames, "reject": self.reject, "precision": precision}
         return {"head": self.sha256} | options
@@ -204,9 +208,7 @@ class Predictor:
         if self.files:
             with unpacked(self.files) as folder:
                 return self._loaded(str(Path(folder, *self.files)) if self.on_onnx else f"local-dir:{folder}")
-        from dcp_zoo.zoo.resolve import head_sha256
-
-        if head_sha256(self._place) != self.sha256:
+        if sha256_of(self._files[0]) != self.sha256:
             raise ZooError(f"{self.head} is another head than when this Predictor was made: make it again.")
         return self._loaded(str(self.head))
 
@@ -221,14 +223,14 @@ class Predictor:
         return HeadBackend(loaded(head, self._device, self.classnames), self.features, self.precision, self.reject)
 
     @property
-    def decode(self) -> Decode:
+    def decode(self) -> Callable[[Mapping[str, Any]], Values]:
         """A step of its own for workers without the head: a batch -> the same with uint8 pixels (3, H, W) in place of
         the images, upright and at the model's size, exactly its transform's; and with the column `error`. It
         pickles."""
         from dcp_zoo.zoo.resolve import get_pretrained_cfg
 
         cfg = self.backend.preprocessing if self.on_onnx else get_pretrained_cfg(str(self.head))
-        return Decode(cfg, self.image)
+        return partial(decode_batch, image=self.image, preprocessing=cfg)
 
     def __call__(self, batch: Mapping[str, Any], rank: int | None = None) -> Values:
         self.rank = rank or self.rank

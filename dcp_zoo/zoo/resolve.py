@@ -3,21 +3,12 @@
 import os
 import warnings
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dcp_zoo.errors import ZooError, nearest_hint, warn
 from dcp_zoo.fields import Values
-from dcp_zoo.files import sha256_of
-from dcp_zoo.heads.config import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    HeadConfig,
-    checkpoint_folder,
-    is_checkpoint,
-    read_config,
-)
+from dcp_zoo.heads.config import CONFIG_NAME, HeadConfig, checkpoint_folder, is_checkpoint, read_config
 from dcp_zoo.zoo import registry
 from dcp_zoo.zoo.registry import OPEN_CLIP, HeadEntry, ModelSpec, get_head, get_spec
 
@@ -196,21 +187,3 @@ def head_folder(name: str) -> Path:
     folder = resolve(name).folder
     assert folder is not None
     return folder
-
-
-def head_files(place: Path) -> list[Path]:
-    """A checkpoint's two files, or an exported one; ZooError if one is missing."""
-    if place.suffix == ".onnx":
-        if not place.is_file():
-            raise ZooError(f"There is no file {place}: create one with dcp-zoo export.")
-        return [place]
-    files = [place / CONFIG_NAME, place / WEIGHTS_NAME]
-    for file in files:
-        if not file.is_file():
-            raise ZooError(f"{place} is not a checkpoint: it has no {file.name}. Pass a folder written by training.")
-    return files
-
-
-def head_sha256(place: Path) -> str:
-    """A hash of these files."""
-    return sha256("".join(map(sha256_of, head_files(place))).encode()).hexdigest()
