@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.data import DATASETS, Split, list_datasets, load_labelled
@@ -120,8 +121,7 @@ def check_data(trials: Sequence[Trial], data_root: Path | None) -> None:
 
 @cache
 def folder_label(root: Path | None) -> str:
-    """What tells the user's own folder from others of the same name, classes and file names: "photos (0f1e2d3c)", its
-    name and a hash of the images."""
+    """The user's own folder, such as "photos (0f1e2d3c)": its name, and a hash of the images and their classes."""
     split, name = read_split(FOLDER, root), Path(root or "").expanduser().resolve().name
     content = f"{split.sha256} {image_hashes(split.items)}"
     return f"{file_name(name)} ({hashlib.sha256(content.encode()).hexdigest()[:8]})"
@@ -138,8 +138,7 @@ def weights_id(model: str) -> str:
 SEEDS = (1, 2, 3)
 
 
-@dataclass(frozen=True)
-class Protocol:
+class Protocol(NamedTuple):
     """One of the paper's experiments."""
 
     datasets: tuple[str, ...]  # the default datasets

@@ -2,9 +2,8 @@
 by what they share. And a page on the predictions of a head."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dcp_zoo.benchmark import store
 from dcp_zoo.data import DATASETS
@@ -26,8 +25,7 @@ SPREAD = "Mean ± standard deviation over seeds; without ± there is only one se
 INCOMPLETE = "A method without results for one of the datasets has no average."
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Rows of text; the first column names the row."""
 
     caption: str
@@ -106,7 +104,7 @@ def few_shot_tables(results: "pd.DataFrame", value: str = "top1") -> list[Table]
     for caption, rows, labels, note in by_dataset(results, value):
         table = method_table(rows, caption, "shots", shots, labels, value, note)
         lines = [[row[0], " / ".join(sorted(selection[row[0]])), *row[1:]] for row in table.rows]
-        tables.append(replace(table, header=[table.header[0], "selection", *table.header[1:]], rows=lines))
+        tables.append(table._replace(header=[table.header[0], "selection", *table.header[1:]], rows=lines))
     return tables
 
 
@@ -157,14 +155,12 @@ def with_shots(results: "pd.DataFrame") -> "pd.DataFrame":
 
 def interval(differences: "pd.Series") -> tuple[float, float] | None:
     """The 95 % confidence interval of the mean of paired differences, by Student's t; None for fewer than two."""
-    from scipy.stats import ttest_1samp
+    from scipy.stats import t
 
     if len(differences) < 2:
         return None
-    if differences.std() == 0:
-        return float(differences.mean()), float(differences.mean())
-    low, high = ttest_1samp(differences, 0).confidence_interval(0.95)
-    return float(low), float(high)
+    mean, half = differences.mean(), t.ppf(0.975, len(differences) - 1) * differences.sem()
+    return float(mean - half), float(mean + half)
 
 
 def differences(results: "pd.DataFrame", base: "pd.DataFrame") -> "pd.DataFrame":
@@ -181,7 +177,6 @@ def differences(results: "pd.DataFrame", base: "pd.DataFrame") -> "pd.DataFrame"
 
 
 def by_sample(pairs: "pd.DataFrame") -> "pd.Series":
-    """The mean difference of each sample."""
     return pairs.groupby("sample", sort=False).difference.mean()
 
 
@@ -246,7 +241,7 @@ PICTURES, SIDE = 60, 240  # mistakes shown, and the pixels of their longer side
 
 
 def write_mistakes(evaluation: "Evaluation", path: Path, title: str) -> None:
-    """Write the page with this heading."""
+    """Write the page on the predictions of a head, with this heading."""
     from dcp_zoo.training.evaluation import expected_calibration_error, negative_log_likelihood, reliability
 
     answers = evaluation.logits, evaluation.labels

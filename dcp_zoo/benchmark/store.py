@@ -82,19 +82,19 @@ def _read_checked(path: Path, trial: Trial, settings: Settings) -> Values:
 
 class Unfinished:
     """What a trial has computed, from which it resumes after a kill or an error: the folder `head`, for a training and
-    its checkpoint, and the `results` of the targets that were tested. ZooError if they were made under other conditions
-    than the settings', or the file is damaged."""
+    its checkpoint, and the `results` of the targets that were tested. ZooError if they were made under other
+    `conditions` than the settings', or the file is damaged."""
 
     def __init__(self, trial: Trial, settings: Settings) -> None:
         self.head = settings.output / "unfinished" / trial.key
-        self._file, self._conditions = Path(f"{self.head}.json"), settings.conditions(trial)
+        self._file, self.conditions = Path(f"{self.head}.json"), settings.conditions(trial)
         before = _read_checked(self._file, trial, settings) if self._file.is_file() else {}
         self.results: list[Values] = before.get("results", [])
 
     def keep(self, results: list[Values]) -> None:
         """Write the results so far, and their conditions; before a training there are none."""
         self.results = results
-        write_json(self._file, self._conditions | {"results": results})
+        write_json(self._file, self.conditions | {"results": results})
 
 
 def _json_files(folder: Path) -> list[Path]:

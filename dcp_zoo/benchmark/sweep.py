@@ -110,9 +110,9 @@ def run_trial(
     """Train and test: the content of the trial's result file. ZooError for missing or damaged data, or divergence.
     `images`: what reads them, by default those that trials of a model share."""
     kept = store.Unfinished(trial, settings)
-    part, conditions = PROTOCOLS[trial.protocol].parts[0], settings.conditions(trial)
     images = images or shared_images(trial.model, settings)
     images.progress = progress
+    part = PROTOCOLS[trial.protocol].parts[0]
     split, subset = images.split(trial.dataset), images.subset(trial.dataset, part, trial.shots, trial.seed)
     run = plan_run(
         split,
@@ -142,7 +142,7 @@ def run_trial(
     chosen_on = VALIDATION if METHODS[trial.method].chooses and subset.val else "none"
     return {
         "trial": asdict(trial),
-        **conditions,
+        **kept.conditions,
         "device": str(images.device),
         **hashes,
         "info": details,
@@ -213,7 +213,6 @@ def run_in_process(trials: Sequence[Trial], settings: Settings, progress: Progre
 
 
 LOCAL = "local"
-CONNECT_SECONDS = 10
 RETRIES = 2  # after a worker died, a machine was lost, or memory was exhausted
 
 
@@ -236,7 +235,7 @@ def connected(address: str = LOCAL, **local: object) -> Iterator[Any]:
     try:
         host, colon, port = address.removeprefix("ray://").rpartition(":")
         if colon and port.isdecimal():  # Ray itself would retry for minutes and then exit the process
-            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
     except Exception as error:  # Ray raises many types, including plain Exception
         raise ZooError(f"No Ray cluster at {address!r}: {error}. To start one: --ray local.") from error
