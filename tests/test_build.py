@@ -20,7 +20,7 @@ from shared import CommandLine
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.benchmark import Trial, store
+from dcp_zoo.benchmark import Settings, Trial, store
 from dcp_zoo.benchmark.sweep import TrialImages
 from dcp_zoo.data import DATASETS, list_datasets, packaged
 from dcp_zoo.data.packaged import Archive
@@ -208,7 +208,7 @@ def test_the_table_of_a_real_clip_is_submitted(small, quick_probe, monkeypatch, 
 
 
 def planned_task(data_root: Path) -> Task:
-    images = TrialImages("dcp_mini", "cpu", data_root, "float32")
+    images = TrialImages("dcp_mini", Settings(data_root, data_root, "cpu"))
     trial = Trial("few-shot", "dcp_mini", real_table.EMBEDDING, "caltech101", 1, 1)
     subset = images.subset("caltech101", "all", 1, 1)
     run = plan(images.split("caltech101"), "dcp_mini", trial.method, shots=1, recipe=trial.recipe, device="cpu")

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.data import DATASETS, Split, list_datasets, load_labelled
 from dcp_zoo.data.packaged import find_spec
 from dcp_zoo.data.splits import image_hashes, split_images
-from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.errors import ZooError, attempted, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.files import file_name, sha256_of
 from dcp_zoo.training.methods import METHODS
@@ -65,8 +66,7 @@ class Trial:
     @classmethod
     def from_dict(cls, fields: Values) -> "Trial":
         """A trial from its `asdict`, after a round trip through JSON."""
-        options = tuple((name, value) for name, value in fields["options"])
-        return cls(**{**fields, "targets": tuple(fields["targets"]), "options": options})
+        return cls(**fields | {"targets": tuple(fields["targets"]), "options": tuple(map(tuple, fields["options"]))})
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,9 @@ class Settings:
         }
 
 
+@cache
 def read_split(dataset: str, data_root: Path | None) -> Split:
     """`load_split`, once for all trials of a sweep in this process. Of one's own images no group is in two parts."""
-    return _split(dataset, data_root)
-
-
-@cache
-def _split(dataset: str, data_root: Path | None) -> Split:
     images = load_labelled(dataset, data_root)
     if dataset == FOLDER and not images.has_parts:
         from dcp_zoo.training.sources import with_own_groups  # with torch: groups are found by features
@@ -110,27 +106,22 @@ def _split(dataset: str, data_root: Path | None) -> Split:
 
 def forget_images() -> None:
     """Read all images again, as a sweep does first: folders may have changed since the one before."""
-    _split.cache_clear()
+    read_split.cache_clear()
     folder_label.cache_clear()
 
 
 def check_data(trials: Sequence[Trial], data_root: Path | None) -> None:
     """One ZooError for all datasets that these trials train or test on and that cannot be read."""
-    problems = []
-    for name in dict.fromkeys(name for trial in trials for name in (trial.dataset, *trial.targets)):
-        try:
-            read_split(name, data_root)
-        except ZooError as error:
-            problems.append(f"- {error}")
-    if problems:
+    names = dict.fromkeys(name for trial in trials for name in (trial.dataset, *trial.targets))
+    read = [attempted(read_split, name, data_root) for name in names]
+    if problems := [f"- {error}" for error in read if isinstance(error, ZooError)]:
         few = "Get what is missing, or choose others by --datasets and --targets."
         raise ZooError("\n".join(["These trials need images that cannot be read:", *problems, few]))
 
 
 @cache
 def folder_label(root: Path | None) -> str:
-    """What tells the user's own folder from others of the same name, classes and file names: "photos (0f1e2d3c)", its
-    name and a hash of the images."""
+    """The user's own folder, such as "photos (0f1e2d3c)": its name, and a hash of the images and their classes."""
     split, name = read_split(FOLDER, root), Path(root or "").expanduser().resolve().name
     content = f"{split.sha256} {image_hashes(split.items)}"
     return f"{file_name(name)} ({hashlib.sha256(content.encode()).hexdigest()[:8]})"
@@ -147,8 +138,7 @@ def weights_id(model: str) -> str:
 SEEDS = (1, 2, 3)
 
 
-@dataclass(frozen=True)
-class Protocol:
+class Protocol(NamedTuple):
     """One of the paper's experiments."""
 
     datasets: tuple[str, ...]  # the default datasets
@@ -159,10 +149,10 @@ class Protocol:
 
 
 def _shifts(dataset: str) -> tuple[str, ...]:
-    if not find_spec(dataset).shifts:
-        known = [name for name, spec in DATASETS.items() if spec.shifts]
-        raise ZooError(f"{dataset} has no other styles to test on: choose from {', '.join(known)}.")
-    return (dataset, *find_spec(dataset).shifts)
+    if shifts := find_spec(dataset).shifts:
+        return (dataset, *shifts)
+    known = [name for name, spec in DATASETS.items() if spec.shifts]
+    raise ZooError(f"{dataset} has no other styles to test on: choose from {', '.join(known)}.")
 
 
 PROTOCOLS = {
@@ -209,7 +199,8 @@ def plan_trials(
         check_seed(seed)
     methods = methods or [name for name, m in METHODS.items() if m.abilities.transfers or not chosen.new_classes]
     methods = sorted(methods, key=list(METHODS).index)
-    grid = [dict(zip(options, values, strict=True)) for values in product(*options.values())] if options else [{}]
+    options = options or {}
+    grid = [dict(zip(options, values, strict=True)) for values in product(*options.values())]  # of none: [{}]
     trials: dict[Trial, None] = {}
     for model, dataset in product(models, datasets or chosen.datasets):
         tested, of_dataset = _chosen_targets(protocol, dataset, targets), []
@@ -220,7 +211,7 @@ def plan_trials(
                 raise ZooError(f"{problem}: choose other --targets or --methods.")
         trials |= dict.fromkeys(sorted(of_dataset, key=lambda trial: trial.shots > 0))
     recipes = {trial.method: trial.default_recipe.as_dict() for trial in trials}
-    for name in options or ():
+    for name in options:
         if not any(name in recipe for recipe in recipes.values()):
             valid = "; ".join(f"{method} has {', '.join(recipe)}" for method, recipe in recipes.items())
             raise ZooError(f"No method's recipe has a field {name!r}: {valid}.")

@@ -2,9 +2,8 @@
 by what they share. And a page on the predictions of a head."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dcp_zoo.benchmark import store
 from dcp_zoo.data import DATASETS
@@ -21,14 +20,12 @@ if TYPE_CHECKING:
 
     from dcp_zoo.training.evaluation import Evaluation
 
-IDENTITY = "protocol,model,weights,method,options,dataset,shots,seed,target,classes,stats".split(",")
 EMPTY = "-"
 SPREAD = "Mean ± standard deviation over seeds; without ± there is only one seed."
 INCOMPLETE = "A method without results for one of the datasets has no average."
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Rows of text; the first column names the row."""
 
     caption: str
@@ -41,23 +38,19 @@ def with_labels(results: "pd.DataFrame") -> "pd.DataFrame":
     """The results with a column `label`, in a fixed order and without duplicates: the method with its changed options;
     for results of a head with text probes also that; and for results with the batch statistics of a method that
     also has stored ones, the word "batch". If several folders have a result, the last one is used."""
-    results = results.drop_duplicates(IDENTITY, keep="last").copy()
+    results = results.drop_duplicates(store.IDENTITY, keep="last").copy()
     results["options"] = results["options"].astype(object).fillna("")  # read as numbers if all are empty
     with_stored = set(results.loc[results.stats == "stored", "method"])
     staged = results[results.stats == NO_CLASSIFIER]
-    with_classifier = {*zip(staged.method, staged.options, strict=True)}
-    results["label"] = [
-        title(method)
-        + (f" ({options})" if options else "")
-        + (
-            f" + {title(TEXT_PROBE).lower()}s"
-            if (method, options) in with_classifier and stats != NO_CLASSIFIER
-            else ""
-        )
-        + (", batch" if stats == "batch" and method in with_stored else "")
-        for method, options, stats in zip(results.method, results.options, results.stats, strict=True)
-    ]
-    results["rank"] = results.method.map(_ranks(METHODS, results.method))
+    with_probe = {*zip(staged.method, staged.options, strict=True)}
+
+    def label(method: str, options: str, stats: str) -> str:
+        changes = f" ({options})" if options else ""
+        probe = f" + {title(TEXT_PROBE).lower()}s" * ((method, options) in with_probe and stats != NO_CLASSIFIER)
+        return title(method) + changes + probe + ", batch" * (stats == "batch" and method in with_stored)
+
+    results["label"] = list(map(label, results.method, results.options, results.stats))
+    results["rank"] = results.method.map(in_order(METHODS, results.method).index)
     return results.sort_values(["rank", "label", "shots", "seed"], kind="stable")
 
 
@@ -66,17 +59,10 @@ def title(method: str) -> str:
     return METHODS[method].title if method in METHODS else method
 
 
-def _ranks(known: Iterable[str], given: Iterable[str]) -> dict[str, int]:
-    """Sort keys: names in the project's tables first, in table order, then unknown names, sorted."""
-    known = list(known)
-    names = [*known, *sorted(set(given) - set(known))]
-    return {name: i for i, name in enumerate(names)}
-
-
-def datasets_of(results: "pd.DataFrame", column: str = "dataset") -> list[str]:
-    """The datasets in a column, in the order of the project's table."""
-    ranks = _ranks(DATASETS, results[column])
-    return sorted(results[column].unique(), key=ranks.__getitem__)
+def in_order(known: Iterable[str], given: Iterable[str]) -> list[str]:
+    """The given names, each once: those in a table of the project in its order, then unknown ones, sorted."""
+    names = set(given)
+    return [name for name in known if name in names] + sorted(names.difference(known))
 
 
 def averaged(results: "pd.DataFrame", value: str = "top1", over: str = "dataset") -> "pd.DataFrame":
@@ -118,7 +104,7 @@ def few_shot_tables(results: "pd.DataFrame", value: str = "top1") -> list[Table]
     for caption, rows, labels, note in by_dataset(results, value):
         table = method_table(rows, caption, "shots", shots, labels, value, note)
         lines = [[row[0], " / ".join(sorted(selection[row[0]])), *row[1:]] for row in table.rows]
-        tables.append(replace(table, header=[table.header[0], "selection", *table.header[1:]], rows=lines))
+        tables.append(table._replace(header=[table.header[0], "selection", *table.header[1:]], rows=lines))
     return tables
 
 
@@ -127,11 +113,10 @@ def base_to_new_tables(results: "pd.DataFrame") -> list[Table]:
     tables = []
     for caption, rows, labels, note in by_dataset(with_shots(results[results.protocol == "base-to-new"])):
         note = f"H is the harmonic mean of the two means. {note}".strip()
-        table = method_table(rows, caption, "classes", ["base", "new"], labels, note=note)
         means = rows.groupby(["label", "classes"]).top1.mean().unstack().reindex(columns=["base", "new"])
-        harmonic = (2 / (1 / means.base + 1 / means.new)).dropna()
-        lines = [[*row, f"{harmonic[row[0]]:.1f}" if row[0] in harmonic else EMPTY] for row in table.rows]
-        tables.append(replace(table, header=[*table.header, "H"], rows=lines))
+        harmonic = (2 / (1 / means.base + 1 / means.new)).rename("top1").reset_index().assign(classes="H")
+        both = import_extra("pandas", "plots").concat([rows, harmonic])
+        tables.append(method_table(both, caption, "classes", ["base", "new", "H"], labels, note=note))
     return tables
 
 
@@ -139,7 +124,7 @@ def by_dataset(
     results: "pd.DataFrame", value: str = "top1"
 ) -> Iterator[tuple[str, "pd.DataFrame", Sequence[str], str]]:
     """Caption, results, labels and note of each table: of the average, if there are several datasets, and of each."""
-    names = datasets_of(results)
+    names = in_order(DATASETS, results.dataset)
     if len(names) > 1:
         yield f"Average of {len(names)} datasets", averaged(results, value), results.label.unique(), INCOMPLETE
     for name in names:
@@ -151,9 +136,9 @@ def target_tables(results: "pd.DataFrame", protocol: str) -> list[Table]:
     """One table per training dataset: methods by test datasets, and their average."""
     results, average = with_shots(results[results.protocol == protocol]), "average of targets"
     tables = []
-    for source in datasets_of(results):
+    for source in in_order(DATASETS, results.dataset):
         rows = results[results.dataset == source]
-        targets = [name for name in datasets_of(rows, "target") if name != source]
+        targets = [name for name in in_order(DATASETS, rows.target) if name != source]
         means = averaged(rows[rows.target.isin(targets)], over="target").assign(target=average)
         columns = [*([source] if source in set(rows.target) else []), *targets, average]
         both = import_extra("pandas", "plots").concat([rows, means])
@@ -168,19 +153,14 @@ def with_shots(results: "pd.DataFrame") -> "pd.DataFrame":
     return results.assign(label=results.label + shots)
 
 
-CONFIDENCE = 0.95
-
-
 def interval(differences: "pd.Series") -> tuple[float, float] | None:
     """The 95 % confidence interval of the mean of paired differences, by Student's t; None for fewer than two."""
-    from scipy.stats import ttest_1samp
+    from scipy.stats import t
 
     if len(differences) < 2:
         return None
-    if differences.std() == 0:
-        return float(differences.mean()), float(differences.mean())
-    low, high = ttest_1samp(differences, 0).confidence_interval(CONFIDENCE)
-    return float(low), float(high)
+    mean, half = differences.mean(), t.ppf(0.975, len(differences) - 1) * differences.sem()
+    return float(mean - half), float(mean + half)
 
 
 def differences(results: "pd.DataFrame", base: "pd.DataFrame") -> "pd.DataFrame":
@@ -197,7 +177,6 @@ def differences(results: "pd.DataFrame", base: "pd.DataFrame") -> "pd.DataFrame"
 
 
 def by_sample(pairs: "pd.DataFrame") -> "pd.Series":
-    """The mean difference of each sample."""
     return pairs.groupby("sample", sort=False).difference.mean()
 
 
@@ -236,33 +215,33 @@ SECTIONS = {  # protocol: (heading, tables)
     "cross-dataset": ("Cross-dataset transfer", lambda rows: target_tables(rows, "cross-dataset")),
     "domain-shift": ("Domain shift", lambda rows: target_tables(rows, "domain-shift")),
 }
+PROBABILITIES = {"ece": "Calibration error (ECE), few-shot", "nll": "Negative log-likelihood (NLL), few-shot"}
 
 
-def write_report(folders: Sequence[str | Path], path: str | Path) -> None:
+def write_report(folders: Sequence[Path], path: Path) -> None:
     """Write a Markdown page on the results in the output folders of sweeps."""
-    paths = [Path(folder) for folder in folders]
-    results = store.gather(paths)
+    results = store.gather(folders)
     if results.empty:
-        raise ZooError(f"No result in {', '.join(map(str, paths))}: pass the --output folder of `dcp-zoo benchmark`.")
-    done = {key for folder in paths for key in store.done(folder)}
-    failed = {key: reason for folder in paths for key, reason in store.failures(folder).items() if key not in done}
+        raise ZooError(f"No result in {', '.join(map(str, folders))}: pass the --output folder of `dcp-zoo benchmark`.")
+    done = {key for folder in folders for key in store.done(folder)}
+    failed = {key: reason for folder in folders for key, reason in store.failures(folder).items() if key not in done}
     sections: list[Values] = []
     for (model, weights), rows in with_labels(results).groupby(["model", "weights"]):
         protocols = [(title, make(rows)) for name, (title, make) in SECTIONS.items() if (rows.protocol == name).any()]
-        ece, nll = (few_shot_tables(rows, value) for value in ("ece", "nll"))
-        sections.append({"model": model, "weights": weights, "protocols": protocols, "ece": ece, "nll": nll})
+        protocols += [(heading, few_shot_tables(rows, value)) for value, heading in PROBABILITIES.items()]
+        sections.append({"model": model, "weights": weights, "tables": [pair for pair in protocols if pair[1]]})
     pages = templates(__package__)
     pages.filters["cell"] = lambda text: str(text).replace("|", "\\|")
-    content = {"folders": paths, "accuracies": len(results), "failed": failed, "sections": sections}
-    write_file(Path(path), pages.get_template("report.md.jinja").render(content))
+    content = {"folders": folders, "accuracies": len(results), "failed": failed, "sections": sections}
+    write_file(path, pages.get_template("report.md.jinja").render(content))
 
 
 ENOUGH = 200  # images for a statement on probabilities: bins of fewer say nothing
 PICTURES, SIDE = 60, 240  # mistakes shown, and the pixels of their longer side
 
 
-def write_mistakes(evaluation: "Evaluation", path: str | Path, title: str) -> None:
-    """Write the page with this heading."""
+def write_mistakes(evaluation: "Evaluation", path: Path, title: str) -> None:
+    """Write the page on the predictions of a head, with this heading."""
     from dcp_zoo.training.evaluation import expected_calibration_error, negative_log_likelihood, reliability
 
     answers = evaluation.logits, evaluation.labels
@@ -271,4 +250,4 @@ def write_mistakes(evaluation: "Evaluation", path: str | Path, title: str) -> No
     mistakes = evaluation.mistakes[:PICTURES]
     pictures = list(zip(thumbnails((row.item.path for row in mistakes), SIDE), mistakes, strict=True))
     text = templates(__package__).get_template("mistakes.html.jinja").render(content, pictures=pictures)
-    write_file(Path(path), text, "choose another --report")
+    write_file(path, text, "choose another --report")

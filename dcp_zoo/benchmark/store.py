@@ -16,12 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FILE_FORMAT = 1
-TRIAL_COLUMNS = ("protocol", "model", "method", "dataset", "shots", "seed")
-ENTRY_COLUMNS = ("target", "classes", "stats", "top1", "ece", "nll", "images")
-RESULT_COLUMNS = (
-    *("protocol", "model", "weights", "method", "options", "dataset", "shots", "seed"),
-    *(*ENTRY_COLUMNS, "train_seconds", "selection"),
-)
+IDENTITY = "protocol,model,weights,method,options,dataset,shots,seed,target,classes,stats".split(",")  # of an accuracy
+COLUMNS = [*IDENTITY, "top1", "ece", "nll", "images", "train_seconds", "selection"]
 
 
 def save_result(output: Path, result: Values) -> None:
@@ -34,7 +30,6 @@ def save_result(output: Path, result: Values) -> None:
 
 
 def save_failure(output: Path, trial: Trial, message: str, traceback: str) -> None:
-    """Record why a trial failed."""
     failure = {"trial": asdict(trial), "error": message, "traceback": traceback}
     write_json(output / "failed" / f"{trial.key}.json", failure)
 
@@ -87,19 +82,19 @@ def _read_checked(path: Path, trial: Trial, settings: Settings) -> Values:
 
 class Unfinished:
     """What a trial has computed, from which it resumes after a kill or an error: the folder `head`, for a training and
-    its checkpoint, and the `results` of the targets that were tested. ZooError if they were made under other conditions
-    than the settings', or the file is damaged."""
+    its checkpoint, and the `results` of the targets that were tested. ZooError if they were made under other
+    `conditions` than the settings', or the file is damaged."""
 
     def __init__(self, trial: Trial, settings: Settings) -> None:
         self.head = settings.output / "unfinished" / trial.key
-        self._file, self._conditions = Path(f"{self.head}.json"), settings.conditions(trial)
+        self._file, self.conditions = Path(f"{self.head}.json"), settings.conditions(trial)
         before = _read_checked(self._file, trial, settings) if self._file.is_file() else {}
         self.results: list[Values] = before.get("results", [])
 
     def keep(self, results: list[Values]) -> None:
         """Write the results so far, and their conditions; before a training there are none."""
         self.results = results
-        write_json(self._file, self._conditions | {"results": results})
+        write_json(self._file, self.conditions | {"results": results})
 
 
 def _json_files(folder: Path) -> list[Path]:
@@ -125,21 +120,20 @@ def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
     every = [(folder / f"{key}.json", result) for folder in folders for key, result in read_folder(folder).items()]
     rows, first = [], dict[str, tuple[str, Path]]()
     for path, result in every:
-        row = {name: result["trial"][name] for name in TRIAL_COLUMNS}
-        row |= {name: result[name] for name in ("weights", "train_seconds", "selection")}
-        row |= {"options": Trial.from_dict(result["trial"]).changes, "dataset": _shown(row["dataset"], result)}
+        trial = Trial.from_dict(result["trial"])
+        dataset = _shown(trial.dataset, result)
         for entry in result["results"]:
-            rows.append(
-                row | {name: entry[name] for name in ENTRY_COLUMNS} | {"target": _shown(entry["target"], result)}
-            )
+            row = result | result["trial"] | entry  # whose other fields are no columns
+            row |= {"options": trial.changes, "dataset": dataset, "target": _shown(entry["target"], result)}
+            rows.append([row[name] for name in COLUMNS])
         untold = {"--precision": result["precision"]}  # no column tells these apart
         if not result.get("features"):  # of `benchmarks/given_features.py`
-            untold[f"the images of {row['dataset']}"] = result["split_sha256"]
+            untold[f"the images of {dataset}"] = result["split_sha256"]
         for what, value in untold.items():
             before, other = first.setdefault(what, (value, path))
             if value != before:
                 raise ZooError(f"{other} and {path} differ in {what}: report them apart, from two folders.")
-    return import_extra("pandas", "plots").DataFrame(rows, columns=list(RESULT_COLUMNS))
+    return import_extra("pandas", "plots").DataFrame(rows, columns=COLUMNS)
 
 
 def _shown(dataset: str, result: Values) -> str:

@@ -8,12 +8,12 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,8 +49,7 @@ CPU = torch.device("cpu")
 IMAGE_BYTES = 3 * 500 * 375  # of a decoded image of typical size
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """What has become of a trial."""
 
     trial: Trial
@@ -62,11 +61,10 @@ class Event:
 class TrialImages:
     """Image sources for one CLIP, cached up to a quarter of the machine's memory; the least recent leave."""
 
-    def __init__(self, model: str, device: str, data_root: Path | None, precision: str) -> None:
-        self.device = pick_device(device)
-        self.precision = pick_precision(precision, model, self.device)
+    def __init__(self, model: str, settings: Settings) -> None:
+        self.device, self.data_root = pick_device(settings.device), settings.data_root
+        self.precision = pick_precision(settings.precision, model, self.device)
         self.clip = plain_clip(model).to(self.device)
-        self.data_root = data_root
         self.progress: Progress = no_progress
         self._sources: OrderedDict[tuple, ImageSource] = OrderedDict()
 
@@ -107,18 +105,14 @@ shared_images = lru_cache(maxsize=1)(TrialImages)  # those for the previous mode
 
 
 def run_trial(
-    trial: Trial,
-    settings: Settings,
-    progress: Progress = no_progress,
-    images: TrialImages | None = None,
+    trial: Trial, settings: Settings, progress: Progress = no_progress, images: TrialImages | None = None
 ) -> Values:
     """Train and test: the content of the trial's result file. ZooError for missing or damaged data, or divergence.
     `images`: what reads them, by default those that trials of a model share."""
     kept = store.Unfinished(trial, settings)
-    part, conditions = PROTOCOLS[trial.protocol].parts[0], settings.conditions(trial)
-    shared = (settings.device, settings.data_root, settings.precision)
-    images = images or shared_images(trial.model, *shared)
+    images = images or shared_images(trial.model, settings)
     images.progress = progress
+    part = PROTOCOLS[trial.protocol].parts[0]
     split, subset = images.split(trial.dataset), images.subset(trial.dataset, part, trial.shots, trial.seed)
     run = plan_run(
         split,
@@ -148,7 +142,7 @@ def run_trial(
     chosen_on = VALIDATION if METHODS[trial.method].chooses and subset.val else "none"
     return {
         "trial": asdict(trial),
-        **conditions,
+        **kept.conditions,
         "device": str(images.device),
         **hashes,
         "info": details,
@@ -219,7 +213,6 @@ def run_in_process(trials: Sequence[Trial], settings: Settings, progress: Progre
 
 
 LOCAL = "local"
-CONNECT_SECONDS = 10
 RETRIES = 2  # after a worker died, a machine was lost, or memory was exhausted
 
 
@@ -242,7 +235,7 @@ def connected(address: str = LOCAL, **local: object) -> Iterator[Any]:
     try:
         host, colon, port = address.removeprefix("ray://").rpartition(":")
         if colon and port.isdecimal():  # Ray itself would retry for minutes and then exit the process
-            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
     except Exception as error:  # Ray raises many types, including plain Exception
         raise ZooError(f"No Ray cluster at {address!r}: {error}. To start one: --ray local.") from error

@@ -1,5 +1,6 @@
 """`dcp-zoo benchmark`, `dcp-zoo report` and `dcp-zoo data`."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -125,7 +126,6 @@ def benchmark(
 
 
 def show_events(events: "Iterable[Event]", total: int) -> "Iterator[Event]":
-    """Print a line for every trial that finishes."""
     for finished, event in enumerate(events, 1):
         color = "green" if event.state == "done" else "red"
         errors.print(f"[{color}]{event.state}[/] {finished}/{total} {event.trial.key} ({event.seconds:.0f} s)")
@@ -151,12 +151,10 @@ def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]
 def grid_table(trials: Sequence[Trial], done: Collection[str]) -> Table:
     """The trials of each model, dataset and method; `done` has the keys of finished ones."""
     table = Table("model", "dataset", "method", "trials", "done", title=trials[0].protocol)
-    rows: dict[tuple[str, str, str], list[bool]] = {}  # those of a row differ in shots and seed
-    for trial in trials:
-        row = trial.model, trial.dataset, f"{trial.method} {trial.changes}".strip()
-        rows.setdefault(row, []).append(trial.key in done)
-    for row, finished in rows.items():
-        table.add_row(*row, str(len(finished)), str(sum(finished)))
+    cells = [(trial.model, trial.dataset, f"{trial.method} {trial.changes}".strip()) for trial in trials]
+    finished = Counter(row for row, trial in zip(cells, trials, strict=True) if trial.key in done)
+    for row, total in Counter(cells).items():  # those of a row differ in shots and seed
+        table.add_row(*row, str(total), str(finished[row]))
     return table
 
 

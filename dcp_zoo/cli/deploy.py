@@ -37,17 +37,15 @@ def export(
         file = file or Path(f"{file_stem(name)}-hub")
         check_empty(file)
         check_writable(file.parent)
-        model = exported(name, names, file, format)
-        next_step = f"{file / 'README.md'} shows how to use it."
-        output.print(f"Wrote {file}, {model.num_classes} classes. {next_step}", markup=False)
-        return
-    file = file or Path(f"{file_stem(name)}.onnx")
-    file = file if file.suffix else file.with_suffix(".onnx")
-    check_output(file, overwrite)
-    check_choice("suffix", file.suffix, (".onnx",))
-    model = exported(name, names, file)
-    size = f"{file.stat().st_size / 1e6:.0f} MB, {model.num_classes} classes"
-    output.print(f"Wrote {file} ({size}), verified against the model.", markup=False)
+        told = f"{file / 'README.md'} shows how to use it."
+    else:
+        file = file or Path(f"{file_stem(name)}.onnx")
+        file = file if file.suffix else file.with_suffix(".onnx")
+        check_output(file, overwrite)
+        check_choice("suffix", file.suffix, (".onnx",))
+        told = "It was verified against the model."
+    model = exported(name, names, file, format)
+    output.print(f"Wrote {file}, {model.num_classes} classes. {told}", markup=False)
 
 
 def exported(name: str, classnames: Sequence[str] | None, place: Path, format: str = "onnx") -> "Head":
@@ -64,8 +62,7 @@ def exported(name: str, classnames: Sequence[str] | None, place: Path, format: s
 
 def file_stem(name: str) -> str:
     """The name of a head for a file: that of its folder, of its Hub repo, or its own."""
-    kind, _, place = name.partition(":")
-    return Path(place).resolve().name if kind == "local-dir" else name.rpartition("/")[2]
+    return Path(name.partition(":")[2] or name).resolve().name
 
 
 def serve(

@@ -128,7 +128,6 @@ def _measured(
 
 
 def as_values(evaluation: "Evaluation") -> Values:
-    """What was measured, for --json."""
     top1 = round(evaluation.accuracy.percent, 2)
     return {
         "images": len(evaluation.items),

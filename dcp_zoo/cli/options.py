@@ -1,9 +1,8 @@
 """Options shared by several commands, and --set, which changes a recipe."""
 
-import fnmatch
 import json
 import os.path
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +17,7 @@ from dcp_zoo.errors import ZooError, check_choice, nearest_hint
 from dcp_zoo.fields import Values
 from dcp_zoo.tables import split_list
 from dcp_zoo.training.methods.table import DCP_METHOD, METHODS
-from dcp_zoo.training.recipes import Recipe
+from dcp_zoo.training.recipes import BaseRecipe, Recipe
 from dcp_zoo.zoo.registry import SIZES, list_models, trained_heads
 from dcp_zoo.zoo.resolve import parse_name
 
@@ -37,16 +36,13 @@ PRECISION = (
 )
 
 
-def heads_like(incomplete: str) -> list[str]:
-    return fnmatch.filter(trained_heads(), f"{incomplete}*")
+def starting(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """For shell completion: which of the names begin with what is typed."""
+    return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
 
 
-def models_like(incomplete: str) -> list[str]:
-    return fnmatch.filter([*SIZES, *list_models()], f"{incomplete}*")
-
-
-Model = Annotated[str, Option(help=MODEL, autocompletion=models_like)]
-HeadName = Annotated[str, Option("--head", help=HEAD, autocompletion=heads_like)]
+Model = Annotated[str, Option(help=MODEL, autocompletion=starting(lambda: [*SIZES, *list_models()]))]
+HeadName = Annotated[str, Option("--head", help=HEAD, autocompletion=starting(trained_heads))]
 Photos = Annotated[Text, Argument(metavar="PHOTOS", help="Your images: a folder per class.")]
 Labels = Annotated[list[Path] | None, Option(metavar="FILE", help=LABELS)]
 GroupBy = Annotated[
@@ -58,16 +54,12 @@ GroupBy = Annotated[
         "in their path. Default: near copies, and those of one camera within seconds.",
     ),
 ]
-Images = Annotated[
-    Text,
-    Argument(metavar="PHOTOS", help="Your images: a folder per class. Or a dataset's name."),
-]
+Images = Annotated[Text, Argument(metavar="PHOTOS", help="Your images: a folder per class. Or a dataset's name.")]
 DataRoot = Annotated[File, Option(help="Folder with the datasets; for `folder`, the dataset itself.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[str, Option(help=PRECISION)]
 Classes = Annotated[Text, Option("--classes", help='Other names: cat,dog,"dandelion, yellow"; or a file of them.')]
 Report = Annotated[File, Option(help="Write a page that shows the mistakes.", metavar="FILE.html", dir_okay=False)]
-DescriptionsFile = Annotated[File, Option(metavar="FILE.json", help="Sentences for the class names, as in CuPL.")]
 Agree = Annotated[bool, Option("--agree", help="Agree to the datasets' terms without being asked.")]
 Output = Annotated[Path, Option("--output", help="Folder for the new checkpoint; created if needed.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing output.")]
@@ -119,9 +111,6 @@ def check_data_root(dataset: str, data_root: Path | None) -> None:
         raise ZooError(f"{dataset} needs no --data-root: omit it.")
 
 
-FREE_TEXT = {"ctx_init"}  # fields whose values may contain commas
-
-
 def parse_changes(settings: Iterable[str]) -> dict[str, list[Any]]:
     """The values of all `--set NAME=VALUE[,VALUE]`, parsed as JSON or else as text. Repeated names add values."""
     changes: dict[str, list[Any]] = {}
@@ -129,8 +118,7 @@ def parse_changes(settings: Iterable[str]) -> dict[str, list[Any]]:
         name, _, text = setting.partition("=")
         if not (name and text):
             raise ZooError(f"--set takes NAME=VALUE, such as depth=3, not {setting!r}.")
-        values = [text] if name in FREE_TEXT else text.split(",")
-        for value in values:
+        for value in [text] if name == "ctx_init" else text.split(","):  # a phrase may have commas
             parsed: object = value.strip()
             with suppress(ValueError):
                 parsed = json.loads(value)
@@ -152,11 +140,11 @@ def as_text(value: object) -> str:
 
 def recipe_help(method: str = "") -> str:
     """The recipe of a method, by default DCP's, for a help text: each field with its default, help and limits."""
+    kind: type[BaseRecipe] = Recipe
+    values = "; dcp-zoo info MODEL --json shows a model's values"
     if method:
         check_choice("method", method, tuple(METHODS))
-    kind, values = (
-        (METHODS[method].config, "") if method else (Recipe, "; dcp-zoo info MODEL --json shows a model's values")
-    )
+        kind, values = METHODS[method].config, ""
     text = f"Fields of the recipe of {method or DCP_METHOD} and their defaults{values}:\n"
     for part in fields(kind):
         about = part.metadata

@@ -16,34 +16,17 @@ from dcp_zoo.data import DATASETS
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.fields import Values
-from dcp_zoo.heads.config import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    Accuracy,
-    alone_and_probed,
-    is_checkpoint,
-    made,
-    read_config,
-)
+from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME, Accuracy, alone_and_probed, is_checkpoint, read_config
 from dcp_zoo.tables import quoted
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo import registry
-from dcp_zoo.zoo.registry import (
-    MODELS,
-    SIZES,
-    HeadEntry,
-    ModelSpec,
-    all_heads,
-    get_head,
-    get_spec,
-)
+from dcp_zoo.zoo.registry import MODELS, SIZES, HeadEntry, ModelSpec, all_heads, get_head, get_spec
 from dcp_zoo.zoo.resolve import local_heads, parse_name, trained_here
 
 PEOPLE = (  # what they ask of a model or a head: what it is, how good, of what and when
     "head,status,method,model,CLIP,weights,CLIP weights,classes,texts,accuracy,dataset,images,trained,rejection,"
     "licence,size,input,parameters,image tower,zero-shot,default head,trained heads,Hub repo,train it"
 ).split(",")
-ACCURACIES = ("10 sets", "ImageNet")
 ACCURACY_NOTE = (
     "10 sets, ImageNet: zero-shot top-1 in percent, as published by others; not measured here. The mean over ten of "
     "the paper's 11 datasets, and ImageNet alone; empty without a published figure. In this release "
@@ -67,7 +50,9 @@ def list_(
     """
     not_trained = [name for name in registry.list_heads(filter, "planned") if not is_checkpoint(name)]
     heads = [registry.loadable_heads()[name] for name in registry.list_pretrained(filter)]
-    heads += [replace(get_head(name), status="local") for name in fnmatch.filter(local_heads(), filter or "*")]
+    for name in fnmatch.filter(local_heads(), filter or "*"):
+        metrics = read_config(name)["dcp"].get("metrics", {})
+        heads.append(replace(get_head(name), status="local", metrics=metrics))
     shown = {*registry.list_models(filter), *(head.model for head in heads)}
     shown |= {name.split(".")[0] for name in not_trained}
     if not shown:
@@ -75,20 +60,16 @@ def list_(
         raise ZooError(f"No model or head matches {filter!r}.{hint} All: dcp-zoo list.")
     specs = [spec for spec in MODELS.values() if spec.name in shown]
     models = [(s.name, s.license or "see Hub", s.download or "bundled", *s.accuracies) for s in specs]
-    output.print(plain_table(("model", "licence", "size", *ACCURACIES), models))
+    output.print(plain_table(("model", "licence", "size", "10 sets", "ImageNet"), models))
     output.print(ACCURACY_NOTE, "", style="dim")
     if heads:
         order, rows = list(MODELS), []
         for head in sorted(heads, key=lambda head: (order.index(head.model), head.dataset, head.shots, head.seed)):
-            metrics = head.metrics
-            if head.status == "local":
-                metrics = made(read_config(Path(head.name))).get("metrics") or {}
-            top1 = ("" if value is None else f"{value:5.1f} %" for value in alone_and_probed(metrics))
+            top1 = ("" if value is None else f"{value:5.1f} %" for value in alone_and_probed(head.metrics))
             rows.append((head.name, head.status, *top1))
         output.print(plain_table(("head", "status", "method alone", "with text probe"), rows))
-        specs_of = [DATASETS[head.dataset] for head in heads if head.dataset in DATASETS]  # the index may have others
-        parts = [note for note in dict.fromkeys(spec.part_note for spec in specs_of) if note]
-        output.print(HEADS_NOTE, *parts, "", sep="\n", style="dim")
+        notes = dict.fromkeys(DATASETS[head.dataset].part_note for head in heads if head.dataset in DATASETS)
+        output.print(HEADS_NOTE, *[note for note in notes if note], "", sep="\n", style="dim")
     if not_trained:
         shots = sorted({all_heads()[name].shots for name in not_trained})
         text = f"{len(not_trained):,} heads for {', '.join(map(str, shots))} images per class are planned"

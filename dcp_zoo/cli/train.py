@@ -49,7 +49,7 @@ def train(
     labels: opt.Labels = None,
     group_by: opt.GroupBy = None,
     data_root: opt.DataRoot = None,
-    descriptions: opt.DescriptionsFile = None,
+    descriptions: Path | None = Option(None, metavar="FILE.json", help="Sentences for the class names, as in CuPL."),
     shots: int | None = Option(None, min=1, help="Images per class, at most. Default: all of your own, otherwise 16."),
     seed: int = Option(
         SEED, help="Seed of the subset, the initial prompts and the image order. The paper uses 1, 2, 3."
@@ -84,16 +84,15 @@ def train(
     [dim]dcp-zoo train --head dcp_vitb16.imagenet-16shot --data-root DATA[/]
     [dim]dcp-zoo train caltech101 --data-root DATA --method dcp --set epochs=50[/]
     """
-    dataset: str | None
     output_dir = output_dir or default_folder(head, photos, labels)
-    if head:  # of whose dataset no folder takes the place
+    if not head:
+        dataset, data_root = opt.data_source(photos, data_root, labels)
+    else:  # of whose dataset no folder takes the place
         given = {"PHOTOS": photos, "--model": model != "dcp_mini", "--shots": shots, "--seed": seed != SEED}
         chosen = named_head(head, [option for option, is_given in given.items() if is_given])
         method, model, shots, seed = method or DCP_METHOD, chosen.model, chosen.shots, chosen.seed
         dataset = chosen.dataset
-        opt.check_data_root(dataset, data_root)
-    else:
-        dataset, data_root = opt.data_source(photos, data_root, labels)
+        opt.check_data_root(chosen.dataset, data_root)
     if dataset is None:
         raise ZooError("There is nothing to train on: dcp-zoo train PHOTOS, or train caltech101 --data-root DATA.")
     check_writable(output_dir)

@@ -21,8 +21,6 @@ from dcp_zoo.zoo.registry import MODELS, get_head, newest
 from dcp_zoo.zoo.resolve import parse_name
 
 CARD_NAME = "README.md"
-CARD_TEMPLATE = Path(__file__).parent / "model_card.md"
-TAGS = ["image-classification", "few-shot", "prompt-learning", "clip", "open_clip", "timm", "dcp"]
 MODES = {  # of an accuracy, and their names in a card
     "stored": "top-1, stored statistics",
     "batch": "top-1, batch statistics",
@@ -51,8 +49,8 @@ def make_card(
     (options, _), measured = model.method_config(), accuracies(info.get("metrics") or {})
     about: Values = {"model": model, "info": info, "spec": spec, "options": options, "base": base}
     return ModelCard.from_template(
-        _metadata(model, repo_id, license, base, dataset),
-        template_path=str(CARD_TEMPLATE),
+        _metadata(repo_id, license, base, dataset, measured),
+        template_path=str(Path(__file__).parent / "model_card.md"),
         repo_id=repo_id,
         size=f"{size / 1e6:.1f} MB",
         onnx=onnx,
@@ -74,12 +72,11 @@ def not_of_dataset(model: Head) -> str:
     if name not in DATASETS or is_own(name):
         return ""
     spec, known = DATASETS[name], split_sha256(name)
-    tested = spec.counts and info.get("test_images", spec.counts[2])
     if spec.names and sorted(model.classes) != sorted(classnames(name)):
         reason = f"its {model.num_classes} classes are not the {spec.num_classes} of {name}"
     elif known and info.get("split_sha256") != known:
         reason = f"it was trained and tested on another split: its sha256 is {info.get('split_sha256')}, not {known}"
-    elif spec.counts and tested != spec.counts[2]:
+    elif spec.counts and (tested := info.get("test_images", spec.counts[2])) != spec.counts[2]:
         reason = f"it was tested on {tested:,} images, not on the {spec.counts[2]:,} of {name}"
     else:
         return ""
@@ -87,19 +84,22 @@ def not_of_dataset(model: Head) -> str:
     return f"This head says that it is of {name}, but {reason}. {advice}."
 
 
-def _metadata(model: Head, repo_id: str, license: str, base: str | None, dataset: str | None) -> ModelCardData:
-    results, measured = list[EvalResult](), accuracies(model.info.get("metrics") or {}) if dataset else {}
+def _metadata(
+    repo_id: str, license: str, base: str | None, dataset: str | None, measured: dict[str, float]
+) -> ModelCardData:
     names = MODES | PROBED if NO_CLASSIFIER in measured else MODES
-    measured.pop("batch", None)  # what the loaded model answers, and the method alone; the text has all modes
-    for mode, top1 in measured.items():
-        data: Values = {"dataset_type": dataset, "dataset_name": dataset, "dataset_split": "test"}
-        data |= {"metric_type": "accuracy", "metric_name": names[mode], "metric_value": top1}
-        results.append(EvalResult(task_type="image-classification", **data))
+    data: Values = {"task_type": "image-classification", "metric_type": "accuracy"}
+    data |= {"dataset_type": dataset, "dataset_name": dataset, "dataset_split": "test"}
+    results = [
+        EvalResult(**data, metric_name=names[mode], metric_value=top1)
+        for mode, top1 in measured.items()
+        if dataset and mode != "batch"  # what the loaded model answers, and the method alone; the text has all modes
+    ]
     return ModelCardData(
         library_name=HUB_LIBRARY,
         license=license,
         pipeline_tag="image-classification",
-        tags=TAGS,
+        tags=["image-classification", "few-shot", "prompt-learning", "clip", "open_clip", "timm", "dcp"],
         base_model=base,
         datasets=[dataset] if dataset else None,
         metrics=["accuracy"] if results else None,

@@ -25,7 +25,6 @@ from dcp_zoo.prediction.onnx import INPUT, METADATA_KEY, OnnxClassifier
 OLDEST_TORCH = (2, 8)  # of older ones, torch.export fixes the batch size
 REPORT = "Please report this, with the versions of torch, onnx and onnxruntime."
 LOGIT_TOLERANCE = 1e-3  # in logits, which are about 10 to 40
-ANY_BATCH = {"images": {0: torch.export.Dim("batch")}}
 
 
 def export(model: Head | FusedHead, path: str | Path) -> Path:
@@ -75,11 +74,10 @@ def check_export() -> None:
 
 def onnx_program(module: nn.Module, images: torch.Tensor, *outputs: str) -> Any:
     """`module.forward(images)` as an ONNX program for any batch size; `outputs` are the names of its outputs."""
-    check_export()
     names: Values = {"input_names": [INPUT], "output_names": list(outputs)}
-    before = dict(os.environ)
+    any_batch, before = {"images": {0: torch.export.Dim("batch")}}, dict(os.environ)
     try:
-        return torch.onnx.export(module, (images,), dynamo=True, dynamic_shapes=ANY_BATCH, verbose=False, **names)
+        return torch.onnx.export(module, (images,), dynamo=True, dynamic_shapes=any_batch, verbose=False, **names)
     finally:  # torch 2.8 names a folder of its compiler there
         for name in os.environ.keys() - before:
             del os.environ[name]
