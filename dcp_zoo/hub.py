@@ -20,9 +20,8 @@ from dcp_zoo.files import read_plain, sha256_of
 
 # everything the client raises; its HTTP error derives from the HTTP library it uses
 HTTP_ERRORS, XET = errors.HfHubHTTPError.__bases__, getattr(errors, "XetDownloadError", OSError)  # not in older clients
-Kinds = tuple[type[Exception], ...]
-CLIENT_ERRORS: Kinds = (*HTTP_ERRORS, errors.EntryNotFoundError, errors.HFValidationError, OSError, XET)
-RAISED: Kinds = (*CLIENT_ERRORS, RuntimeError)  # it also hides them behind a RuntimeError
+CLIENT_ERRORS: tuple[type[Exception], ...]
+CLIENT_ERRORS = (*HTTP_ERRORS, errors.EntryNotFoundError, errors.HFValidationError, OSError, XET)
 
 NOT_WRITABLE, FORBIDDEN, NO_NETWORK = "not writable", "forbidden", "no network"
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
@@ -51,8 +50,9 @@ def explained(
     """Turn the client's errors into one ZooError that names the cause and what you can do."""
     try:
         yield
-    except RAISED as raised:
-        error = _cause(raised)
+    except (*CLIENT_ERRORS, RuntimeError) as raised:
+        # the client wraps what fails while it uploads a large file in a RuntimeError
+        error = raised.__cause__ if type(raised) is RuntimeError else raised
         if not isinstance(error, CLIENT_ERRORS):
             raise
         fields = {"repo": repo_id, "file": filename, "revision": revision, "hub": constants.ENDPOINT, "error": error}
@@ -63,12 +63,6 @@ def explained(
         fields["files"] = f"{files} --revision {revision}" if revision else files
         folder, cache = f"models--{repo_id.replace('/', '--')}", cache_dir or constants.HF_HUB_CACHE
         raise ZooError(MESSAGES[_kind(error)].format(**fields, folder=folder, cache=cache)) from error
-
-
-def _cause(error: Exception) -> Exception:
-    """The client wraps what fails while it uploads a large file in a RuntimeError."""
-    cause = error.__cause__
-    return cause if type(error) is RuntimeError and isinstance(cause, Exception) else error
 
 
 def is_offline(error: BaseException | None) -> bool:

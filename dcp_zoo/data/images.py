@@ -126,8 +126,8 @@ def _name(image: Image.Image) -> str:
     return str(getattr(image, "filename", "") or "in memory")
 
 
-def pixels_sha256(image: Image.Image) -> str:
-    """A hash of what `load_image` makes of an image in memory: of its size and its RGB pixels, upright."""
+def pixels_sha256(image: ImageLike) -> str:
+    """A hash of what `load_image` makes of an image: of its size and its RGB pixels, upright."""
     pixels = load_image(image)
     return sha256(f"{pixels.size} ".encode() + pixels.tobytes()).hexdigest()
 

@@ -33,9 +33,8 @@ def read_json(spec: DatasetSpec, folder: Path) -> Split:
     rows = packaged.split_rows(spec.name)
     if rows is not None and not file.exists():
         return _from_rows(spec, folder, file, rows)
-    text = _read_text(file, spec)
-    with as_zoo_error(f"{file} is not JSON ({{}}). {spec.where}"):
-        content = json.loads(text)
+    with as_zoo_error(f"{spec.name}: cannot read {file} as JSON ({{}}). {spec.where}"):
+        content = json.loads(read_plain(file))
     lists = [content.get(part) for part in PARTS] if isinstance(content, dict) else [None]
     if mismatch(lists, list[list[tuple[str, int, str]]]):
         raise ZooError(f"{file} must have the lists train, val and test of [path, label, class name]. {spec.where}")

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from dcp_zoo.data import packaged
-from dcp_zoo.data.images import Facts, file_sha256, in_threads, load_image, pixels_sha256
+from dcp_zoo.data.images import Facts, file_sha256, in_threads, pixels_sha256
 from dcp_zoo.data.packaged import SplitRows, is_own
 from dcp_zoo.errors import ZooError, as_zoo_error, shorten, warn
 from dcp_zoo.fields import Values
@@ -233,9 +233,7 @@ def divide(items: list[Item], test: float | None = None) -> tuple[list[Item], li
     no val images and at least one for training. One more image in a class changes no other class. A group is in
     one part as a whole: parts may be smaller or larger, and one that spans classes is for training."""
     parts: dict[str, list[Item]] = {part: [] for part in PARTS}
-    labels: dict[str, set[int]] = {}
-    for item in items:
-        labels.setdefault(item.group, set()).add(item.label)
+    classes = Counter(group for group, _ in {(item.group, item.label) for item in items})  # of each group
     for _, images in sorted(_by_label(items).items()):
         units = dict[object, list[Item]]()
         for i, item in enumerate(images):
@@ -247,7 +245,7 @@ def divide(items: list[Item], test: float | None = None) -> tuple[list[Item], li
         done = 0
         for unit in order:
             group, part = unit[0].group, PARTS[(done >= first) + (done >= second)]
-            parts[PARTS[0] if group and len(labels[group]) > 1 else part] += unit
+            parts[PARTS[0] if group and classes[group] > 1 else part] += unit
             done += len(unit)
     return parts["train"], parts["val"], parts["test"]
 
@@ -275,6 +273,6 @@ def unseen(items: Sequence[Item], info: Values) -> list[Item]:
     def is_new(item: Item) -> bool:
         if isinstance(item.path, str) and file_sha256(item.path)[:DIGITS] in files:
             return False
-        return not pixels or pixels_sha256(load_image(item.path))[:DIGITS] not in pixels
+        return not pixels or pixels_sha256(item.path)[:DIGITS] not in pixels
 
     return [item for item, new in zip(items, in_threads(is_new, items), strict=True) if new] if known else list(items)

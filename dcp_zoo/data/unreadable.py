@@ -13,7 +13,6 @@ from dcp_zoo.threads import available_cores
 
 ERRORS = ("raise", "keep")  # for images that cannot be read
 MOVE = "Replace them, or move them out of their class folders."
-LEAVE_OUT = "Replace them, or leave them out."
 KEEP = 'Replace them, or pass errors="keep" to go on without them.'
 
 

@@ -329,7 +329,4 @@ def learning_curve(judged: OutOfFold) -> list[Point]:
 
 def _first_of(groups: Tensor) -> Tensor:
     """The positions, in order, of the first image of each group."""
-    seen = dict[int, int]()
-    for i, group in enumerate(groups.tolist()):
-        seen.setdefault(group, i)
-    return torch.tensor([*seen.values()])
+    return torch.from_numpy(np.sort(np.unique(groups.numpy(), return_index=True)[1]))

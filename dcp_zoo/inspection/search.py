@@ -71,8 +71,7 @@ def search(
     """
     if (not text) == (like is None):
         raise ZooError('Say what to find: a text such as "red mug on a table", a photo, or --to-label.')
-    if output is not None:
-        _check_new(Path(output), Path(folder))
+    _check_new(output, folder)
     paths = find_images([str(folder)])
     clip = plain_clip(model).to(pick_device(device))
     if like is None:
@@ -133,8 +132,7 @@ def suggest(
             for what a person sees.
         model, device, progress: see `inspect`; the model is that of features without a head.
     """
-    if output is not None:
-        _check_new(Path(output), Path(images))
+    _check_new(output, images)
     paths = find_images([str(images)])
     done = listed_images(labels, images)
     paths = paths[:: -(-len(paths) // MOST)]
@@ -158,11 +156,12 @@ def suggest(
     return suggestions
 
 
-def _check_new(place: Path, images: str | Path) -> None:
+def _check_new(output: str | Path | None, images: str | Path) -> None:
     """Raise ZooError for an output folder that exists, is among the images, or cannot be written."""
-    check_empty(place)
-    check_writable(place)
-    check_outside(place, images, "--output")
+    if output is not None:
+        check_empty(Path(output))
+        check_writable(Path(output))
+        check_outside(Path(output), images, "--output")
 
 
 def _write(
