@@ -70,9 +70,9 @@ def by_reason(reasons: Mapping[str, str]) -> str:
     return shorten([f"{shorten(alike)} ({reason})" for reason, alike in names.items()])
 
 
-def nearest(name: str, valid: Iterable[str], n: int = 5) -> list[str]:
-    """Up to `n` entries of `valid` closest to `name`, best first."""
-    return difflib.get_close_matches(name, list(valid), n=n, cutoff=0.4)
+def nearest(name: str, valid: Iterable[str]) -> list[str]:
+    """Up to five entries of `valid` closest to `name`, best first."""
+    return difflib.get_close_matches(name, list(valid), n=5, cutoff=0.4)
 
 
 def nearest_hint(name: str, valid: Iterable[str]) -> str:

@@ -72,10 +72,10 @@ def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:
     check_writable(file.parent, advice)
 
 
-def check_outside(place: Path, images: str | Path, option: str) -> None:
+def check_outside(place: Path, images: str | Path) -> None:
     """ZooError for an output folder in a folder of images: the next run would find the copies there."""
     if Path(images).is_dir() and place.resolve().is_relative_to(Path(images).resolve()):
-        raise ZooError(f"{place} is among the images of {images}: choose a folder elsewhere for {option}.")
+        raise ZooError(f"{place} is among the images of {images}: choose a folder elsewhere for --output.")
 
 
 def check_empty(folder: Path) -> None:

@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from urllib.request import getproxies
 
 from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import get_session
@@ -35,7 +34,7 @@ MESSAGES: dict[object, str] = {
     errors.RepositoryNotFoundError: f"{{hub}} has no repo {{repo}}, or it is private. Check its name, or {LOGIN}.",
     errors.RevisionNotFoundError: "{repo} has no revision {revision!r}. Omit it for the newest, or see {hub}/{repo}.",
     errors.LocalEntryNotFoundError: "{file} of {repo} is not in the local cache, and {hub} cannot be reached{why}, or "
-    f"HF_HUB_OFFLINE forbids it. Check the network, or HF_ENDPOINT{{proxy}}. {BY_HAND} A head on disk is "
+    f"HF_HUB_OFFLINE forbids it. Check the network, or HF_ENDPOINT, or the proxy. {BY_HAND} A head on disk is "
     "local-dir:PATH.",
     errors.EntryNotFoundError: "{repo} has no file {file}: it is no such checkpoint. Check the repo and revision.",
     errors.HFValidationError: "{repo!r} is not a Hub repo id ({error}). Use ORG/NAME: hf-hub:ORG/NAME[@REVISION].",
@@ -57,7 +56,6 @@ def explained(
             raise
         fields = {"repo": repo_id, "file": filename, "revision": revision, "hub": constants.ENDPOINT, "error": error}
         fields["why"] = f" ({error.__cause__})" if isinstance(error.__cause__, HTTP_ERRORS) else ""
-        fields["proxy"] = ", or the proxy" if getproxies().get(constants.ENDPOINT.partition(":")[0]) else ""
         # the repo of a CLIP has its weights in other formats, too
         files = f"{repo_id} {filename}" if filename == CLIP_WEIGHTS_NAME else repo_id
         fields["files"] = f"{files} --revision {revision}" if revision else files

@@ -272,12 +272,6 @@ def check_complete(path: ImageLike) -> None:
             image.load()
 
 
-def check_in_memory(image: ImageLike) -> None:
-    """`check_complete` but for a path, whose file is read when it is needed."""
-    if not isinstance(image, str):
-        check_complete(image)
-
-
 @contextmanager
 def _opened_image(path: str, max_pixels: int = MAX_PIXELS, data: bytes | None = None) -> Iterator[ImageFile.ImageFile]:
     """The image, not yet decoded, from its bytes `data` if they are given, `_explained`."""

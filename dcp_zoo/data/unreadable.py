@@ -34,16 +34,11 @@ def damaged(
         return {i: error for i, error in problems if error}
 
 
-def check_images(
-    items: Sequence[Item],
-    progress: Progress = bar,
-    advice: str = MOVE,
-    read: Callable[[ImageLike], object] = check_complete,
-) -> None:
+def check_images(items: Sequence[Item], progress: Progress = bar, advice: str = MOVE) -> None:
     """Raise one `UnreadableImages` if some are not images or are truncated, see `damaged`; it then names all that
     cannot be decoded, too."""
-    if errors := damaged(items, read, progress):
-        refuse(items, errors if read is load_image else damaged(items, load_image, progress), advice)
+    if damaged(items, progress=progress):
+        refuse(items, damaged(items, load_image, progress), advice)
 
 
 def refuse(items: Sequence[Item], errors: Mapping[int, ZooError], advice: str = KEEP) -> None:
@@ -69,7 +64,7 @@ def all_named(items: Sequence[Item], advice: str = KEEP) -> Iterator[None]:
     try:
         yield
     except UnreadableImages:
-        check_images(items, no_progress, advice, load_image)
+        refuse(items, damaged(items, load_image), advice)
         raise
 
 

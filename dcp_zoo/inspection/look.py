@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data.groups import FACTS, numbers
-from dcp_zoo.data.images import GREY, ImageLike, Progress, by_image, in_threads, load_with_facts, no_progress
+from dcp_zoo.data.images import ImageLike, Progress, by_image, in_threads, load_with_facts, no_progress
 from dcp_zoo.errors import ZooError, attempted
 from dcp_zoo.training.cache import features_folder, kept_features, per_image, tower_setting
 from dcp_zoo.zoo.factory import create_transform
@@ -33,11 +33,6 @@ class Seen:
     def features(self) -> np.ndarray:
         """CLIP's embeddings (n, E), of the length 1."""
         return self.parts[:, : self.widths[0]]
-
-    @property
-    def grey(self) -> np.ndarray:
-        """Grey copies (n, 1024); 0 without an image."""
-        return np.nan_to_num(self.facts[:, : GREY**2])
 
     @property
     def joined(self) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dcp_zoo.api.functions import lent, predict
 from dcp_zoo.data.find import find_images
-from dcp_zoo.data.images import Progress, bar, thumbnails
+from dcp_zoo.data.images import GREY, Progress, bar, thumbnails
 from dcp_zoo.data.load import LabelFiles, listed_images
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_empty, check_outside, check_writable, templates, write_file
@@ -139,7 +139,7 @@ def suggest(
     with nullcontext() if head is None else lent(head, device) as known:
         clip = plain_clip(model).to(pick_device(device)) if known is None else known.frozen
         seen = look(paths, clip, True, progress)
-        usable = np.percentile(seen.grey, 99, 1) >= 255 * BLACK  # the grey copy of a broken image is black, too
+        usable = np.percentile(seen.facts[:, : GREY**2], 99, 1) >= 255 * BLACK  # not NaN, of a broken image
         paths = [path for path, is_usable in zip(paths, usable, strict=True) if is_usable]
         of_done = look(done, clip, True, progress).joined if done else seen.joined[:0]
         features, of_labelled = map(torch.from_numpy, (seen.joined[usable], of_done[~np.isnan(of_done[:, 0])]))
@@ -161,13 +161,12 @@ def _check_new(output: str | Path | None, images: str | Path) -> None:
     if output is not None:
         check_empty(Path(output))
         check_writable(Path(output))
-        check_outside(Path(output), images, "--output")
+        check_outside(Path(output), images)
 
 
 def _write(
     output: Path, title: str, images: Sequence[Match | Suggestion], columns: Sequence[str], rows: Iterable[Sequence]
 ) -> None:
-    """Write a folder with a table, and a page of images."""
     files = [image[0] for image in images]
     pictures = zip(thumbnails(files), (image.note for image in images), files, strict=True)
     page = templates(__package__).get_template("sheet.html.jinja").render(title=title, pictures=list(pictures))
