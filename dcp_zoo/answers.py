@@ -102,7 +102,6 @@ class Outputs(NamedTuple):
         return columns | {"rejected": rejected} | ({} if self.features is None else {"features": self.features})
 
     def rows(self, classnames: Sequence[str], top_k: int) -> list[Row]:
-        """The answers for n images, with the `top_k` classes of each."""
         rows: list[Row] = [{"predictions": row} for row in top_classes(self.probabilities, classnames, top_k)]
         if self.rejected is None:
             return rows

@@ -39,8 +39,7 @@ class UnreadableImages(ZooError):
 
 
 def attempted(function: Callable[..., T], *arguments: Any) -> T | ZooError:
-    """What a function returns, or the ZooError that it raises, without its traceback, which would keep the arguments in
-    memory."""
+    """What a function returns, or the ZooError that it raises, without a traceback, which would hold the arguments."""
     try:
         return function(*arguments)
     except ZooError as error:
@@ -97,7 +96,6 @@ def beyond(value: float, least: float | None = None, most: float | None = None) 
 
 
 def check_range(what: str, value: float, least: float, most: float | None = None) -> None:
-    """Raise ZooError unless `value` is within the limits."""
     if limits := beyond(value, least, most):
         raise ZooError(f"{what} must be {limits}, not {value}.")
 

@@ -108,7 +108,6 @@ def download_head(
 
 
 def download_file(repo_id: str, filename: str, revision: str | None, cache_dir: str | Path | None) -> Path:
-    """One file of a Hub repo in the client's cache."""
     with explained(repo_id, filename, revision, cache_dir):
         known = try_to_load_from_cache(repo_id, filename, cache_dir, revision)
         if not isinstance(known, str) and not constants.HF_HUB_OFFLINE:
@@ -119,8 +118,7 @@ def download_file(repo_id: str, filename: str, revision: str | None, cache_dir: 
 
 
 def read_index(org: str) -> bytes:
-    """The JSON of an organisation's index of heads: the newest, asked for once in a process, or the cached one
-    where the Hub does not answer soon; "{}" without either."""
+    """The JSON of an organisation's index of heads, asked for once in a process; else the cached one, or "{}"."""
     repo, cache_dir, offline = f"{org}/{INDEX_REPO}", constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE
     path = None if offline else _fetch_index(repo, constants.ENDPOINT, cache_dir)
     path = path or try_to_load_from_cache(repo, INDEX_NAME, cache_dir)
@@ -151,8 +149,7 @@ def fetch_clip(
     place: str, cache_dir: str | Path | None = None, revision: str | None = None, otherwise: str = ""
 ) -> Path:
     """The file with CLIP's weights, downloaded if missing: at "org/repo/file", or at "org/repo/" as safetensors or else
-    pickled; open_clip would hide reasons of failures. `revision`: a commit, by default the newest; `otherwise` is the
-    advice where the repo has lost it."""
+    pickled; open_clip would hide reasons of failures. `otherwise`: advice where the repo has lost the `revision`."""
     repo_id, _, filename = place.rpartition("/")
     problems = []
     for name in [filename] if filename else CLIP_WEIGHTS_NAMES:

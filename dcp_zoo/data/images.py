@@ -80,8 +80,7 @@ def load_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def to_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> str | Image.Image:
-    """A path as text, or an image in memory as PIL's; ZooError for anything else. An error, as of an image that was
-    tried before, is raised."""
+    """A path as text, or an image in memory as PIL's; ZooError for anything else, and one in place of an image."""
     if isinstance(image, ZooError):
         raise image
     if image is None or (isinstance(image, float) and math.isnan(image)):
@@ -134,7 +133,7 @@ def pixels_sha256(image: ImageLike) -> str:
 
 def file_sha256(path: str) -> str:
     """A hash of the bytes of an image; ZooError, naming it, if they cannot be read."""
-    with as_zoo_error(f"Cannot read the image {path}: {{}}. Replace the file, or leave it out."), _stream(path) as file:
+    with _explained(path), _stream(path) as file:
         return sha256(file.read()).hexdigest()
 
 

@@ -65,7 +65,6 @@ class Split:
 
     @property
     def items(self) -> list[Item]:
-        """All images: train, val, test."""
         return self.train + self.val + self.test
 
     @cached_property
@@ -174,17 +173,16 @@ def split_images(images: Split, test: float | None = None) -> Split:
     """The parts that a dataset comes with; if it has none, this share of each class as test images and the others as
     training images, by default 50/20/30. A validation part serves as test part if there is none; nothing is left for
     selection then. With `test=0`, all images are for training, also those of a given test part."""
-    train, val, tests, done = images.train, images.val, images.test, ""
-    held_out = not images.has_parts and test != 0
-    if not tests and val:
-        val, tests, done = [], val, "testing on the validation part"
-    elif not tests:
-        train, val, tests = divide(train, test)
+    split, done = images, ""
+    if test == 0:
+        split, done = all_for_training(images), "all images are for training, none for a test"
+    elif not images.test and images.val:
+        split, done = replace(images, val=[], test=images.val), "testing on the validation part"
+    elif not images.test:
+        train, val, tests = divide(images.train, test)
+        split = replace(images, train=train, val=val, test=tests, held_out=True)
         shares = f"{100 - 100 * test:.3g}/{100 * test:.3g} into training and test images" if test else "50/20/30"
         done = f"split {shares} within each class, deterministically"
-    split = replace(images, train=train, val=val, test=tests, held_out=held_out)
-    if test == 0:
-        split, done = all_for_training(split), "all images are for training, none for a test"
     tested = {item.label for item in split.test}
     missing = [name for label, name in enumerate(split.classnames) if label not in tested] if tested else []
     untested = f"The accuracy says nothing about {shorten(missing)}: no test image." if missing else ""
@@ -224,7 +222,6 @@ def warn_of_numbers(classnames: Sequence[str]) -> None:
 
 
 def all_for_training(split: Split) -> Split:
-    """The split with all its images as training images."""
     return replace(split, train=sorted(split.items, key=lambda item: (item.label, item.key)), val=[], test=[])
 
 

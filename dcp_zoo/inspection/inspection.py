@@ -168,7 +168,6 @@ class Inspection:
 
 
 def _title(group: list[int], items: Sequence[Item], parts: Sequence[str]) -> str:
-    """The heading of a group of images of the same picture."""
     classes, places = {items[i].label for i in group}, {parts[i] for i in group}
     across_classes = f"across {len(classes)} classes" if len(classes) > 1 else ""
     across_parts = f"across {' and '.join(sorted(places))}" if len(places) > 1 else ""
@@ -228,7 +227,6 @@ def inspect(
 
 
 def parts_of(data: Split) -> list[str]:
-    """The part of each of `data.items`."""
     return [part for part in PARTS for _ in getattr(data, part)]
 
 

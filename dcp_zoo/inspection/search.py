@@ -101,7 +101,6 @@ class Suggestion(NamedTuple):
 
     @property
     def note(self) -> str:
-        """What is shown beside the image."""
         return "" if self.probability is None else f"{self.guess}? {100 * self.probability:.0f} %"
 
 
