@@ -30,11 +30,6 @@ class Seen:
     errors: dict[int, str]  # why an image cannot be read, by its position
 
     @property
-    def features(self) -> np.ndarray:
-        """CLIP's embeddings (n, E), of the length 1."""
-        return self.parts[:, : self.widths[0]]
-
-    @property
     def joined(self) -> np.ndarray:
         """All parts (n, E + V), of the length 1."""
         return self.parts / len(self.widths) ** 0.5

@@ -76,7 +76,7 @@ def search(
     clip = plain_clip(model).to(pick_device(device))
     if like is None:
         wanted = clip.zero_shot_classifier([str(text)])[0].float().cpu().numpy()
-        features = look(paths, clip, True, progress).features
+        features = look(paths, clip, True, progress).parts[:, : len(wanted)]  # CLIP's embeddings
     else:
         photo = look([str(like)], clip)
         if photo.errors:
