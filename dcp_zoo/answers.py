@@ -67,7 +67,7 @@ class Outputs(NamedTuple):
 
     def of(self, rows: Any) -> "Outputs":
         """Of the images at these positions, as arrays of NumPy take them."""
-        return self._make(None if part is None else part[rows] for part in self)
+        return Outputs._make(None if part is None else part[rows] for part in self)
 
     def among(self, sound: Sequence[bool]) -> "Outputs":
         """Rows for all images: these for the `sound` ones, in order, and NaN, not rejected, for the rest."""
@@ -76,7 +76,7 @@ class Outputs(NamedTuple):
             if part is not None:
                 parts[i] = np.full((len(sound), *part.shape[1:]), np.nan if part.dtype.kind == "f" else 0, part.dtype)
                 parts[i][np.asarray(sound)] = part[: sum(sound)]
-        return self._make(parts)
+        return Outputs._make(parts)
 
     @classmethod
     def joined(cls, outputs: Sequence["Outputs"]) -> "Outputs":

@@ -19,8 +19,9 @@ from dcp_zoo.files import read_plain, sha256_of
 
 # everything the client raises; its HTTP error derives from the HTTP library it uses
 HTTP_ERRORS, XET = errors.HfHubHTTPError.__bases__, getattr(errors, "XetDownloadError", OSError)  # not in older clients
-CLIENT_ERRORS: tuple[type[Exception], ...]
-CLIENT_ERRORS = (*HTTP_ERRORS, errors.EntryNotFoundError, errors.HFValidationError, OSError, XET)
+Kinds = tuple[type[Exception], ...]
+CLIENT_ERRORS: Kinds = (*HTTP_ERRORS, errors.EntryNotFoundError, errors.HFValidationError, OSError, XET)
+RAISED: Kinds = (*CLIENT_ERRORS, RuntimeError)  # which wraps what fails while a large file is uploaded
 
 NOT_WRITABLE, FORBIDDEN, NO_NETWORK = "not writable", "forbidden", "no network"
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
@@ -49,8 +50,7 @@ def explained(
     """Turn the client's errors into one ZooError that names the cause and what you can do."""
     try:
         yield
-    except (*CLIENT_ERRORS, RuntimeError) as raised:
-        # the client wraps what fails while it uploads a large file in a RuntimeError
+    except RAISED as raised:
         error = raised.__cause__ if type(raised) is RuntimeError else raised
         if not isinstance(error, CLIENT_ERRORS):
             raise
