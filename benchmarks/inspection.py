@@ -149,7 +149,7 @@ def labels(images: Images, seed: int) -> Measured:
     given = images.labels[rows].clone()
     for i in swapped:
         given[i] = rng.choice([label for label in range(classes) if label != given[i]])
-    chances = out_of_fold(images.read(rows), given).log_probabilities
+    chances = out_of_fold(images.read(rows), given, torch.arange(len(rows))).log_probabilities
     found = suspected(chances, given)
     doubt = chances.amax(1) - chances.gather(1, given[:, None])[:, 0]
     kinds = {"": found, "twice as many": doubt.argsort(descending=True)[: 2 * len(swapped)].tolist()}
@@ -175,7 +175,8 @@ def estimates(images: Images, seed: int) -> Measured:
     rng = random.Random(seed)
     rows = images.drawn(PER_CLASS, rng)
     others = sorted({*range(len(images.labels))} - {*rows})
-    for point in learning_curve(out_of_fold(images.read(rows), images.labels[rows])):
+    judged = out_of_fold(images.read(rows), images.labels[rows], torch.arange(len(rows)))
+    for point in learning_curve(judged):
         drawn = [i for start in range(0, len(rows), PER_CLASS) for i in rows[start : start + point.images]]
         yield f"estimate {point.images}", round(point.accuracy, 2)
         yield f"accuracy {point.images}", images.top1(drawn, None, others)
@@ -201,7 +202,7 @@ def strangers(images: Images, others: Images, seed: int) -> Measured:
     planted = rng.sample(range(len(others.labels)), max(2, round(SWAPPED * len(rows))))
     parts = torch.cat([images.train[rows], others.train[planted]])
     labels = torch.cat([images.labels[rows], torch.tensor([rng.randrange(classes) for _ in planted])])
-    judged = out_of_fold(ReadingFeatures(parts[None], images.text, images.widths), labels)
+    judged = out_of_fold(ReadingFeatures(parts[None], images.text, images.widths), labels, torch.arange(len(labels)))
     found = of_no_class(judged.log_probabilities, judged.distances, labels)
     right = sum(i >= len(rows) for i in found)
     yield "images", len(rows)

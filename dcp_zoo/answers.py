@@ -9,8 +9,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.tables import NONE
 
 DISTANCE_WEIGHT = 4.0  # of the distance in `in_distribution_score`, beside the entropy in nats
-Ranked = list[Values]  # of one image, best first: {"class": name, "probability": from 0 to 1}
-# "predictions", the ranked classes; "rejected", if that was asked for. Of an image in a file also "image", its name,
+# "predictions", as of `top_classes`; "rejected", if that was asked for. Of an image in a file also "image", its name,
 # and "error" alone if it cannot be read; with --together "alone", the class without the other images
 Row = Values
 
@@ -47,8 +46,8 @@ def best(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> li
     ]
 
 
-def top_classes(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[Ranked]:
-    """`best`, as it is written: rounded."""
+def top_classes(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[list[Values]]:
+    """`best`, as it is written: {"class": name, "probability": from 0 to 1, rounded}."""
     ranked = best(probabilities, classnames, top_k)
     return [[{"class": name, "probability": round(p, 6)} for name, p in row] for row in ranked]
 
@@ -68,25 +67,21 @@ class Outputs(NamedTuple):
 
     def of(self, rows: Any) -> "Outputs":
         """Of the images at these positions, as arrays of NumPy take them."""
-        parts: list[Any] = [None if part is None else part[rows] for part in self]
-        return Outputs(*parts)
+        return Outputs._make(None if part is None else part[rows] for part in self)
 
     def among(self, sound: Sequence[bool]) -> "Outputs":
         """Rows for all images: these for the `sound` ones, in order, and NaN, not rejected, for the rest."""
-        if all(sound):
-            return self
         parts = list[Any](self)
         for i, part in enumerate(self):
             if part is not None:
                 parts[i] = np.full((len(sound), *part.shape[1:]), np.nan if part.dtype.kind == "f" else 0, part.dtype)
                 parts[i][np.asarray(sound)] = part[: sum(sound)]
-        return Outputs(*parts)
+        return Outputs._make(parts)
 
     @classmethod
     def joined(cls, outputs: Sequence["Outputs"]) -> "Outputs":
         """Of the images of several outputs, of which each has the same parts."""
-        parts: list[Any] = [None if part[0] is None else np.concatenate(part) for part in zip(*outputs, strict=True)]
-        return cls(*parts)
+        return cls._make(None if part[0] is None else np.concatenate(part) for part in zip(*outputs, strict=True))
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -107,7 +102,6 @@ class Outputs(NamedTuple):
         return columns | {"rejected": rejected} | ({} if self.features is None else {"features": self.features})
 
     def rows(self, classnames: Sequence[str], top_k: int) -> list[Row]:
-        """The answers for n images, with the `top_k` classes of each."""
         rows: list[Row] = [{"predictions": row} for row in top_classes(self.probabilities, classnames, top_k)]
         if self.rejected is None:
             return rows

@@ -39,8 +39,7 @@ class UnreadableImages(ZooError):
 
 
 def attempted(function: Callable[..., T], *arguments: Any) -> T | ZooError:
-    """What a function returns, or the ZooError that it raises, without its traceback, which would keep the arguments in
-    memory."""
+    """What a function returns, or the ZooError that it raises, without a traceback, which would hold the arguments."""
     try:
         return function(*arguments)
     except ZooError as error:
@@ -70,9 +69,9 @@ def by_reason(reasons: Mapping[str, str]) -> str:
     return shorten([f"{shorten(alike)} ({reason})" for reason, alike in names.items()])
 
 
-def nearest(name: str, valid: Iterable[str], n: int = 5) -> list[str]:
-    """Up to `n` entries of `valid` closest to `name`, best first."""
-    return difflib.get_close_matches(name, list(valid), n=n, cutoff=0.4)
+def nearest(name: str, valid: Iterable[str]) -> list[str]:
+    """Up to five entries of `valid` closest to `name`, best first."""
+    return difflib.get_close_matches(name, list(valid), n=5, cutoff=0.4)
 
 
 def nearest_hint(name: str, valid: Iterable[str]) -> str:
@@ -97,7 +96,6 @@ def beyond(value: float, least: float | None = None, most: float | None = None) 
 
 
 def check_range(what: str, value: float, least: float, most: float | None = None) -> None:
-    """Raise ZooError unless `value` is within the limits."""
     if limits := beyond(value, least, most):
         raise ZooError(f"{what} must be {limits}, not {value}.")
 

@@ -27,7 +27,6 @@ def count(default: int | None, help: str) -> Any:
 
 
 def changed(base: type, name: str, default: object) -> Any:
-    """A field of a base class with another default."""
     return field(default=default, metadata=base.__dataclass_fields__[name].metadata)  # type: ignore[attr-defined]
 
 

@@ -72,10 +72,10 @@ def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:
     check_writable(file.parent, advice)
 
 
-def check_outside(place: Path, images: str | Path, option: str) -> None:
+def check_outside(place: Path, images: str | Path) -> None:
     """ZooError for an output folder in a folder of images: the next run would find the copies there."""
     if Path(images).is_dir() and place.resolve().is_relative_to(Path(images).resolve()):
-        raise ZooError(f"{place} is among the images of {images}: choose a folder elsewhere for {option}.")
+        raise ZooError(f"{place} is among the images of {images}: choose a folder elsewhere for --output.")
 
 
 def check_empty(folder: Path) -> None:
@@ -194,7 +194,6 @@ def templates(package: str) -> Any:
 
 
 def packed(files: Iterable[Path]) -> dict[str, bytes]:
-    """What is in files, by their names."""
     return {file.name: file.read_bytes() for file in files}
 
 
@@ -208,13 +207,11 @@ def unpacked(files: dict[str, bytes]) -> Iterator[str]:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, as hex digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def cache_folder(name: str) -> Path:
-    """A folder in the folder DCP_ZOO_CACHE or in the user's cache. If it cannot be made, whoever writes there gets the
-    error."""
+    """A folder in DCP_ZOO_CACHE or in the user's cache; if it cannot be made, whoever writes there gets the error."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dcp_zoo")
     folder = Path(os.environ.get("DCP_ZOO_CACHE") or base).expanduser() / name
     with suppress(OSError):

@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from urllib.request import getproxies
 
 from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import get_session
@@ -22,7 +21,7 @@ from dcp_zoo.files import read_plain, sha256_of
 HTTP_ERRORS, XET = errors.HfHubHTTPError.__bases__, getattr(errors, "XetDownloadError", OSError)  # not in older clients
 Kinds = tuple[type[Exception], ...]
 CLIENT_ERRORS: Kinds = (*HTTP_ERRORS, errors.EntryNotFoundError, errors.HFValidationError, OSError, XET)
-RAISED: Kinds = (*CLIENT_ERRORS, RuntimeError)  # it also hides them behind a RuntimeError
+RAISED: Kinds = (*CLIENT_ERRORS, RuntimeError)  # which wraps what fails while a large file is uploaded
 
 NOT_WRITABLE, FORBIDDEN, NO_NETWORK = "not writable", "forbidden", "no network"
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
@@ -36,7 +35,7 @@ MESSAGES: dict[object, str] = {
     errors.RepositoryNotFoundError: f"{{hub}} has no repo {{repo}}, or it is private. Check its name, or {LOGIN}.",
     errors.RevisionNotFoundError: "{repo} has no revision {revision!r}. Omit it for the newest, or see {hub}/{repo}.",
     errors.LocalEntryNotFoundError: "{file} of {repo} is not in the local cache, and {hub} cannot be reached{why}, or "
-    f"HF_HUB_OFFLINE forbids it. Check the network, or HF_ENDPOINT{{proxy}}. {BY_HAND} A head on disk is "
+    f"HF_HUB_OFFLINE forbids it. Check the network, or HF_ENDPOINT, or the proxy. {BY_HAND} A head on disk is "
     "local-dir:PATH.",
     errors.EntryNotFoundError: "{repo} has no file {file}: it is no such checkpoint. Check the repo and revision.",
     errors.HFValidationError: "{repo!r} is not a Hub repo id ({error}). Use ORG/NAME: hf-hub:ORG/NAME[@REVISION].",
@@ -52,23 +51,16 @@ def explained(
     try:
         yield
     except RAISED as raised:
-        error = _cause(raised)
+        error = raised.__cause__ if type(raised) is RuntimeError else raised
         if not isinstance(error, CLIENT_ERRORS):
             raise
         fields = {"repo": repo_id, "file": filename, "revision": revision, "hub": constants.ENDPOINT, "error": error}
         fields["why"] = f" ({error.__cause__})" if isinstance(error.__cause__, HTTP_ERRORS) else ""
-        fields["proxy"] = ", or the proxy" if getproxies().get(constants.ENDPOINT.partition(":")[0]) else ""
         # the repo of a CLIP has its weights in other formats, too
         files = f"{repo_id} {filename}" if filename == CLIP_WEIGHTS_NAME else repo_id
         fields["files"] = f"{files} --revision {revision}" if revision else files
         folder, cache = f"models--{repo_id.replace('/', '--')}", cache_dir or constants.HF_HUB_CACHE
         raise ZooError(MESSAGES[_kind(error)].format(**fields, folder=folder, cache=cache)) from error
-
-
-def _cause(error: Exception) -> Exception:
-    """The client wraps what fails while it uploads a large file in a RuntimeError."""
-    cause = error.__cause__
-    return cause if type(error) is RuntimeError and isinstance(cause, Exception) else error
 
 
 def is_offline(error: BaseException | None) -> bool:
@@ -116,7 +108,6 @@ def download_head(
 
 
 def download_file(repo_id: str, filename: str, revision: str | None, cache_dir: str | Path | None) -> Path:
-    """One file of a Hub repo in the client's cache."""
     with explained(repo_id, filename, revision, cache_dir):
         known = try_to_load_from_cache(repo_id, filename, cache_dir, revision)
         if not isinstance(known, str) and not constants.HF_HUB_OFFLINE:
@@ -127,8 +118,7 @@ def download_file(repo_id: str, filename: str, revision: str | None, cache_dir: 
 
 
 def read_index(org: str) -> bytes:
-    """The JSON of an organisation's index of heads: the newest, asked for once in a process, or the cached one
-    where the Hub does not answer soon; "{}" without either."""
+    """The JSON of an organisation's index of heads, asked for once in a process; else the cached one, or "{}"."""
     repo, cache_dir, offline = f"{org}/{INDEX_REPO}", constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE
     path = None if offline else _fetch_index(repo, constants.ENDPOINT, cache_dir)
     path = path or try_to_load_from_cache(repo, INDEX_NAME, cache_dir)
@@ -159,8 +149,7 @@ def fetch_clip(
     place: str, cache_dir: str | Path | None = None, revision: str | None = None, otherwise: str = ""
 ) -> Path:
     """The file with CLIP's weights, downloaded if missing: at "org/repo/file", or at "org/repo/" as safetensors or else
-    pickled; open_clip would hide reasons of failures. `revision`: a commit, by default the newest; `otherwise` is the
-    advice where the repo has lost it."""
+    pickled; open_clip would hide reasons of failures. `otherwise`: advice where the repo has lost the `revision`."""
     repo_id, _, filename = place.rpartition("/")
     problems = []
     for name in [filename] if filename else CLIP_WEIGHTS_NAMES:

@@ -24,7 +24,6 @@ def is_reserved(name: str) -> bool:
 
 
 def is_none(name: str) -> bool:
-    """Whether a name is `NONE`."""
     return name.strip().casefold() == NONE
 
 

@@ -104,7 +104,7 @@ BREAKS: dict[str, list[tuple[list[str], Callable[[Path, str], object], str]]] = 
         (PACKAGED, lambda root, name: listing_of(root, name).unlink(), "images .* are missing. Get it from"),
     ],
     "malformed listing": [
-        (LISTED, lambda root, name: listing_of(root, name).write_text('{"train": ['), "is not JSON"),
+        (LISTED, lambda root, name: listing_of(root, name).write_text('{"train": ['), "as JSON"),
         (LISTED, lambda root, name: listing_of(root, name).write_text('{"train": {}}'), "must have the lists"),
         (AIRCRAFT, lambda root, name: listing_of(root, name).write_text("{"), "'{' is not an image number"),
     ],

@@ -24,8 +24,8 @@ from dcp_zoo.api.inputs import (
 )
 from dcp_zoo.backbone._torch import in_eval_mode, out_of_inference_mode
 from dcp_zoo.data import Item, Split, check_images
-from dcp_zoo.data.images import ImageLike, Progress, bar, check_in_memory, load_image, no_progress
-from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, refuse, told, without_unreadable
+from dcp_zoo.data.images import ImageLike, Progress, bar, load_image, no_progress
+from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, damaged, refuse, told, without_unreadable
 from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range, warn
 from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.explain import Explanation, logit_shares
@@ -118,10 +118,11 @@ def plan_own(
     val = [] if validation is None else with_classes(images[0], images[1], data.classes.tolist(), data.names)
     split = Split(OWN_IMAGES, data.names, data.items, val, none=data.none)
     check_choice("errors", errors, ERRORS)
+    items = [*split.items, *split.none]
     if errors == "keep":
         split = without_unreadable(split, progress)
-    else:
-        check_images([*split.items, *split.none], no_progress, KEEP, check_in_memory)
+    elif damaged([item for item in items if not isinstance(item.path, str)]):
+        refuse(items, damaged(items, load_image))
     left = {id(item) for item in split.train}
     split = replace(split, train=hashed(split.train), val=hashed(split.val), none=hashed(split.none))
     run = plan(split, model, method, test_share=0.0, **options)

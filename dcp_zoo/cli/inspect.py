@@ -39,7 +39,7 @@ def inspect(
         raise ZooError("Pass a folder with one folder of images per class: dcp-zoo inspect MY_PHOTOS.")
     folder = output_dir or Path(f"{root.resolve().name.partition('.')[0]}_inspection")
     if not labels:
-        check_outside(folder, root, "--output")
+        check_outside(folder, root)
     for name in (INSPECTION_TABLE, INSPECTION_PAGE):
         check_output(folder / name, overwrite)
     data = load_labelled("folder", root, labels)

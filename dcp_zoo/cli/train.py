@@ -97,7 +97,7 @@ def train(
         raise ZooError("There is nothing to train on: dcp-zoo train PHOTOS, or train caltech101 --data-root DATA.")
     check_writable(output_dir)
     if dataset == "folder" and not labels:
-        check_outside(output_dir, str(data_root), "--output")
+        check_outside(output_dir, str(data_root))
     check_free(output_dir, overwrite, resumes=True)
     if report:
         check_output(report, overwrite, "--report")

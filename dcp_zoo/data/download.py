@@ -16,7 +16,6 @@ AGENT = {"User-Agent": "dcp_zoo"}  # some servers refuse Python's own
 
 
 def downloadable() -> list[str]:
-    """The datasets that `download_dataset` can get."""
     return [name for name, spec in DATASETS.items() if spec.archives]
 
 

@@ -76,7 +76,6 @@ def images_in(folder: str | Path, skipped: Counter[str]) -> Iterator[str]:
 
 
 def is_image(file: str) -> bool:
-    """Whether a file is an image, by its name."""
     return file.lower().endswith(IMAGE_SUFFIXES)
 
 
@@ -91,6 +90,5 @@ def _counted(kinds: Counter[str]) -> str:
 
 
 def warn_of_skipped(folder: str | Path, kinds: Counter[str]) -> None:
-    """Warn of files that are not read, if there are any."""
     if kinds:
         warn(f"Ignored in {folder}: {_counted(kinds)}.")

@@ -57,11 +57,8 @@ def grouped(items: Sequence[Item], find: Callable[[], list[list[int]]]) -> list[
     """The items with the groups that they were given or, if none has one, with those that `find` finds."""
     if any(item.group for item in items):
         return list(items)
-    result = list(items)
-    for number, group in enumerate(find(), 1):
-        for i in group:
-            result[i] = items[i]._replace(group=str(number))
-    return result
+    names = {i: str(number) for number, group in enumerate(find(), 1) for i in group}
+    return [item._replace(group=names.get(i, "")) for i, item in enumerate(items)]
 
 
 def in_groups(items: Sequence[Item]) -> str:

@@ -80,8 +80,7 @@ def load_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def to_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> str | Image.Image:
-    """A path as text, or an image in memory as PIL's; ZooError for anything else. An error, as of an image that was
-    tried before, is raised."""
+    """A path as text, or an image in memory as PIL's; ZooError for anything else, and one in place of an image."""
     if isinstance(image, ZooError):
         raise image
     if image is None or (isinstance(image, float) and math.isnan(image)):
@@ -126,15 +125,15 @@ def _name(image: Image.Image) -> str:
     return str(getattr(image, "filename", "") or "in memory")
 
 
-def pixels_sha256(image: Image.Image) -> str:
-    """A hash of what `load_image` makes of an image in memory: of its size and its RGB pixels, upright."""
+def pixels_sha256(image: ImageLike) -> str:
+    """A hash of what `load_image` makes of an image: of its size and its RGB pixels, upright."""
     pixels = load_image(image)
     return sha256(f"{pixels.size} ".encode() + pixels.tobytes()).hexdigest()
 
 
 def file_sha256(path: str) -> str:
     """A hash of the bytes of an image; ZooError, naming it, if they cannot be read."""
-    with as_zoo_error(f"Cannot read the image {path}: {{}}. Replace the file, or leave it out."), _stream(path) as file:
+    with _explained(path), _stream(path) as file:
         return sha256(file.read()).hexdigest()
 
 
@@ -270,12 +269,6 @@ def check_complete(path: ImageLike) -> None:
         end = ENDS.get(image.format or "")
         if end is None or not last.endswith(end):
             image.load()
-
-
-def check_in_memory(image: ImageLike) -> None:
-    """`check_complete` but for a path, whose file is read when it is needed."""
-    if not isinstance(image, str):
-        check_complete(image)
 
 
 @contextmanager

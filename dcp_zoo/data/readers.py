@@ -33,11 +33,9 @@ def read_json(spec: DatasetSpec, folder: Path) -> Split:
     rows = packaged.split_rows(spec.name)
     if rows is not None and not file.exists():
         return _from_rows(spec, folder, file, rows)
-    text = _read_text(file, spec)
-    with as_zoo_error(f"{file} is not JSON ({{}}). {spec.where}"):
-        content = json.loads(text)
-    lists = [content.get(part) for part in PARTS] if isinstance(content, dict) else [None]
-    if mismatch(lists, list[list[tuple[str, int, str]]]):
+    with as_zoo_error(f"{spec.name}: cannot read {file} as JSON ({{}}). {spec.where}"):
+        content = json.loads(read_plain(file))
+    if mismatch(content, dict[str, list[tuple[str, int, str]]]) or not content.keys() >= {*PARTS}:
         raise ZooError(f"{file} must have the lists train, val and test of [path, label, class name]. {spec.where}")
     return _from_rows(spec, folder, file, content)
 
@@ -100,8 +98,7 @@ def read_imagenet(spec: DatasetSpec, folder: Path) -> Split:
 
 
 def _known_classes(spec: DatasetSpec, base: Path, part: str, names: Mapping[str, str]) -> tuple[list[str], list[Item]]:
-    """The classes with a folder in `base/part`, in the order of `names`, and their images; ZooError unless their number
-    is right and all folders are named."""
+    """The classes with a folder in `base/part`, ordered as `names`, and their images; ZooError unless these are all."""
     folders = _class_folders(base / part)
     classes = [folder for folder in names if folder in folders]
     if len(folders) != spec.num_classes or len(classes) != len(folders):
@@ -113,22 +110,19 @@ def _known_classes(spec: DatasetSpec, base: Path, part: str, names: Mapping[str,
 
 def read_folder(spec: DatasetSpec, folder: Path) -> Split:
     """`<class>/**/*.jpg`, or with parts `train/<class>`, `test/<class>` and maybe `val/<class>`."""
-    skipped = Counter[str]()
+    skipped, given = Counter[str](), [""]
     if (folder / "train").is_dir() and _folders(folder / "train"):
+        given = [part for part in PARTS if part != "val" or (folder / part).exists()]
         if stray := sorted(set(_class_folders(folder)).difference(PARTS)):
             raise ZooError(f"{folder} has train/, so only val/ and test/ may be next to it: move {shorten(stray)}.")
-        classes = _class_folders(folder / "train")
-        given = [part for part in PARTS if part != "val" or (folder / part).exists()]
-        for part in given:
-            if difference := sorted(set(classes).symmetric_difference(_class_folders(folder / part))):
-                names = ", ".join(difference)
-                raise ZooError(f"{folder / part} must have the same class folders as train/; they differ in: {names}.")
-        parts: Values = {part: _listing(folder, classes, skipped, part) for part in given}
-    else:
-        classes, given = _class_folders(folder), [""]
-        if PART_NAMES.issuperset(map(str.lower, classes)):
-            raise ZooError(f"{folder} has no classes, but parts: rename {', '.join(classes)} to train, test and val.")
-        parts = {"train": _listing(folder, classes, skipped)}
+    classes = _class_folders(folder / given[0])
+    if given == [""] and PART_NAMES.issuperset(map(str.lower, classes)):
+        raise ZooError(f"{folder} has no classes, but parts: rename {', '.join(classes)} to train, test and val.")
+    for part in given[1:]:
+        if difference := sorted(set(classes).symmetric_difference(_class_folders(folder / part))):
+            names = ", ".join(difference)
+            raise ZooError(f"{folder / part} must have the same class folders as train/; they differ in: {names}.")
+    parts: Values = {part or "train": _listing(folder, classes, skipped, part) for part in given}
     loose = (entry.name for entry in os.scandir(folder) if is_visible(entry.name) and is_image(entry.name))
     skipped.update(f"{Path(name).suffix.lower()} in no class folder" for name in loose)
     warn_of_skipped(folder, skipped)
@@ -151,8 +145,7 @@ class LabelRow(NamedTuple):
 
 
 def label_rows(file: Path) -> list[LabelRow]:
-    """The rows of a CSV file of images: the columns `file`, `class` and, if they are there, `part` and `group`. What is
-    called "leave out", or nothing, has no class."""
+    """The rows of a CSV file with some of `LABEL_COLUMNS`. What is called "leave out", or nothing, has no class."""
     with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}."):
         header, *rows = [[cell.strip() for cell in row] for row in read_csv(file)]
     columns = [next((i for i, cell in enumerate(header) if cell.lower() in names), -1) for names in LABEL_COLUMNS]
@@ -235,7 +228,7 @@ def read_digits(spec: DatasetSpec, _: Path) -> Split:
     return Split(spec.name, classes, items, place=spec.name)
 
 
-def _listing(base: Path, classes: Sequence[str], skipped: Counter[str], part: str = "") -> list[Item]:
+def _listing(base: Path, classes: Sequence[str], skipped: Counter[str], part: str) -> list[Item]:
     """Images of `base/<part>/<class>` and its subfolders, sorted, labelled by the order of `classes`."""
     items: list[Item] = []
     for label, name in enumerate(classes):

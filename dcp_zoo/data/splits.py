@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from dcp_zoo.data import packaged
-from dcp_zoo.data.images import Facts, file_sha256, in_threads, load_image, pixels_sha256
+from dcp_zoo.data.images import Facts, file_sha256, in_threads, pixels_sha256
 from dcp_zoo.data.packaged import SplitRows, is_own
 from dcp_zoo.errors import ZooError, as_zoo_error, shorten, warn
 from dcp_zoo.fields import Values
@@ -65,7 +65,6 @@ class Split:
 
     @property
     def items(self) -> list[Item]:
-        """All images: train, val, test."""
         return self.train + self.val + self.test
 
     @cached_property
@@ -174,17 +173,16 @@ def split_images(images: Split, test: float | None = None) -> Split:
     """The parts that a dataset comes with; if it has none, this share of each class as test images and the others as
     training images, by default 50/20/30. A validation part serves as test part if there is none; nothing is left for
     selection then. With `test=0`, all images are for training, also those of a given test part."""
-    train, val, tests, done = images.train, images.val, images.test, ""
-    held_out = not images.has_parts and test != 0
-    if not tests and val:
-        val, tests, done = [], val, "testing on the validation part"
-    elif not tests:
-        train, val, tests = divide(train, test)
+    split, done = images, ""
+    if test == 0:
+        split, done = all_for_training(images), "all images are for training, none for a test"
+    elif not images.test and images.val:
+        split, done = replace(images, val=[], test=images.val), "testing on the validation part"
+    elif not images.test:
+        train, val, tests = divide(images.train, test)
+        split = replace(images, train=train, val=val, test=tests, held_out=True)
         shares = f"{100 - 100 * test:.3g}/{100 * test:.3g} into training and test images" if test else "50/20/30"
         done = f"split {shares} within each class, deterministically"
-    split = replace(images, train=train, val=val, test=tests, held_out=held_out)
-    if test == 0:
-        split, done = all_for_training(split), "all images are for training, none for a test"
     tested = {item.label for item in split.test}
     missing = [name for label, name in enumerate(split.classnames) if label not in tested] if tested else []
     untested = f"The accuracy says nothing about {shorten(missing)}: no test image." if missing else ""
@@ -224,7 +222,6 @@ def warn_of_numbers(classnames: Sequence[str]) -> None:
 
 
 def all_for_training(split: Split) -> Split:
-    """The split with all its images as training images."""
     return replace(split, train=sorted(split.items, key=lambda item: (item.label, item.key)), val=[], test=[])
 
 
@@ -233,9 +230,7 @@ def divide(items: list[Item], test: float | None = None) -> tuple[list[Item], li
     no val images and at least one for training. One more image in a class changes no other class. A group is in
     one part as a whole: parts may be smaller or larger, and one that spans classes is for training."""
     parts: dict[str, list[Item]] = {part: [] for part in PARTS}
-    labels: dict[str, set[int]] = {}
-    for item in items:
-        labels.setdefault(item.group, set()).add(item.label)
+    classes = Counter(group for group, _ in {(item.group, item.label) for item in items})  # of each group
     for _, images in sorted(_by_label(items).items()):
         units = dict[object, list[Item]]()
         for i, item in enumerate(images):
@@ -247,7 +242,7 @@ def divide(items: list[Item], test: float | None = None) -> tuple[list[Item], li
         done = 0
         for unit in order:
             group, part = unit[0].group, PARTS[(done >= first) + (done >= second)]
-            parts[PARTS[0] if group and len(labels[group]) > 1 else part] += unit
+            parts[PARTS[0] if group and classes[group] > 1 else part] += unit
             done += len(unit)
     return parts["train"], parts["val"], parts["test"]
 
@@ -275,6 +270,6 @@ def unseen(items: Sequence[Item], info: Values) -> list[Item]:
     def is_new(item: Item) -> bool:
         if isinstance(item.path, str) and file_sha256(item.path)[:DIGITS] in files:
             return False
-        return not pixels or pixels_sha256(load_image(item.path))[:DIGITS] not in pixels
+        return not pixels or pixels_sha256(item.path)[:DIGITS] not in pixels
 
     return [item for item, new in zip(items, in_threads(is_new, items), strict=True) if new] if known else list(items)

@@ -13,7 +13,6 @@ from dcp_zoo.threads import available_cores
 
 ERRORS = ("raise", "keep")  # for images that cannot be read
 MOVE = "Replace them, or move them out of their class folders."
-LEAVE_OUT = "Replace them, or leave them out."
 KEEP = 'Replace them, or pass errors="keep" to go on without them.'
 
 
@@ -23,8 +22,7 @@ def damaged(
     progress: Progress = no_progress,
     name: str = "images",
 ) -> dict[int, ZooError]:
-    """Why images cannot be read, by their positions: those that `read` refuses. By default few bytes of a file tell;
-    `load_image` finds the rest."""
+    """Why images cannot be read, by their positions: by default few bytes of a file tell; `load_image` finds all."""
 
     def problem(item: Item) -> ZooError | None:
         error = None if hasattr(item.path, "ndim") else attempted(read, item.path)  # features have no image
@@ -35,16 +33,10 @@ def damaged(
         return {i: error for i, error in problems if error}
 
 
-def check_images(
-    items: Sequence[Item],
-    progress: Progress = bar,
-    advice: str = MOVE,
-    read: Callable[[ImageLike], object] = check_complete,
-) -> None:
-    """Raise one `UnreadableImages` if some are not images or are truncated, see `damaged`; it then names all that
-    cannot be decoded, too."""
-    if errors := damaged(items, read, progress):
-        refuse(items, errors if read is load_image else damaged(items, load_image, progress), advice)
+def check_images(items: Sequence[Item], progress: Progress = bar, advice: str = MOVE) -> None:
+    """Raise one `UnreadableImages` if `damaged` finds some; it then names all that cannot be decoded, too."""
+    if damaged(items, progress=progress):
+        refuse(items, damaged(items, load_image, progress), advice)
 
 
 def refuse(items: Sequence[Item], errors: Mapping[int, ZooError], advice: str = KEEP) -> None:
@@ -70,13 +62,12 @@ def all_named(items: Sequence[Item], advice: str = KEEP) -> Iterator[None]:
     try:
         yield
     except UnreadableImages:
-        check_images(items, no_progress, advice, load_image)
+        refuse(items, damaged(items, load_image), advice)
         raise
 
 
 def without_unreadable(split: Split, progress: Progress = bar) -> Split:
-    """A split without the images that cannot be read, which a warning names. All are decoded.
-    ZooError for a class that has no other training image."""
+    """A split without images that cannot be decoded; a warning names them. ZooError for a class without others."""
     items = [*split.items, *split.none]
     if not (errors := damaged(items, load_image, progress)):
         return split

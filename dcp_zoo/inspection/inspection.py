@@ -150,8 +150,7 @@ class Inspection:
         weakest = sorted(self.answers.per_class, key=lambda row: (row.percent, row.images))
         spanning = [group for group in self.across_classes if group not in self.copies]
         groups = [(_title(group, items, parts), group[:8]) for group in (self.copies + spanning)[: SHOWN // 2]]
-        lists = self.suspects, self.of_no_class
-        shown = {*(i for images in lists for i in images[:SHOWN]), *(i for _, group in groups for i in group)}
+        shown = {*self.suspects[:SHOWN], *self.of_no_class[:SHOWN], *(i for _, group in groups for i in group)}
         pictures = dict(zip(shown, thumbnails([items[i].path for i in shown]), strict=True))
         page = templates(__package__).get_template("inspection.html.jinja")
         return page.render(
@@ -169,7 +168,6 @@ class Inspection:
 
 
 def _title(group: list[int], items: Sequence[Item], parts: Sequence[str]) -> str:
-    """The heading of a group of images of the same picture."""
     classes, places = {items[i].label for i in group}, {parts[i] for i in group}
     across_classes = f"across {len(classes)} classes" if len(classes) > 1 else ""
     across_parts = f"across {' and '.join(sorted(places))}" if len(places) > 1 else ""
@@ -229,7 +227,6 @@ def inspect(
 
 
 def parts_of(data: Split) -> list[str]:
-    """The part of each of `data.items`."""
     return [part for part in PARTS for _ in getattr(data, part)]
 
 
@@ -256,14 +253,6 @@ class OutOfFold:
     images: TrainingSet
     groups: Tensor  # (n,)
     evidence: Evidence
-
-    def answers(self, train: Tensor, test: Tensor, shots: int) -> Tensor:
-        """The answers (m,) for the images `test` by a text probe that is fitted to the images `train` (n,), with this
-        evidence, or if there is one of each class, without."""
-        drawn, x = self.images.of(train), self.images.views[0][test]
-        evidence = without_evidence(drawn, len(drawn.widths)) if shots == 1 else self.evidence
-        mean = mean_of(fit_candidates(drawn, evidence), evidence, x.shape[1])
-        return mean.logits(drawn.text_logits(x), x).argmax(1)
 
 
 def out_of_fold(given: ReadingFeatures, labels: Tensor, groups: Tensor) -> OutOfFold:
@@ -321,7 +310,11 @@ def learning_curve(judged: OutOfFold) -> list[Point]:
             drawn = torch.zeros(len(labels), dtype=torch.bool)
             drawn[single] = within_class(labels[single]) < most[single]
             tested = order[~torch.isin(groups[order], groups[drawn])][:TESTED]
-            values[draw] = 100 * (judged.answers(drawn, tested, shots) == labels[tested]).float().mean().item()
+            few, x = judged.images.of(drawn), judged.images.views[0][tested]
+            evidence = without_evidence(few, len(few.widths)) if shots == 1 else judged.evidence
+            mean = mean_of(fit_candidates(few, evidence), evidence, x.shape[1])
+            right = mean.logits(few.text_logits(x), x).argmax(1) == labels[tested]
+            values[draw] = 100 * right.float().mean().item()
         spread = 2.776 * values.std(ddof=1) / DRAWS**0.5  # Student's t of five draws
         points.append(Point(shots, values.mean(), max(0, values.mean() - spread), min(100, values.mean() + spread)))
     return points
@@ -329,7 +322,4 @@ def learning_curve(judged: OutOfFold) -> list[Point]:
 
 def _first_of(groups: Tensor) -> Tensor:
     """The positions, in order, of the first image of each group."""
-    seen = dict[int, int]()
-    for i, group in enumerate(groups.tolist()):
-        seen.setdefault(group, i)
-    return torch.tensor([*seen.values()])
+    return torch.from_numpy(np.sort(np.unique(groups.numpy(), return_index=True)[1]))

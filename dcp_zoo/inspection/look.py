@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data.groups import FACTS, numbers
-from dcp_zoo.data.images import GREY, ImageLike, Progress, by_image, in_threads, load_with_facts, no_progress
-from dcp_zoo.errors import ZooError
+from dcp_zoo.data.images import ImageLike, Progress, by_image, in_threads, load_with_facts, no_progress
+from dcp_zoo.errors import ZooError, attempted
 from dcp_zoo.training.cache import features_folder, kept_features, per_image, tower_setting
 from dcp_zoo.zoo.factory import create_transform
 
@@ -29,16 +30,6 @@ class Seen:
     errors: dict[int, str]  # why an image cannot be read, by its position
 
     @property
-    def features(self) -> np.ndarray:
-        """CLIP's embeddings (n, E), of the length 1."""
-        return self.parts[:, : self.widths[0]]
-
-    @property
-    def grey(self) -> np.ndarray:
-        """Grey copies (n, 1024); 0 without an image."""
-        return np.nan_to_num(self.facts[:, : GREY**2])
-
-    @property
     def joined(self) -> np.ndarray:
         """All parts (n, E + V), of the length 1."""
         return self.parts / len(self.widths) ** 0.5
@@ -47,38 +38,29 @@ class Seen:
 def look(images: Sequence[ImageLike], model: FrozenCLIP, keep: bool = False, progress: Progress = no_progress) -> Seen:
     """What is known of images, for `load_image`; with `keep`, those in the user's cache are not read again."""
     errors: dict[int, str] = {}
-
-    def rows(positions: Sequence[int]) -> Iterable[Tensor]:
-        batches, total = _rows(images, positions, model, errors), len(images)
-        return by_image(progress, batches, "images", total, total - len(positions))
-
-    with kept_features(features_folder()) if keep else nullcontext():
-        known = per_image(images, lambda: tower_setting(model, "facts and read"), 1, rows)[0].numpy()
-    return Seen(known[:, FACTS:], model.joined_widths, known[:, :FACTS], errors)
-
-
-@torch.inference_mode()
-def _rows(
-    images: Sequence[ImageLike], positions: Sequence[int], model: FrozenCLIP, errors: dict[int, str]
-) -> Iterator[Tensor]:
-    """Batches (1, m, 1027 + E + V) of the facts and features of images at these positions, NaN for those that cannot be
-    read, of which `errors` then say why."""
     transform, widths = create_transform(model), model.joined_widths
 
-    def read(image: ImageLike) -> tuple[Tensor, Tensor] | str:
-        try:
-            pixels, facts = load_with_facts(image)
-        except ZooError as error:
-            return error.reason
+    def read(image: ImageLike) -> tuple[Tensor, Tensor]:
+        pixels, facts = load_with_facts(image)
         return torch.from_numpy(numbers(facts)), transform(pixels)
 
-    for start in range(0, len(positions), BATCH):
-        part = positions[start : start + BATCH]
-        batch = dict(zip(part, in_threads(read, (images[i] for i in part)), strict=True))
-        errors |= {i: answer for i, answer in batch.items() if isinstance(answer, str)}
-        readable = [place for place, i in enumerate(part) if i not in errors]
-        rows = torch.full((len(part), FACTS + sum(widths)), math.nan)
-        if readable:
-            facts, inputs = map(torch.stack, zip(*(batch[part[place]] for place in readable), strict=True))
-            rows[readable] = torch.cat([facts, model.read(inputs.to(model.device), len(widths)).float().cpu()], 1)
-        yield rows[None]
+    @torch.inference_mode()
+    def batches(positions: Sequence[int]) -> Iterator[Tensor]:
+        """Facts and features (1, m, 1027 + E + V) of some images, NaN for those that have `errors`."""
+        for start in range(0, len(positions), BATCH):
+            part = positions[start : start + BATCH]
+            answers = in_threads(partial(attempted, read), [images[i] for i in part])
+            errors.update({i: each.reason for i, each in zip(part, answers, strict=True) if isinstance(each, ZooError)})
+            rows = torch.full((len(part), FACTS + sum(widths)), math.nan)
+            if found := [each for each in answers if not isinstance(each, ZooError)]:
+                facts, inputs = map(torch.stack, zip(*found, strict=True))
+                features = model.read(inputs.to(model.device), len(widths)).float().cpu()
+                rows[[i not in errors for i in part]] = torch.cat([facts, features], 1)
+            yield rows[None]
+
+    def compute(positions: Sequence[int]) -> Iterable[Tensor]:
+        return by_image(progress, batches(positions), "images", len(images), len(images) - len(positions))
+
+    with kept_features(features_folder()) if keep else nullcontext():
+        known = per_image(images, lambda: tower_setting(model, "facts and read"), 1, compute)[0].numpy()
+    return Seen(known[:, FACTS:], widths, known[:, :FACTS], errors)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dcp_zoo.api.functions import lent, predict
 from dcp_zoo.data.find import find_images
-from dcp_zoo.data.images import Progress, bar, thumbnails
+from dcp_zoo.data.images import GREY, Progress, bar, thumbnails
 from dcp_zoo.data.load import LabelFiles, listed_images
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_empty, check_outside, check_writable, templates, write_file
@@ -71,13 +71,12 @@ def search(
     """
     if (not text) == (like is None):
         raise ZooError('Say what to find: a text such as "red mug on a table", a photo, or --to-label.')
-    if output is not None:
-        _check_new(Path(output), Path(folder))
+    _check_new(output, folder)
     paths = find_images([str(folder)])
     clip = plain_clip(model).to(pick_device(device))
     if like is None:
         wanted = clip.zero_shot_classifier([str(text)])[0].float().cpu().numpy()
-        features = look(paths, clip, True, progress).features
+        features = look(paths, clip, True, progress).parts[:, : len(wanted)]  # CLIP's embeddings
     else:
         photo = look([str(like)], clip)
         if photo.errors:
@@ -102,7 +101,6 @@ class Suggestion(NamedTuple):
 
     @property
     def note(self) -> str:
-        """What is shown beside the image."""
         return "" if self.probability is None else f"{self.guess}? {100 * self.probability:.0f} %"
 
 
@@ -133,15 +131,14 @@ def suggest(
             for what a person sees.
         model, device, progress: see `inspect`; the model is that of features without a head.
     """
-    if output is not None:
-        _check_new(Path(output), Path(images))
+    _check_new(output, images)
     paths = find_images([str(images)])
     done = listed_images(labels, images)
     paths = paths[:: -(-len(paths) // MOST)]
     with nullcontext() if head is None else lent(head, device) as known:
         clip = plain_clip(model).to(pick_device(device)) if known is None else known.frozen
         seen = look(paths, clip, True, progress)
-        usable = np.percentile(seen.grey, 99, 1) >= 255 * BLACK  # the grey copy of a broken image is black, too
+        usable = np.percentile(seen.facts[:, : GREY**2], 99, 1) >= 255 * BLACK  # not NaN, of a broken image
         paths = [path for path, is_usable in zip(paths, usable, strict=True) if is_usable]
         of_done = look(done, clip, True, progress).joined if done else seen.joined[:0]
         features, of_labelled = map(torch.from_numpy, (seen.joined[usable], of_done[~np.isnan(of_done[:, 0])]))
@@ -158,17 +155,17 @@ def suggest(
     return suggestions
 
 
-def _check_new(place: Path, images: str | Path) -> None:
+def _check_new(output: str | Path | None, images: str | Path) -> None:
     """Raise ZooError for an output folder that exists, is among the images, or cannot be written."""
-    check_empty(place)
-    check_writable(place)
-    check_outside(place, images, "--output")
+    if output is not None:
+        check_empty(Path(output))
+        check_writable(Path(output))
+        check_outside(Path(output), images)
 
 
 def _write(
     output: Path, title: str, images: Sequence[Match | Suggestion], columns: Sequence[str], rows: Iterable[Sequence]
 ) -> None:
-    """Write a folder with a table, and a page of images."""
     files = [image[0] for image in images]
     pictures = zip(thumbnails(files), (image.note for image in images), files, strict=True)
     page = templates(__package__).get_template("sheet.html.jinja").render(title=title, pictures=list(pictures))
