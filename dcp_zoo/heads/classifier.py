@@ -26,7 +26,7 @@ from dcp_zoo.backbone.classes import NO_CLASSES, TEMPLATE, Texts
 from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading, join, joined, parts_of
 from dcp_zoo.backbone.inputs import Images
 from dcp_zoo.backbone.towers import FORMATS, take_blocks
-from dcp_zoo.backbone.towers.open_clip import Step, append_prompts, checkpointed
+from dcp_zoo.backbone.towers.open_clip import append_prompts, checkpointed
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import Abilities
@@ -342,10 +342,10 @@ class Classifier(nn.Module, ABC):
         blocks = take_blocks(indices, len(tower.blocks))
         stop = blocks[-1] if stop_early or intermediates_only else len(tower.blocks) - 1
         after: dict[int, Tensor] = {}  # class token, if any, and patches (B, N, Dv)
-        for step, entering, x in self._walk(images):
-            if step.block in blocks:
-                after[step.block] = x[:, : tower.num_tokens]
-            if step.block == stop:
+        for i, (entering, x, _) in enumerate(self._walk(images)):
+            if i in blocks:
+                after[i] = x[:, : tower.num_tokens]
+            if i == stop:
                 pooled = x if intermediates_only else tower.block(stop, entering, None, True)  # as in a forward pass
                 break
         intermediates = [tower.norm(after[i]) if norm else after[i] for i in blocks]
@@ -383,8 +383,9 @@ class Classifier(nn.Module, ABC):
             return features
         return self.classify(features)
 
-    def _walk(self, images: Images) -> Iterator[tuple[Step, Tensor, Tensor]]:
-        """Each vision block, and the tokens (B, N + M, Dv) that enter and leave it, the prompts last."""
+    def _walk(self, images: Images) -> Iterator[tuple[Tensor, Tensor, Any]]:
+        """The tokens (B, N + M, Dv) that enter and leave each vision block, the prompts last; for a DCP, the text tower
+        beside it."""
         tower, prompted = self.encoder.vision_tower, self._own_reading().prompts
         x, prompts = self.encoder.enter(images).x, prompted() if prompted else []
         n = x.shape[1]
@@ -392,4 +393,4 @@ class Classifier(nn.Module, ABC):
             x = append_prompts(x[:, :n], prompts[i]) if i < len(prompts) else x
             entering = x
             x = tower.block(i, x)
-            yield Step(i), entering, x
+            yield entering, x, None
