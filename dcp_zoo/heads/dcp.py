@@ -308,9 +308,9 @@ class DCP(Head):
     def method_config(self) -> tuple[Values, Values]:
         return self.config.as_dict(), {"head": self.kind}
 
-    def _expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def expected_state(self, shapes: Mapping[str, Tensor], config: HeadConfig | None = None) -> dict[str, Tensor]:
         """With or without stored statistics, as the file has them."""
-        state, vision = self._trained_state(), self.prompts["vision"]
+        state, vision = super().expected_state(shapes, config), self.prompts["vision"]
         state.pop("stored_stats", None)
         stats = {"stored_stats": vision.new_empty(self.num_coupled, *vision.shape)} if "stored_stats" in shapes else {}
         return state | stats

@@ -28,14 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.backbone._torch import WeightCache
-from dcp_zoo.backbone.classes import (
-    NAME,
-    TEMPLATE,
-    Texts,
-    check_classnames,
-    class_texts,
-    rows_of,
-)
+from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, check_classnames, class_texts, rows_of
 from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading
 from dcp_zoo.backbone.towers.open_clip import EMBEDDING
 from dcp_zoo.backbone.towers.text import TextChunks, prompted_text
@@ -122,9 +115,9 @@ class LinearHead(Head):
         state = self.encoder.clip.state_dict()
         return super()._trained_state() | {name: state[name] for name in self.changed}
 
-    def _load_trained(self, state: dict[str, Tensor], config: HeadConfig) -> None:
+    def _load_trained(self, state: dict[str, Tensor]) -> None:
         self.encoder.clip.load_state_dict({name: state.pop(name) for name in self.changed}, strict=False)
-        super()._load_trained(state, config)
+        super()._load_trained(state)
 
 
 class CacheHead(LinearHead):
