@@ -58,7 +58,7 @@ def test_what_a_head_reads_is_in_its_config(mini, tmp_path):
     something else is refused."""
     mini.text_probe = mini._probe_of(NAMES, 512 + 512 + 1280)
     assert [[*reading.parts] for reading in mini.reads] == [["embedding"], ["embedding", "stem"]]
-    mini.text_probe = mini._probe_of(NAMES, 512 + sum(mini.encoder.parts.values()))
+    mini.text_probe = mini._probe_of(NAMES, 512 + sum(mini.encoder.widths))
     mini.save_pretrained(tmp_path)
     write_weights(tmp_path, load_file(tmp_path / "model.safetensors") | {"classifier.evidence": torch.ones(3)})
     mini.text_probe = None
@@ -69,7 +69,7 @@ def test_what_a_head_reads_is_in_its_config(mini, tmp_path):
         config["dcp"] |= {"reads": given} if given else {}
         (tmp_path / "config.json").write_text(json.dumps(config))
         if fits:
-            assert create_model(f"local-dir:{tmp_path}", pretrained=True).reads[1].parts == mini.encoder.parts
+            assert create_model(f"local-dir:{tmp_path}", pretrained=True).reads[1].widths == mini.encoder.widths
         else:
             with pytest.raises(ZooError, match="'other'.* and this version of dcp_zoo .*train it again"):
                 create_model(f"local-dir:{tmp_path}", pretrained=True)

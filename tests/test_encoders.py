@@ -83,9 +83,8 @@ def test_an_encoder_of_a_fixed_size_without_patches(tmp_path):
 def test_a_head_reads_them_through_every_door(head, encoders, pictures, tmp_path):
     images = pictures[0]
     assert [encoder.source for encoder in head.image_encoders] == [*encoders.values()]
-    of_clip = sum(head.encoder.parts.values())
-    assert head.num_features == of_clip + sum(e.parts["embedding"] for e in head.image_encoders)
-    assert head.text_probe.weight[:, of_clip:].any()
+    assert head.num_features == sum(head.encoder.widths) + sum(e.widths[0] for e in head.image_encoders)
+    assert head.text_probe.weight[:, sum(head.encoder.widths) :].any()
     x = torch.stack([create_transform(head)(image) for image in images[:4]])
     wanted = head(x)
     assert close(head.encode_image(x).norm(dim=1), torch.ones(4))

@@ -499,7 +499,7 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain):
     images. Fused they are the same."""
     train, x, width = source(plain, 24, 0), images(5, 1), plain.encoder.num_features
     own, frozen = plain.readings
-    assert (own.widths, frozen.parts) == ((width,), plain.encoder.parts)
+    assert (own.widths, frozen.widths) == ((width,), plain.encoder.widths)
     views = [train.read_by(reading, 2) for reading in (own, frozen)]
     text, zero_shot = plain.own_linear(), plain.zero_shot_linear()
     with_frozen = torch.cat([views[0], views[1][..., width:]], -1)

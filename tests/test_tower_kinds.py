@@ -185,8 +185,7 @@ def test_what_is_read_of_the_inside_is_what_the_library_computes(kind):
     """Also by DCP's fused head and by a head that reads less; a pooling by attention reads the last block itself."""
     model = build_dcp(kind)
     plain, images = model.encoder, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    widths = [*plain.parts.values()]
-    found = dict(zip(plain.parts, plain.read(images).split(widths, 1), strict=True))
+    found = dict(zip(plain.parts, plain.read(images).split(plain.widths, 1), strict=True))
     expected = inside(plain.vision_tower, images)
     assert ("last" in found) == (plain.vision_tower.pooled == 1)
     for name in found.keys() & expected:
@@ -194,7 +193,7 @@ def test_what_is_read_of_the_inside_is_what_the_library_computes(kind):
     model.store_stats(images)
     for parts in range(1, 1 + len(plain.parts)):
         assert close(plain.read(images, parts), torch.cat([*found.values()][:parts], 1))
-        columns = plain.num_features + sum(widths[:parts])
+        columns = plain.num_features + sum(plain.widths[:parts])
         model.text_probe = model._probe_of(model.classes, columns)
         assert model.num_features == columns
         model.text_probe.weight.copy_(torch.randn(len(NAMES), columns))
@@ -216,8 +215,8 @@ def test_where_a_logit_comes_from(kind):
         LinearHead(plain, NAMES, torch.zeros(4, plain.num_features), torch.zeros(4)).eval(),
         plain.vision_tower,
     )
-    head.text_probe = head._probe_of(NAMES, sum(plain.parts.values()))
-    weight = dict(zip(plain.parts, head.text_probe.weight.split([*plain.parts.values()], 1), strict=True))
+    head.text_probe = head._probe_of(NAMES, sum(plain.widths))
+    weight = dict(zip(plain.parts, head.text_probe.weight.split(plain.widths, 1), strict=True))
     means = [part[:, -tower.width :] for name, part in weight.items() if name in ("middle", "last")]
     for part in means:
         part.copy_(torch.randn_like(part))
@@ -234,7 +233,7 @@ def test_where_a_logit_comes_from(kind):
 def test_where_a_logit_of_the_miniature_comes_from():
     plain, image = plain_clip("dcp_mini"), torch.randn(1, 3, 192, 192, generator=torch.Generator().manual_seed(0))
     head = LinearHead(plain, NAMES, torch.zeros(4, 512), torch.zeros(4)).eval()
-    head.text_probe = head._probe_of(NAMES, sum(plain.parts.values()))
+    head.text_probe = head._probe_of(NAMES, sum(plain.widths))
     head.text_probe.weight[:, 512:].normal_()
     assert close(logit_shares(head, image, 1).sum(), centred(head, image), 1e-4)
 

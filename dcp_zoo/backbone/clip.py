@@ -70,6 +70,11 @@ class Frozen(nn.Module):
         """The module that features of images come from."""
         return self
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of the parts."""
+        return tuple(self.parts.values())
+
 
 class FrozenCLIP(Frozen):
     """A CLIP whose weights never change and which is always in eval mode. It may be any of open_clip's, also one into
