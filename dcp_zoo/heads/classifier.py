@@ -222,8 +222,8 @@ class Classifier(nn.Module, ABC):
         rate = f"{reject:g}" if isinstance(reject, (int, float)) else str(reject)
         if rate not in thresholds:
             problem = f"This head has no threshold that refuses {rate} of the images of its classes"
-            advice = "or train a head on more images"
-            raise ZooError(f"{problem}: choose from {', '.join(map(str, thresholds))}, {advice}.")
+            known = ", ".join(map(str, thresholds))
+            raise ZooError(f"{problem}: choose from {known}, or train a head on more images.")
         return float(thresholds[rate])
 
     def distances(self, features: Tensor) -> Tensor:

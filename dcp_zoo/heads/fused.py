@@ -35,7 +35,8 @@ class ImageTower(nn.Module):
 
 class FusedHead(ImageTower):
     """images (B, 3, H, W) -> logits (B, C) of `model`; `Head.fuse` returns it. It needs no text tower. `info` holds
-    class names, preprocessing and origin as plain JSON; `visual` is a copy of CLIP's image tower, with other blocks."""
+    class names, preprocessing, origin and the threshold to reject, if these classes have one, as plain JSON; `visual`
+    is a copy of CLIP's image tower, with other blocks."""
 
     prompts: Tensor  # (M, Dv), those that stay in the sequence
     constants: Tensor  # (K, 2, H, M, d), keys and values of those that only enter the first K blocks
@@ -71,9 +72,16 @@ class FusedHead(ImageTower):
                 tensors |= model.text_probe.measure(model.classes)._asdict()
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.detach())
-        self.info = _info(model)
-        self.classnames: list[str] = self.info["classnames"]
-        self.pretrained_cfg = self.info["preprocessing"]  # as timm and `create_transform` read it
+        cfg, self.classnames = model.pretrained_cfg, model.classnames
+        read = {k: list(cfg[k]) if isinstance(cfg[k], tuple) else cfg[k] for k in PREPROCESSING if k in cfg}
+        self.pretrained_cfg = read  # as timm and `create_transform` read it
+        self.info: Values = {
+            "model": model.encoder.architecture,
+            "tag": cfg.get("tag"),
+            **({} if model.cannot_reject else {"threshold": model.rejection_threshold()}),
+            "classnames": self.classnames,
+            "preprocessing": read,
+        }
         self.eval()
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -150,15 +158,3 @@ def _constants(reading: Any) -> dict[str, Tensor]:
     constant = min(last + (last == blocks - 1), blocks)  # the last block computes the pooled tokens only
     entering = [torch.stack(block.prompts(p.to(tower.dtype))) for block, p in zip(tower.blocks, prompts, strict=False)]
     return {"prompts": prompts[-1], "constants": torch.stack(entering)[:constant]}
-
-
-def _info(model: Any) -> Values:
-    """Class names, preprocessing, origin, and the rejection threshold if these classes have one, as plain JSON."""
-    cfg = model.pretrained_cfg
-    return {
-        "model": model.encoder.architecture,
-        "tag": cfg.get("tag"),
-        **({} if model.cannot_reject else {"threshold": model.rejection_threshold()}),
-        "classnames": list(model.classnames),
-        "preprocessing": {k: list(cfg[k]) if isinstance(cfg[k], tuple) else cfg[k] for k in PREPROCESSING if k in cfg},
-    }

@@ -143,7 +143,6 @@ class CacheHead(LinearHead):
 
     @classmethod
     def from_config(cls, clip: FrozenCLIP, config: HeadConfig, shapes: Mapping[str, Tensor]) -> "CacheHead":
-        """The head of a checkpoint, by its `config.json` and its tensors' shapes, which `load_head` then loads."""
         names, width = own_names(config), clip.num_features
         images = len(shapes["keys"]) if "keys" in shapes and shapes["keys"].ndim else 0
         sizes: dict[str, tuple[int, ...]] = {"weight": (len(names), width), "keys": (images, width)}

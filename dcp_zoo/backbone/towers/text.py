@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dcp_zoo.backbone._torch import pool
 from dcp_zoo.backbone.classes import mean_of_texts
 from dcp_zoo.backbone.tokens import check_lengths, end_positions, last_tokens, pool_type
-from dcp_zoo.backbone.towers.open_clip import KeyValue, OpenClipBlock, call, checkpointed, missing_parts
+from dcp_zoo.backbone.towers.open_clip import KeyValue, OpenClipBlock, call, checkpointed
 
 CHUNK_TOKENS, CHUNK_PADDING = 1024, 64  # tokens of class names computed at once, and how many of them are padding
 Runner = Callable[..., Tensor]
@@ -74,11 +74,6 @@ class TextTower:
         self.blocks = [OpenClipBlock(block) for block in text.transformer.resblocks]
         self.width, self.length = text.positional_embedding.shape[-1], text.context_length
         self.shares_prefix = shares_prefix(text)
-
-    @staticmethod
-    def missing(text: Any) -> list[str]:
-        """What a text tower lacks to be of this kind."""
-        return missing_parts(text.transformer.resblocks) + ["pooling at one token"] * (pool_type(text) == "none")
 
     def chunks(self, labels: Sequence[str], ids: Tensor, n_ctx: int, start: int) -> TextChunks:
         """Tokens (S, L) of texts, of which the first `start` come before the prompts, to follow `n_ctx` prompts;
