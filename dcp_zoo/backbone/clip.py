@@ -32,7 +32,6 @@ Linear = tuple[Tensor, Tensor]  # weight (C, E) and bias (C,) of logits
 class Frozen(nn.Module):
     """What both kinds of encoders are: a model whose weights never change, and which is always in eval mode."""
 
-    held: str  # the attribute with the model
     pretrained_cfg: Values  # timm's
     parts: dict[str, int]  # what `read` gives, and how wide it is
 
@@ -52,7 +51,7 @@ class Frozen(nn.Module):
 
     def fingerprint(self) -> str:
         """Of all weights as they were loaded, in float32; "" if they are in half precision and were not remembered."""
-        state = getattr(self, self.held).state_dict()
+        state = {name.partition(".")[2]: t for name, t in self.state_dict().items()}  # by their names in the model
         if self._fingerprint or any(t.is_floating_point() and t.element_size() < 4 for t in state.values()):
             return self._fingerprint
         return fingerprint({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
@@ -86,8 +85,6 @@ class FrozenCLIP(Frozen):
         pretrained_cfg: timm's, which defines the preprocessing.
         architecture, source: the zoo's names for the model, and for the weights.
     """
-
-    held = "clip"
 
     def __init__(
         self,
@@ -269,7 +266,6 @@ class ImageEncoder(Frozen):
         clip: whose normalisation the images have.
     """
 
-    held = "model"
     scale: Tensor  # (3, 1, 1), and
     shift: Tensor  # (3, 1, 1), from CLIP's normalisation to the model's
 

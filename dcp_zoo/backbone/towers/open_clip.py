@@ -141,17 +141,13 @@ class OpenClipBlock(Block):
         return F.linear(normed, attn.in_proj_weight[rows], attn.in_proj_bias[rows])
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        block = self.module
-        x = x + block.ls_1(block.attn.out_proj(merge_heads(attended)))
-        return x + block.ls_2(self.mlp(block.ln_2(x)))
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D). QuickGELU, h * sigmoid(1.702 h), is computed as silu(1.702 h) / 1.702: the same
-        function, and the backward pass needs one tensor of the hidden width instead of two."""
-        mlp = self.module.mlp
-        if type(mlp.gelu).__name__ != "QuickGELU":
-            return mlp(x)
-        return mlp.c_proj(F.silu(1.702 * mlp.c_fc(x)) / 1.702)
+        """QuickGELU, h * sigmoid(1.702 h), is computed as silu(1.702 h) / 1.702: the same function, and the backward
+        pass needs one tensor of the hidden width instead of two."""
+        block, mlp = self.module, self.module.mlp
+        x = x + block.ls_1(block.attn.out_proj(merge_heads(attended)))  # (..., L, D)
+        y = block.ln_2(x)
+        y = mlp.c_proj(F.silu(1.702 * mlp.c_fc(y)) / 1.702) if type(mlp.gelu).__name__ == "QuickGELU" else mlp(y)
+        return x + block.ls_2(y)
 
 
 class VisionTower:
