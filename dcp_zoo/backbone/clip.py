@@ -65,6 +65,11 @@ class Frozen(nn.Module):
         return f"{weights} {construction(tower)}"
 
     @property
+    def preprocessing(self) -> str:
+        """What images become before the image tower reads them."""
+        return str([self.pretrained_cfg.get(name) for name in PREPROCESSING])
+
+    @property
     def visual(self) -> Any:
         """The module that features of images come from."""
         return self

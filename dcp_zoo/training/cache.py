@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dcp_zoo.backbone.clip import PREPROCESSING, Encoder
+from dcp_zoo.backbone.clip import Encoder
 from dcp_zoo.data.images import pixels_sha256
 from dcp_zoo.errors import UNREADABLE, ZooError, attempted, warn
 from dcp_zoo.files import cache_folder, write_file
@@ -150,8 +150,7 @@ def image_key(image: str | Path | Image.Image) -> str:
 def tower_setting(model: Encoder, what: str, precision: str = "float32") -> str:
     """What features of a frozen encoder depend on besides the images."""
     what += "" if precision == "float32" else f" in {precision}"
-    read = [model.pretrained_cfg.get(name) for name in PREPROCESSING]
-    return f"{what} {[*model.parts]} {model.identity()} {model.device.type} {read} {computed_by()}"
+    return f"{what} {[*model.parts]} {model.identity()} {model.device.type} {model.preprocessing} {computed_by()}"
 
 
 @cache
