@@ -97,8 +97,8 @@ class TextTower:
         return TextChunks(whole, ends, torch.full_like(ends, length), inside)
 
     def begin(self, prompts: Tensor, names: TextChunks, run: Runner = call) -> "PrefixRun | FullRun":
-        """Class names, as of `tokenize_names`, after the prompts (M, Dt), before the first block. `run` calls what is
-        computed per chunk of classes, such as with gradient checkpointing."""
+        """Class names, as of `chunks`, after the prompts (M, Dt), before the first block. `run` calls what is computed
+        per chunk of classes, such as with gradient checkpointing."""
         prompts = prompts.to(self.text.token_embedding.weight.dtype) + self.text.positional_embedding[names.inside]
         return (PrefixRun if self.shares_prefix else FullRun)(self, prompts, names, run)
 
