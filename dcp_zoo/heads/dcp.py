@@ -213,11 +213,7 @@ class DCP(Head):
     def stats(self) -> str:
         """What CMPA reads of the images. As in BatchNorm, training pools over the batch, on whose other images an
         image's logits then depend ("batch"); evaluation takes what `store_stats` stored ("stored", the default)."""
-        if self.training:
-            return "batch"
-        if self._stats in (None, "stored"):
-            return "batch" if self.stored_stats is None else "stored"
-        return self._stats
+        return "batch" if self.training or self.stored_stats is None or self._stats == "batch" else "stored"
 
     @stats.setter
     def stats(self, stats: str | None) -> None:

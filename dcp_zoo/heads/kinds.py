@@ -237,8 +237,7 @@ class PromptHead(Head):
         """Normalised features (C, E) of the class names."""
         if self.name_tokens is None:
             return self.encoder.zero_shot_classifier(self.named, self.texts)
-        tower = self.encoder.text_tower
-        return prompted_text(tower, self.name_tokens, list(self.text_prompts), self._checkpointed)
+        return prompted_text(self.encoder.text_tower, self.name_tokens, list(self.text_prompts), self._checkpointed)
 
     @torch.compiler.disable  # reads texts, and is kept
     def _text_linear(self) -> Linear:
