@@ -14,6 +14,7 @@ it, see `VisionTower.read`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ class Classifier(nn.Module, ABC):
         self.template = TEMPLATE
         self.method, self.abilities = "", Abilities()
         self.info, self.origin = Values(), Values()
-        _ = clip.parts, self.frozen.parts  # cached before torch.compile traces a forward, which cannot take a lock
+        with suppress(ZooError):  # of a CLIP that this kind of head cannot read, which says more
+            _ = clip.parts, self.frozen.parts  # cached before torch.compile traces a forward, which cannot take a lock
         self._zero_shot = WeightCache()
         self._grad_checkpointing = False
 
