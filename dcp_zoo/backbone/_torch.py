@@ -4,7 +4,9 @@ texts that tell weights and modules apart, and pooling over a stream of batches.
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import reduce
 from hashlib import sha256
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -132,14 +134,9 @@ def pool(prompts: Tensor, pooling: str) -> Tensor:
 
 def pool_stream(states: Iterable[Tensor], pooling: str) -> Tensor:
     """A stream of batches (b, M, Dv), pooled as a single batch -> (M, Dv)."""
-    total, count = None, 0
-    for v in states:
-        if pooling == "first":
-            return v[0]
-        part = v.sum(0) if pooling == "mean" else v.amax(0)
-        join = torch.add if pooling == "mean" else torch.maximum
-        total = part if total is None else join(total, part)
-        count += len(v)
-    if total is None:
+    batches = islice(states, 1) if pooling == "first" else states
+    parts = [(v.sum(0) if pooling == "mean" else pool(v, pooling), len(v)) for v in batches]
+    if not parts:
         raise ZooError("store_stats needs at least one image.")
-    return total / count if pooling == "mean" else total
+    pooled, counts = zip(*parts, strict=True)
+    return reduce(torch.add, pooled) / sum(counts) if pooling == "mean" else reduce(torch.maximum, pooled)

@@ -38,18 +38,12 @@ def check_classnames(classnames: Sequence[str]) -> list[str]:
         raise ZooError("Class names must not be empty: pass at least one name, and no blank ones.")
     if reserved := [name for name in names if is_reserved(name)]:
         raise ZooError(f"{reserved[0]!r} is a reserved name, and cannot be a class: choose another name.")
-    if problem := repeated_names(names):
-        warn(problem)
-    return names
-
-
-def repeated_names(names: Sequence[str]) -> str:
-    """A message about names that occur more than once, or "". Some datasets have such names, including ImageNet."""
     counts = Counter(map(_normalised, names))
-    repeated = sorted({name for name in names if counts[_normalised(name)] > 1})
-    problem = f"Repeated class names cannot be told apart: {', '.join(map(repr, repeated))}"
-    effect = "They stay classes of their own, which share the probability, and a prediction may name any of them"
-    return f"{problem}. {effect}. Rename them." * bool(repeated)
+    if repeated := sorted({name for name in names if counts[_normalised(name)] > 1}):  # also ImageNet has some
+        problem = f"Repeated class names cannot be told apart: {', '.join(map(repr, repeated))}"
+        effect = "They stay classes of their own, which share the probability, and a prediction may name any of them"
+        warn(f"{problem}. {effect}. Rename them.")
+    return names
 
 
 def _normalised(name: str) -> str:
@@ -66,18 +60,12 @@ def sentences_of(names: Sequence[str], descriptions: Descriptions) -> dict[str, 
     return by_class
 
 
-def saved_texts(names: Sequence[str], texts: Texts) -> object:
-    """The texts of these classes as plain JSON."""
-    if isinstance(texts, Mapping):
-        return sentences_of(names, texts)
-    return texts if isinstance(texts, str) else list(texts)
-
-
 def class_texts(names: Sequence[str], texts: Texts) -> tuple[list[str], list[int] | None]:
     """The texts of all classes in order, and how many each has; None for one each. ZooError if one is no text, or there
     are none for a class."""
     if isinstance(texts, Mapping):
-        of_each = [sentences_of(names, texts)[name] for name in names]
+        by_class = sentences_of(names, texts)
+        of_each = [by_class[name] for name in names]
     else:
         templates = [texts] if isinstance(texts, str) else texts
         if not templates:

@@ -20,7 +20,7 @@ from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, class_texts, mean_of
 from dcp_zoo.backbone.inputs import Features, Images, Pixels, Tokens, as_inputs
 from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.backbone.towers.open_clip import EMBEDDING, JOINED, VisionTower, call
-from dcp_zoo.backbone.towers.text import Runner, TextChunks, TextTower, prompted_text, tokenize_names
+from dcp_zoo.backbone.towers.text import Runner, TextChunks, TextTower, prompted_text
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 
@@ -32,7 +32,6 @@ Linear = tuple[Tensor, Tensor]  # weight (C, E) and bias (C,) of logits
 class Frozen(nn.Module):
     """What both kinds of encoders are: a model whose weights never change, and which is always in eval mode."""
 
-    held: str  # the attribute with the model
     pretrained_cfg: Values  # timm's
     parts: dict[str, int]  # what `read` gives, and how wide it is
 
@@ -41,10 +40,8 @@ class Frozen(nn.Module):
         self._fingerprint, self._identity = "", WeightCache()
 
     def train(self: Self, mode: bool = True) -> Self:
-        """Set training mode; the model stays in eval mode."""
-        super().train(mode)
-        getattr(self, self.held).eval()
-        return self
+        """It stays in eval mode."""
+        return super().train(False)
 
     def remember_weights(self: Self, fingerprint: str = "") -> Self:
         """Keep the `fingerprint` of the weights as they are now, for when they are cast to another precision; or this
@@ -54,14 +51,14 @@ class Frozen(nn.Module):
 
     def fingerprint(self) -> str:
         """Of all weights as they were loaded, in float32; "" if they are in half precision and were not remembered."""
-        state = getattr(self, self.held).state_dict()
+        state = {name.partition(".")[2]: t for name, t in self.state_dict().items()}  # by their names in the model
         if self._fingerprint or any(t.is_floating_point() and t.element_size() < 4 for t in state.values()):
             return self._fingerprint
         return fingerprint({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
 
     def identity(self) -> str:
         """Of the image tower as it is now: two towers with the same one give the same features of the same pixels."""
-        tower = self.image_tower
+        tower = self.visual
         tensors = dict(tower.named_parameters()) | dict(tower.named_buffers())
         samples = [t[(0,) * t.ndim].item() for t in tensors.values() if t.numel()]  # change where torch counts no write
         weights = self._identity(lambda: fingerprint(tensors), tensors.values(), samples)
@@ -73,7 +70,7 @@ class Frozen(nn.Module):
         return str([self.pretrained_cfg.get(name) for name in PREPROCESSING])
 
     @property
-    def image_tower(self) -> nn.Module:
+    def visual(self) -> Any:
         """The module that features of images come from."""
         return self
 
@@ -94,8 +91,6 @@ class FrozenCLIP(Frozen):
         architecture, source: the zoo's names for the model, and for the weights.
     """
 
-    held = "clip"
-
     def __init__(
         self,
         clip: nn.Module,
@@ -105,9 +100,8 @@ class FrozenCLIP(Frozen):
         source: str = "custom",
     ) -> None:
         super().__init__()
-        self.clip: Any = clip.requires_grad_(False)
+        self.clip: Any = clip.requires_grad_(False).eval()
         self.tokenizer = tokenizer or tokens.default_tokenizer()
-        self.clip.eval()
         self.architecture, self.source = architecture, source
         self.pretrained_cfg = pretrained_cfg or {}
 
@@ -118,10 +112,6 @@ class FrozenCLIP(Frozen):
     @property
     def visual(self) -> Any:
         return self.clip.visual
-
-    @property
-    def image_tower(self) -> nn.Module:
-        return self.visual
 
     @property
     def text(self) -> Any:
@@ -145,12 +135,6 @@ class FrozenCLIP(Frozen):
         return None
 
     @property
-    def stem(self) -> VisionTower | None:
-        """The image tower if its patch embedding is a network whose output is worth keeping, as the miniature's."""
-        tower = self.vision_tower_or_none
-        return tower if tower and tower.has_stem else None
-
-    @property
     def num_features(self) -> int:
         """E, the width of image and text features."""
         projection, width = getattr(self.text, "text_projection", None), getattr(self.text, "output_dim", None)
@@ -158,7 +142,7 @@ class FrozenCLIP(Frozen):
             return projection.out_features
         return projection.shape[-1] if projection is not None else width or self.text_tower.width
 
-    @property
+    @cached_property
     def parts(self) -> dict[str, int]:  # type: ignore[override]
         """The embedding, and what else the image tower has to say."""
         tower = self.vision_tower_or_none
@@ -225,7 +209,17 @@ class FrozenCLIP(Frozen):
 
     def tokenize_names(self, names: Sequence[str], n_ctx: int, texts: Texts = NAME) -> TextChunks:
         """The texts of the classes in chunks, to follow `n_ctx` prompts; ZooError if one does not fit."""
-        return tokenize_names(names, self.tokenizer, self.text_tower, n_ctx, texts).to(self.device)
+        sentences, counts = class_texts(names, texts)
+        labels = [f"The class name {name!r}" for name in names]
+        if counts is not None:
+            labels = [f"The sentence {sentence!r}" for sentence in sentences]
+        # longer than the tower's context, so that long texts are detected instead of cut
+        tower = self.text_tower
+        ids = self.tokenizer(sentences, context_length=4 * tower.length)
+        start = 1 if tower.shares_prefix else tokens.start_tokens(self.tokenizer)
+        chunks = tower.chunks(labels, ids, n_ctx, start)
+        chunks.start_id, chunks.counts = int(ids[0, 0]), counts
+        return chunks.to(self.device)
 
     @torch.no_grad()
     def encode_sentences(self, names: Sequence[str], texts: Texts) -> Tensor:
@@ -277,7 +271,6 @@ class ImageEncoder(Frozen):
         clip: whose normalisation the images have.
     """
 
-    held = "model"
     scale: Tensor  # (3, 1, 1), and
     shift: Tensor  # (3, 1, 1), from CLIP's normalisation to the model's
 

@@ -14,7 +14,7 @@ VIEW_BATCH = 32  # images whose activations fit into 0.5 GB
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch of images in one of the forms below."""
+    """A batch of images in one of the forms below, with some of the methods of tensors."""
 
     x: Tensor  # (B, ...)
 
@@ -26,16 +26,13 @@ class Inputs:
         return replace(self, **{name: change(t) for name, t in vars(self).items() if isinstance(t, Tensor)})
 
     def to(self: Self, *args: Any, **kwargs: Any) -> Self:
-        """As `Tensor.to`."""
         return self._each(lambda t: t.to(*args, **kwargs))
 
     def split(self: Self, size: int) -> Sequence[Self]:
-        """As `Tensor.split`."""
         starts = range(0, len(self), size)
         return [self._each(lambda t, start=start: t[start : start + size]) for start in starts]  # type: ignore[misc]
 
-    def pin_memory(self: Self, *args: Any) -> Self:
-        """As `Tensor.pin_memory`: DataLoader calls it."""
+    def pin_memory(self: Self, *args: Any) -> Self:  # DataLoader calls it
         return self._each(lambda t: t.pin_memory(*args))
 
 

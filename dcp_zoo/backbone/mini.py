@@ -78,9 +78,6 @@ class Stem(nn.Module):
             maps.append(self.blocks[start:end](maps[-1]))
         return maps[1:]
 
-    def features(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 352, H / 32, W / 32)
-        return self.stages(x)[-1]
-
     def widen(self, x: Tensor) -> Tensor:  # (B, 352, h, w) -> (B, 1280, h, w)
         return F.relu6(self.last(x), inplace=True)
 

@@ -21,20 +21,12 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from dcp_zoo.backbone.classes import NO_CLASSES, saved_texts
+from dcp_zoo.backbone.classes import NO_CLASSES, sentences_of
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.errors import ZooError, shorten, warn, writing_to
 from dcp_zoo.fields import Values, check, problems
 from dcp_zoo.files import alone_in, check_regular, write_file
-from dcp_zoo.heads.config import (
-    ACCEPTED,
-    CONFIG_NAME,
-    FORMAT_VERSION,
-    WEIGHTS_NAME,
-    HeadConfig,
-    HeadInfo,
-    read_config,
-)
+from dcp_zoo.heads.config import ACCEPTED, CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, HeadConfig, HeadInfo, read_config
 from dcp_zoo.probe.model import PREFIX
 
 if TYPE_CHECKING:
@@ -61,7 +53,7 @@ def save(head: "Head", directory: Path, dtype: torch.dtype | None, info: Values)
     }
     check_finite(state, "Not saved")
     weights, advice = safetensors.save(state, metadata={"format": "pt"}), "choose another directory"
-    config = head_config(head, _valid(head, info)) | {"weights_sha256": sha256(weights).hexdigest()}
+    config = head_config(head, info) | {"weights_sha256": sha256(weights).hexdigest()}
     check(directory / CONFIG_NAME, problems(config, HeadConfig), "Not saved.")
     with alone_in(directory, SAVE_SECONDS), writing_to(directory, advice):
         for name in (WEIGHTS_NAME, CONFIG_NAME):
@@ -80,17 +72,12 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype
     return dtype or (torch.float16 if same else torch.float32)
 
 
-def _valid(head: "Head", info: Values) -> Values:
-    """`info` without thresholds that no longer hold."""
-    if not head.cannot_reject or "text_probe" not in info:
-        return info
-    measured = ("thresholds", *ACCEPTED)
-    return info | {"text_probe": {name: value for name, value in info["text_probe"].items() if name not in measured}}
-
-
 def head_config(head: "Head", info: Values) -> Values:
     """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored twice."""
-    options, block = head.method_config()
+    if head.cannot_reject and (fitted := info.get("text_probe")):  # its thresholds no longer hold
+        kept = {name: value for name, value in fitted.items() if name not in ("thresholds", *ACCEPTED)}
+        info = info | {"text_probe": kept}
+    (options, block), texts = head.method_config(), head.texts
     read_beside = head.image_encoders if head.text_probe is not None else ()
     reads = [[*reading.parts] for reading in head.reads]
     encoders = [{"name": each.source, "fingerprint": each.fingerprint()} for each in read_beside]
@@ -110,7 +97,7 @@ def head_config(head: "Head", info: Values) -> Values:
             **({} if head.text_probe is None else {"reads": reads}),
             **info,
             **block,
-            "texts": saved_texts(head.named, head.texts),
+            "texts": sentences_of(head.named, texts) if isinstance(texts, Mapping) else texts,
             **({} if head.fc is None else {"named": head.named}),
             "versions": library_versions(),
         },

@@ -14,6 +14,7 @@ it, see `VisionTower.read`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from dcp_zoo.backbone.classes import NO_CLASSES, TEMPLATE, Texts
 from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading, join, joined, parts_of
 from dcp_zoo.backbone.inputs import Images
 from dcp_zoo.backbone.towers import FORMATS, take_blocks
-from dcp_zoo.backbone.towers.open_clip import Step, append_prompts, checkpointed
+from dcp_zoo.backbone.towers.open_clip import append_prompts, checkpointed
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import Abilities
@@ -71,7 +72,8 @@ class Classifier(nn.Module, ABC):
         self.template = TEMPLATE
         self.method, self.abilities = "", Abilities()
         self.info, self.origin = Values(), Values()
-        _ = self.frozen.vision_tower_or_none  # cached before torch.compile traces a forward, which cannot take its lock
+        with suppress(ZooError):  # of a CLIP that this kind of head cannot read, which says more
+            _ = clip.parts, self.frozen.parts  # cached before torch.compile traces a forward, which cannot take a lock
         self._zero_shot = WeightCache()
         self._grad_checkpointing = False
 
@@ -101,15 +103,16 @@ class Classifier(nn.Module, ABC):
     @property
     def readings(self) -> list[Reading]:
         """What a classifier on it can read: the method's own features, plain CLIP's, and those of image encoders."""
-        own = self._own_reading()
-        plain = Reading(self.frozen, self.frozen.parts, self.frozen.read, self.zero_shot_linear)
-        of_clip = [own.only(), plain] if self.has_own_features else [own]
+        own, clip = self._own_reading(), self.frozen
+        of_clip = [own]
+        if own.encoder is not clip or own.prompts is not None:  # the method changed the image features
+            of_clip = [own.only(), Reading(clip, clip.parts, clip.read, self.zero_shot_linear)]
         return [*of_clip, *(Reading(encoder, encoder.parts, encoder.read) for encoder in self.image_encoders)]
 
     @property
     def has_own_features(self) -> bool:
-        """Whether the method changed the image features."""
-        return self._original is not None or self._own_reading().prompts is not None
+        """Whether the method changed the image features: those of plain CLIP can then be read beside them."""
+        return sum(reading.start is not None for reading in self.readings) == 2
 
     @property
     def frozen(self) -> FrozenCLIP:
@@ -121,10 +124,7 @@ class Classifier(nn.Module, ABC):
         """The readings of its classifier."""
         if self.text_probe is None:
             return [self.readings[0].only()]
-        return self._read_by(self.text_probe)
-
-    def _read_by(self, probe: TextProbe) -> list[Reading]:
-        pairs = zip(self.readings, probe.widths, strict=False)
+        pairs = zip(self.readings, self.text_probe.widths, strict=False)
         return [reading.only(len(widths)) for reading, widths in pairs]
 
     def _probe_of(self, classes: Sequence[str], columns: int, examples: int = 0) -> TextProbe:
@@ -151,10 +151,10 @@ class Classifier(nn.Module, ABC):
 
     def encode_image(self, images: Images) -> Tensor:
         """Images (B, 3, H, W), or other `Inputs` -> f, the normalised features (B, F) that the classifier reads."""
-        reads, shared = self.reads, images
-        if self.has_own_features and len(reads) > 1 and self._original is None:  # what both need is computed once
-            shared = self.encoder.enter(images)
-        features = [reading.encode(shared if reading.encoder is self.encoder else images) for reading in reads]
+        reads, clip, shared = self.reads, self.encoder, images
+        if sum(reading.encoder is clip for reading in reads) > 1:  # what both need is computed once
+            shared = clip.enter(images)
+        features = [reading.encode(shared if reading.encoder is clip else images) for reading in reads]
         return joined(features, parts_of(reads))
 
     def classify(self, features: Tensor) -> Tensor:
@@ -197,21 +197,17 @@ class Classifier(nn.Module, ABC):
         """The most probable class of each of images (B, 3, H, W), normalised as `create_transform` does; with `reject`,
         None for those that belong to none of the classes, see `rejection_threshold`. ZooError for anything else."""
         threshold = self.rejection_threshold(reject) if reject else None
-        images = self._batch(images)
+        if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
+            kind = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            problem = f"Expected images (n, 3, H, W), stacked from what create_transform returns, not {kind}"
+            raise ZooError(f"{problem}. For image files and PIL images: dcp_zoo.predict(model, images).")
+        images = images.to(self.device)
         with in_eval_mode(self):  # no answer depends on the other images
             logits = self(images).float().cpu().numpy()
             distances = self.distances(self.encode_image(images)).cpu().numpy() if reject else None
         rejected = [False] * len(logits) if threshold is None else is_rejected(logits, distances, threshold)
         names = self.classnames
         return [None if no else names[i] for i, no in zip(logits.argmax(-1), rejected, strict=True)]
-
-    def _batch(self, images: object) -> Tensor:
-        """Images (n, 3, H, W) on the model's device; ZooError for anything else."""
-        if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
-            kind = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            problem = f"Expected images (n, 3, H, W), stacked from what create_transform returns, not {kind}"
-            raise ZooError(f"{problem}. For image files and PIL images: dcp_zoo.predict(model, images).")
-        return images.to(self.device)
 
     # --- images of none of the classes ---
 
@@ -228,8 +224,8 @@ class Classifier(nn.Module, ABC):
         rate = f"{reject:g}" if isinstance(reject, (int, float)) else str(reject)
         if rate not in thresholds:
             problem = f"This head has no threshold that refuses {rate} of the images of its classes"
-            advice = "or train a head on more images"
-            raise ZooError(f"{problem}: choose from {', '.join(map(str, thresholds))}, {advice}.")
+            known = ", ".join(map(str, thresholds))
+            raise ZooError(f"{problem}: choose from {known}, or train a head on more images.")
         return float(thresholds[rate])
 
     def distances(self, features: Tensor) -> Tensor:
@@ -304,12 +300,9 @@ class Classifier(nn.Module, ABC):
         self._grad_checkpointing = enable
 
     def _checkpointed(self, function: Callable[..., Tensor], *args: object) -> Tensor:
-        """`function(*args)`, computed again in the backward pass under gradient checkpointing."""
         return checkpointed(function, *args) if self._grad_checkpointing else function(*args)
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> normalised image features (B, F)."""
-        return self.encode_image(images)
+    forward_features = encode_image
 
     def forward_intermediates(
         self,
@@ -342,10 +335,10 @@ class Classifier(nn.Module, ABC):
         blocks = take_blocks(indices, len(tower.blocks))
         stop = blocks[-1] if stop_early or intermediates_only else len(tower.blocks) - 1
         after: dict[int, Tensor] = {}  # class token, if any, and patches (B, N, Dv)
-        for step, entering, x in self._walk(images):
-            if step.block in blocks:
-                after[step.block] = x[:, : tower.num_tokens]
-            if step.block == stop:
+        for i, (entering, x, _) in enumerate(self._walk(images)):
+            if i in blocks:
+                after[i] = x[:, : tower.num_tokens]
+            if i == stop:
                 pooled = x if intermediates_only else tower.block(stop, entering, None, True)  # as in a forward pass
                 break
         intermediates = [tower.norm(after[i]) if norm else after[i] for i in blocks]
@@ -383,8 +376,9 @@ class Classifier(nn.Module, ABC):
             return features
         return self.classify(features)
 
-    def _walk(self, images: Images) -> Iterator[tuple[Step, Tensor, Tensor]]:
-        """Each vision block, and the tokens (B, N + M, Dv) that enter and leave it, the prompts last."""
+    def _walk(self, images: Images) -> Iterator[tuple[Tensor, Tensor, Any]]:
+        """The tokens (B, N + M, Dv) that enter and leave each vision block, the prompts last; for a DCP, the text tower
+        beside it."""
         tower, prompted = self.encoder.vision_tower, self._own_reading().prompts
         x, prompts = self.encoder.enter(images).x, prompted() if prompted else []
         n = x.shape[1]
@@ -392,4 +386,4 @@ class Classifier(nn.Module, ABC):
             x = append_prompts(x[:, :n], prompts[i]) if i < len(prompts) else x
             entering = x
             x = tower.block(i, x)
-            yield Step(i), entering, x
+            yield entering, x, None

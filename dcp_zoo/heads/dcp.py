@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from dcp_zoo.backbone._torch import WeightCache, in_eval_mode, pool, pool_stream
 from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, check_classnames
 from dcp_zoo.backbone.clip import FrozenCLIP, Reading, joined, parts_of
-from dcp_zoo.backbone.inputs import Images, Inputs, as_inputs
+from dcp_zoo.backbone.inputs import Images, Inputs
 from dcp_zoo.backbone.tokens import Tokenizer
-from dcp_zoo.backbone.towers.open_clip import EMBEDDING, Step, append_prompts
-from dcp_zoo.backbone.towers.text import TextChunks
+from dcp_zoo.backbone.towers.open_clip import EMBEDDING, append_prompts
+from dcp_zoo.backbone.towers.text import FullRun, PrefixRun, TextChunks
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import STATS, Abilities, DCPConfig, HeadConfig, own_names
@@ -58,6 +58,10 @@ class CMPA(nn.Module):
         super().__init__()
         self.to_vision = PromptAttention(vision_width, text_width)
         self.to_text = PromptAttention(text_width, vision_width) if bidirectional else None
+
+    def forward(self, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled vision prompts v (M, Dv) and text prompts t (M, Dt) -> both rewritten."""
+        return self.to_vision(v, t), t if self.to_text is None else self.to_text(t, v)
 
 
 class DCP(Head):
@@ -122,12 +126,11 @@ class DCP(Head):
         classes features."""
         if self.num_classes == 0 or self.fc is not None or self.stats == "stored":
             return super().forward(images)
-        inputs = as_inputs(images)
-        features, text = self.encode(inputs)
+        features, text = self.encode(images)
         if self.text_probe is None:
             return self.encoder.logits(features, text)
         reads = self.reads
-        plain, *others = (reading.encode(inputs if reading.start else images) for reading in reads[1:])
+        plain, *others = (reading.encode(images) for reading in reads[1:])
         weight, bias = self.zero_shot_linear()
         with torch.autocast(features.device.type, enabled=False):
             zero_shot = F.linear(plain[:, : features.shape[1]].to(weight.dtype), weight, bias)
@@ -136,64 +139,59 @@ class DCP(Head):
 
     def encode(self, images: Images) -> tuple[Tensor, Tensor]:
         """Images, one batch -> normalised features of the images (B, E) and of the classes (C, E)."""
-        image_features, text_features = self._encode(as_inputs(images))
+        image_features, text_features = self._encode(images)
         return image_features, text_features()
 
-    def couplings(self, stats: Callable[[int], Tensor], names: TextChunks | None = None) -> Iterator[Step]:
+    def couplings(
+        self, stats: Callable[[int], Tensor], names: TextChunks | None = None
+    ) -> Iterator[tuple[Tensor | None, PrefixRun | FullRun]]:
         """The loop of the method: runs the text prompts through their tower and rewrites the prompts of both towers.
         With v = stats(i), the pooled vision prompts (M, Dv), and t, the text prompts (M, Dt) pooled over the classes,
         before block i = 1 .. K:
 
             v', t' = CMPA.to_vision(v, t), CMPA.to_text(t, v)
 
-        In a causal text tower t is the same for every class, as the prompts precede the names.
+        In a causal text tower t is the same for every class, as the prompts precede the names. Of each block: the
+        vision prompts (M, Dv) that newly enter it, None behind block K, and the text tower after its block.
         """
-        vision, text_tower, pooling = self.encoder.vision_tower, self.encoder.text_tower, self.config.pooling
-        text = text_tower.begin(self.prompts["text"], names or self.name_tokens, self._checkpointed)
+        vision, text_tower, prompts = self.encoder.vision_tower, self.encoder.text_tower, self.prompts
+        text = text_tower.begin(prompts["text"], names or self.name_tokens, self._checkpointed)
         for i in range(max(len(vision.blocks), len(text_tower.blocks))):
-            v = t = new_v = new_t = None
-            if i == 0:
-                new_v, new_t = vision.embed_prompts(self.prompts["vision"]), text.prompts(pooling)
-            elif i <= self.num_coupled:
-                v, t = stats(i), text.prompts(pooling)
-                new_v, new_t = self.couple(i, v, t)
+            v = vision.embed_prompts(prompts["vision"]) if i == 0 else None
+            if 1 <= i <= self.num_coupled:
+                cmpa = self.cmpa[0 if self.config.share_cmpa else i - 1]
+                v, t = stats(i).to(prompts["vision"].dtype), text.prompts(self.config.pooling).to(prompts["text"].dtype)
+                v, t = cmpa(v, t)
                 if self.config.coupling == "bidirectional":
-                    text.replace(new_t)
+                    text.replace(t)
             if i < len(text_tower.blocks):
                 text.step()
-            yield Step(i, v, t, new_v, new_t, text)
+            yield v, text
 
-    def couple(self, i: int, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """CMPA before block i: pooled vision prompts v (M, Dv), text prompts t (M, Dt) -> both rewritten."""
-        cmpa: Any = self.cmpa[0 if self.config.share_cmpa else i - 1]
-        v, t = v.to(self.prompts["vision"].dtype), t.to(self.prompts["text"].dtype)
-        return cmpa.to_vision(v, t), t if cmpa.to_text is None else cmpa.to_text(t, v)
-
-    def _walk(self, images: Images, last: bool = False) -> Iterator[tuple[Step, Tensor, Tensor]]:
-        """Both towers side by side on one batch: each step, and the tokens (B, N + M, Dv) that enter and
-        leave its vision block, the prompts last. With `last`, only the pooled tokens leave the last block."""
+    def _walk(self, images: Images, last: bool = False) -> Iterator[tuple[Tensor, Tensor, PrefixRun | FullRun]]:
+        """Both towers side by side on one batch: the tokens (B, N + M, Dv) that enter and leave each vision block, the
+        prompts last, and the text tower. With `last`, only the pooled tokens leave the last block."""
         tower, x = self.encoder.vision_tower, self.encoder.enter(images).x
         n, stored = x.shape[1], self.stored_stats if self.stats == "stored" else None
 
         def stats(i: int) -> Tensor:
             return pool(x[:, n:], self.config.pooling) if stored is None else stored[i - 1]
 
-        for step in self.couplings(stats):
-            if step.new_v is not None:
-                x = append_prompts(x[:, :n], step.new_v)
+        for i, (v, text) in enumerate(self.couplings(stats)):
+            if v is not None:
+                x = append_prompts(x[:, :n], v)
             entering = x
-            if step.block < len(tower.blocks):
-                final = last and step.block == len(tower.blocks) - 1
-                x = self._checkpointed(tower.block, step.block, x, None, final)
-            yield step, entering, x
+            if i < len(tower.blocks):
+                x = self._checkpointed(tower.block, i, x, None, last and i == len(tower.blocks) - 1)
+            yield entering, x, text
 
-    def _encode(self, inputs: Inputs) -> tuple[Tensor, Callable[[], Tensor]]:
+    def _encode(self, images: Images) -> tuple[Tensor, Callable[[], Tensor]]:
         """Image features (B, E), and what computes text features (C, E): class names run last, if they are needed."""
         if self.stats == "stored":  # the text is known: the towers need not run side by side
             prompts, text_features = self._constants()
-            return self.encoder.encode_image(inputs, prompts, self._checkpointed), lambda: text_features
-        ((step, _, x),) = deque(self._walk(inputs, last=True), 1)
-        return self.encoder.vision_tower.features(x), step.text.features
+            return self.encoder.encode_image(images, prompts, self._checkpointed), lambda: text_features
+        ((_, x, text),) = deque(self._walk(images, last=True), 1)
+        return self.encoder.vision_tower.features(x), text.features
 
     @torch.compiler.disable  # reads texts, and is kept
     def _constants(self) -> tuple[list[Tensor], Tensor]:
@@ -205,7 +203,7 @@ class DCP(Head):
     def _run_text(self, names: TextChunks | None = None) -> tuple[list[Tensor], Tensor]:
         stored = self.stored_stats  # None only with text_to_vision, whose text ignores the vision prompts
         steps = list(self.couplings(lambda i: self.prompts["vision"] if stored is None else stored[i - 1], names))
-        return [step.new_v for step in steps if step.new_v is not None], steps[-1].text.features()
+        return [v for v, _ in steps if v is not None], steps[-1][1].features()
 
     @property
     def stats_modes(self) -> tuple[str, ...]:
@@ -215,11 +213,7 @@ class DCP(Head):
     def stats(self) -> str:
         """What CMPA reads of the images. As in BatchNorm, training pools over the batch, on whose other images an
         image's logits then depend ("batch"); evaluation takes what `store_stats` stored ("stored", the default)."""
-        if self.training:
-            return "batch"
-        if self._stats in (None, "stored"):
-            return "batch" if self.stored_stats is None else "stored"
-        return self._stats
+        return "batch" if self.training or self.stored_stats is None or self._stats == "batch" else "stored"
 
     @stats.setter
     def stats(self, stats: str | None) -> None:
@@ -257,9 +251,9 @@ class DCP(Head):
             return pooled[-1]
 
         with in_eval_mode(self):
-            for step in self.couplings(measure):
-                if step.new_v is not None:
-                    prompts.append(step.new_v)
+            for v, _ in self.couplings(measure):
+                if v is not None:
+                    prompts.append(v)
         self.stored_stats = torch.stack(pooled) if pooled else None
 
     def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:
@@ -288,7 +282,7 @@ class DCP(Head):
         return Reading(
             clip,
             parts={EMBEDDING: clip.num_features},
-            encode=lambda images: self._encode(as_inputs(images))[0],
+            encode=lambda images: self._encode(images)[0],
             start=lambda: clip.scaled(self.encode_text()),
             prompts=self.image_prompts,
         )
@@ -310,9 +304,9 @@ class DCP(Head):
     def method_config(self) -> tuple[Values, Values]:
         return self.config.as_dict(), {"head": self.kind}
 
-    def _expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def expected_state(self, shapes: Mapping[str, Tensor], config: HeadConfig | None = None) -> dict[str, Tensor]:
         """With or without stored statistics, as the file has them."""
-        state, vision = self._trained_state(), self.prompts["vision"]
+        state, vision = super().expected_state(shapes, config), self.prompts["vision"]
         state.pop("stored_stats", None)
         stats = {"stored_stats": vision.new_empty(self.num_coupled, *vision.shape)} if "stored_stats" in shapes else {}
         return state | stats

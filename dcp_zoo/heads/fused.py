@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dcp_zoo.backbone._torch import in_eval_mode
-from dcp_zoo.backbone.clip import PREPROCESSING, join, joined, parts_of
+from dcp_zoo.backbone.clip import PREPROCESSING, FrozenCLIP, join, joined, parts_of
 from dcp_zoo.backbone.towers import vision_tower
 from dcp_zoo.backbone.towers.open_clip import OpenClipViT, VisionTower
 from dcp_zoo.fields import Values
@@ -35,7 +35,8 @@ class ImageTower(nn.Module):
 
 class FusedHead(ImageTower):
     """images (B, 3, H, W) -> logits (B, C) of `model`; `Head.fuse` returns it. It needs no text tower. `info` holds
-    class names, preprocessing and origin as plain JSON; `visual` is a copy of CLIP's image tower, with other blocks."""
+    class names, preprocessing, origin and the threshold to reject, if these classes have one, as plain JSON; `visual`
+    is a copy of CLIP's image tower, with other blocks."""
 
     prompts: Tensor  # (M, Dv), those that stay in the sequence
     constants: Tensor  # (K, 2, H, M, d), keys and values of those that only enter the first K blocks
@@ -52,14 +53,14 @@ class FusedHead(ImageTower):
         own, *others = reads = model.reads
         super().__init__(own)
         self.all_parts = parts_of(reads)
-        plain = others[0] if others and model.has_own_features else None  # read besides, of the same tower or another
-        other_tower = plain is not None and plain.encoder is not own.encoder
-        self.original = ImageTower(plain) if other_tower else None
-        self.plain_parts = 0 if plain is None or other_tower else len(plain.widths)
-        encoders = model.image_encoders if model.text_probe is not None else []
-        self.encoders = nn.ModuleList(_shared(encoder) for encoder in encoders)
+        self.plain_parts = parts_of([reading for reading in others if reading.encoder is own.encoder])
+        self.others = nn.ModuleList(
+            ImageTower(reading) if isinstance(reading.encoder, FrozenCLIP) else _shared(reading.encoder)
+            for reading in others
+            if reading.encoder is not own.encoder
+        )
         with in_eval_mode(model):  # do not pool over a batch
-            tensors = _constants(model)
+            tensors = _constants(own)
             linear, probe = model.linear(), model.gated_probe
             if probe is not None:
                 linear = [
@@ -71,9 +72,16 @@ class FusedHead(ImageTower):
                 tensors |= model.text_probe.measure(model.classes)._asdict()
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.detach())
-        self.info = _info(model)
-        self.classnames: list[str] = self.info["classnames"]
-        self.pretrained_cfg = self.info["preprocessing"]  # as timm and `create_transform` read it
+        cfg, self.classnames = model.pretrained_cfg, model.classnames
+        read = {k: list(cfg[k]) if isinstance(cfg[k], tuple) else cfg[k] for k in PREPROCESSING if k in cfg}
+        self.pretrained_cfg = read  # as timm and `create_transform` read it
+        self.info: Values = {
+            "model": model.encoder.architecture,
+            "tag": cfg.get("tag"),
+            **({} if model.cannot_reject else {"threshold": model.rejection_threshold()}),
+            "classnames": self.classnames,
+            "preprocessing": read,
+        }
         self.eval()
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -83,10 +91,7 @@ class FusedHead(ImageTower):
         features = [tower.read(entering, [*constants, self.prompts], self.parts)]
         if self.plain_parts:
             features.append(tower.read(entering, (), self.plain_parts))
-        if self.original is not None:
-            features.append(self.original(images))
-        features += [encoder(images) for encoder in self.encoders]
-        return joined(features, self.all_parts)
+        return joined([*features, *(encoder(images) for encoder in self.others)], self.all_parts)
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W), normalised as in `info` -> logits (B, C)."""
@@ -98,7 +103,7 @@ class FusedHead(ImageTower):
         if not hasattr(self, "gate"):
             return logits
         own, text = logits.chunk(2, 1)
-        return gated(own, text, self._distance(features, examples=False), self.gate)
+        return gated(own, text, self.distances(features, examples=False), self.gate)
 
     @property
     def device(self) -> torch.device:
@@ -108,18 +113,9 @@ class FusedHead(ImageTower):
         """Itself."""
         return self
 
-    @property
-    def rejects(self) -> bool:
-        """Whether there is a threshold to reject images."""
-        return "threshold" in self.info
-
-    def distances(self, features: Tensor) -> Tensor:
+    def distances(self, features: Tensor, examples: bool = True) -> Tensor:
         """Normalised features (B, F) -> `TextProbe.distance` (B,), of a head that can reject."""
-        return self._distance(features)
-
-    @property
-    def _distance(self) -> Distance:
-        return Distance(self.unit, self.means, self.examples, self.margin)
+        return Distance(self.unit, self.means, self.examples, self.margin)(features, examples)
 
 
 @torch.no_grad()
@@ -153,25 +149,12 @@ def _shared(visual: nn.Module) -> Any:
     return copy.deepcopy(visual, {**frozen, **{id(t): t.detach() for t in visual.buffers()}})
 
 
-def _constants(model: Any) -> dict[str, Tensor]:
+def _constants(reading: Any) -> dict[str, Tensor]:
     """The prompts that stay in the sequence, and keys and values of those that do not. Without prompts, M = 0."""
-    reading = model.readings[0]
     tower = reading.encoder.vision_tower
-    none = torch.zeros(0, tower.width, dtype=tower.dtype, device=model.device)
+    none = torch.zeros(0, tower.width, dtype=tower.dtype, device=reading.encoder.device)
     prompts = reading.prompts() if reading.prompts else [none]
     last, blocks = len(prompts) - 1, len(tower.blocks)
     constant = min(last + (last == blocks - 1), blocks)  # the last block computes the pooled tokens only
     entering = [torch.stack(block.prompts(p.to(tower.dtype))) for block, p in zip(tower.blocks, prompts, strict=False)]
     return {"prompts": prompts[-1], "constants": torch.stack(entering)[:constant]}
-
-
-def _info(model: Any) -> Values:
-    """Class names, preprocessing, origin, and the rejection threshold if these classes have one, as plain JSON."""
-    cfg = model.pretrained_cfg
-    return {
-        "model": model.encoder.architecture,
-        "tag": cfg.get("tag"),
-        **({} if model.cannot_reject else {"threshold": model.rejection_threshold()}),
-        "classnames": list(model.classnames),
-        "preprocessing": {k: list(cfg[k]) if isinstance(cfg[k], tuple) else cfg[k] for k in PREPROCESSING if k in cfg},
-    }

@@ -39,12 +39,8 @@ class Head(Classifier):
         """What `config.json` says about the method: options of the model, and values of its `dcp` block."""
         return {}, {"head": self.kind}
 
-    def _expected_state(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`_trained_state` as a file with these tensors has it."""
-        return self._trained_state()
-
-    def _load_trained(self, state: dict[str, Tensor], config: HeadConfig) -> None:
-        """Load the tensors of a checkpoint, which have been checked; its `config.json` may say more."""
+    def _load_trained(self, state: dict[str, Tensor]) -> None:
+        """Load the tensors of a checkpoint, which have been checked."""
         self.load_state_dict(state, strict=False)  # without CLIP
 
     # --- classes ---
@@ -157,7 +153,8 @@ class Head(Classifier):
         probe = self._probe_like(shapes, own_names(config) if config else self.named)
         layer: dict[str, Tensor] = {}
         if config and probe and (given := config["dcp"].get("reads")):
-            known = [[*reading.parts] for reading in self._read_by(probe)]
+            pairs = zip(self.readings, probe.widths, strict=False)
+            known = [[*reading.parts][: len(widths)] for reading, widths in pairs]
             if given != known:
                 problem = f"This head reads {given} of its encoders, and this version of dcp_zoo {known}"
                 raise ZooError(f"{problem}: use the version that it was made with, or train it again.")
@@ -165,7 +162,7 @@ class Head(Classifier):
             columns = self.readings[0].widths[0] if probe is None else probe.weight.shape[1]
             weight = torch.empty(len(config["label_names"]), columns, device="meta")
             layer = {"fc.weight": weight, "fc.bias": weight[:, 0]}
-        return self._expected_state(shapes) | ({} if probe is None else probe.tensors()) | layer
+        return self._trained_state() | ({} if probe is None else probe.tensors()) | layer
 
     def from_state(self, state: dict[str, Tensor], config: HeadConfig) -> None:
         """Take over a checkpoint: tensors that match `expected_state`, and what its `config.json` says of texts and of
@@ -180,7 +177,7 @@ class Head(Classifier):
         if "fc.weight" in state:
             rows, columns = state["fc.weight"].shape
             self.fc = nn.Linear(columns, rows, device=self.encoder.device)
-        self._load_trained(state, config)
+        self._load_trained(state)
         self.info = made(config)
         self._classify_into(wanted, given)
         if self.fc is not None:

@@ -28,14 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.backbone._torch import WeightCache
-from dcp_zoo.backbone.classes import (
-    NAME,
-    TEMPLATE,
-    Texts,
-    check_classnames,
-    class_texts,
-    rows_of,
-)
+from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, check_classnames, class_texts, rows_of
 from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading
 from dcp_zoo.backbone.towers.open_clip import EMBEDDING
 from dcp_zoo.backbone.towers.text import TextChunks, prompted_text
@@ -122,9 +115,9 @@ class LinearHead(Head):
         state = self.encoder.clip.state_dict()
         return super()._trained_state() | {name: state[name] for name in self.changed}
 
-    def _load_trained(self, state: dict[str, Tensor], config: HeadConfig) -> None:
+    def _load_trained(self, state: dict[str, Tensor]) -> None:
         self.encoder.clip.load_state_dict({name: state.pop(name) for name in self.changed}, strict=False)
-        super()._load_trained(state, config)
+        super()._load_trained(state)
 
 
 class CacheHead(LinearHead):
@@ -150,7 +143,6 @@ class CacheHead(LinearHead):
 
     @classmethod
     def from_config(cls, clip: FrozenCLIP, config: HeadConfig, shapes: Mapping[str, Tensor]) -> "CacheHead":
-        """The head of a checkpoint, by its `config.json` and its tensors' shapes, which `load_head` then loads."""
         names, width = own_names(config), clip.num_features
         images = len(shapes["keys"]) if "keys" in shapes and shapes["keys"].ndim else 0
         sizes: dict[str, tuple[int, ...]] = {"weight": (len(names), width), "keys": (images, width)}
@@ -245,8 +237,7 @@ class PromptHead(Head):
         """Normalised features (C, E) of the class names."""
         if self.name_tokens is None:
             return self.encoder.zero_shot_classifier(self.named, self.texts)
-        tower = self.encoder.text_tower
-        return prompted_text(tower, self.name_tokens, list(self.text_prompts), self._checkpointed)
+        return prompted_text(self.encoder.text_tower, self.name_tokens, list(self.text_prompts), self._checkpointed)
 
     @torch.compiler.disable  # reads texts, and is kept
     def _text_linear(self) -> Linear:

@@ -92,13 +92,13 @@ class ExportedHead(nn.Module):
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         features = self.fused.encode_image(images)
-        distance = (self.fused.distances(features),) if self.fused.rejects else ()
+        distance = (self.fused.distances(features),) if "threshold" in self.fused.info else ()
         return self.fused.classify(features), features, *distance
 
 
 def write_onnx(fused: FusedHead, path: str, images: torch.Tensor) -> None:
     """A plain float32 file, before anything is checked."""
-    distance = ["distance"] if fused.rejects else []
+    distance = ["distance"] if "threshold" in fused.info else []
     program = onnx_program(ExportedHead(fused).eval(), images, "logits", "features", *distance)
     program.model.metadata_props[METADATA_KEY] = json.dumps(fused.info)
     program.save(path)

@@ -310,7 +310,8 @@ def image_source(
     crops = augment == "crop-flip"
     transform = create_transform(clip, crops)
     source = ImageSource(clip, items, transform, workers=workers, crops=crops, once=once, facts=facts)
-    stem, views = clip.stem, 2 if augment == "flip" else 1
+    tower, views = clip.vision_tower_or_none, 2 if augment == "flip" else 1
+    stem = tower if tower and tower.has_stem else None
     numbers = stem.num_tokens * stem.width + sum(stem.further.values()) if stem else 0
     if not once and not crops and stem and 4 * numbers * views * len(items) <= TOKEN_BYTES:
         encode = lambda inputs: clip.enter(inputs).packed()  # noqa: E731

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from dcp_zoo.backbone.towers.open_clip import OpenClipViT, VisionTower
+from dcp_zoo.backbone.tokens import pool_type
+from dcp_zoo.backbone.towers.open_clip import OpenClipViT, VisionTower, missing_parts
 from dcp_zoo.backbone.towers.text import TextTower
 from dcp_zoo.backbone.towers.timm_vit import TimmViT
 from dcp_zoo.errors import ZooError
@@ -34,7 +35,8 @@ def text_tower(clip: nn.Module) -> TextTower:
     text: Any = getattr(clip, "text", clip)  # in open_clip's CustomTextCLIP and CoCa it is a module of its own
     if not hasattr(getattr(text, "transformer", None), "resblocks"):
         raise _refused(clip, [f"open_clip's own text transformer, not {type(text).__name__}"])
-    if missing := TextTower.missing(text):
+    pooling = ["pooling at one token"] * (pool_type(text) == "none")
+    if missing := missing_parts(text.transformer.resblocks) + pooling:
         raise _refused(clip, missing)
     return TextTower(text)
 

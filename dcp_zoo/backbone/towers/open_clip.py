@@ -7,7 +7,7 @@ image's own tokens, and are left out of pooling.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ EVERY = 4  # patch of the last block enters the mean of its patches: others are 
 
 class Block:
     """One block: x + out(attention(norm(x))), then the MLP. It holds the module, and no parameters of its own.
-    Without `rotate`, queries and keys are those of tokens that have no position."""
+    Without `rotate`, keys are those of tokens that have no position."""
 
     norm: Callable[[Tensor], Tensor]  # x (..., L, D) -> what attention reads (..., L, D)
     # (normed (..., L, D), "q" or "kv") -> queries (..., L, D), or keys and values (..., L, 2 D)
@@ -41,10 +41,9 @@ class Block:
         """Queries or keys (..., H, L, d), turned by their positions if the tower has rotary ones."""
         return x
 
-    def query(self, normed: Tensor, rotate: bool = True) -> Tensor:
+    def query(self, normed: Tensor) -> Tensor:
         """normed (..., L, D) -> queries (..., H, L, d)."""
-        query = split_heads(self.project(normed, "q"), self.module.attn.num_heads)
-        return self.rotate(query) if rotate else query
+        return self.rotate(split_heads(self.project(normed, "q"), self.module.attn.num_heads))
 
     def key_value(self, normed: Tensor, rotate: bool = True) -> KeyValue:
         """normed (..., L, D) -> keys and values, each (..., H, L, d)."""
@@ -142,29 +141,13 @@ class OpenClipBlock(Block):
         return F.linear(normed, attn.in_proj_weight[rows], attn.in_proj_bias[rows])
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        block = self.module
-        x = x + block.ls_1(block.attn.out_proj(merge_heads(attended)))
-        return x + block.ls_2(self.mlp(block.ln_2(x)))
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D). QuickGELU, h * sigmoid(1.702 h), is computed as silu(1.702 h) / 1.702: the same
-        function, and the backward pass needs one tensor of the hidden width instead of two."""
-        mlp = self.module.mlp
-        if type(mlp.gelu).__name__ != "QuickGELU":
-            return mlp(x)
-        return mlp.c_proj(F.silu(1.702 * mlp.c_fc(x)) / 1.702)
-
-
-class Step(NamedTuple):
-    """A block of the vision tower, and for a DCP the text tower's beside it: what CMPA reads before them (None where
-    they are not coupled), the prompts that newly enter, and the text tower after its block."""
-
-    block: int
-    v: Tensor | None = None  # (M, Dv), pooled
-    t: Tensor | None = None  # (M, Dt)
-    new_v: Tensor | None = None  # (M, Dv)
-    new_t: Tensor | None = None  # (M, Dt)
-    text: Any = None  # the tower's run
+        """QuickGELU, h * sigmoid(1.702 h), is computed as silu(1.702 h) / 1.702: the same function, and the backward
+        pass needs one tensor of the hidden width instead of two."""
+        block, mlp = self.module, self.module.mlp
+        x = x + block.ls_1(block.attn.out_proj(merge_heads(attended)))  # (..., L, D)
+        y = block.ln_2(x)
+        y = mlp.c_proj(F.silu(1.702 * mlp.c_fc(y)) / 1.702) if type(mlp.gelu).__name__ == "QuickGELU" else mlp(y)
+        return x + block.ls_2(y)
 
 
 class VisionTower:

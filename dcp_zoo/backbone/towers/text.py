@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.backbone._torch import pool
-from dcp_zoo.backbone.classes import NAME, Texts, class_texts, mean_of_texts
-from dcp_zoo.backbone.tokens import Tokenizer, check_lengths, end_positions, last_tokens, pool_type, start_tokens
-from dcp_zoo.backbone.towers.open_clip import KeyValue, OpenClipBlock, call, checkpointed, missing_parts
+from dcp_zoo.backbone.classes import mean_of_texts
+from dcp_zoo.backbone.tokens import check_lengths, end_positions, last_tokens, pool_type
+from dcp_zoo.backbone.towers.open_clip import KeyValue, OpenClipBlock, call, checkpointed
 
 CHUNK_TOKENS, CHUNK_PADDING = 1024, 64  # tokens of class names computed at once, and how many of them are padding
 Runner = Callable[..., Tensor]
@@ -24,9 +24,6 @@ Runner = Callable[..., Tensor]
 
 class PaddedTexts(nn.Module):
     """Some texts, padded at the end: tokens `ids` (c, L), and `ends` (c,), the places that the tower reads."""
-
-    ids: Tensor
-    ends: Tensor
 
     def __init__(self, ids: Tensor, ends: Tensor) -> None:
         super().__init__()
@@ -68,43 +65,6 @@ def chunk_sizes(lengths: Sequence[int]) -> list[int]:
     return sizes
 
 
-def tokenize_names(
-    classnames: Sequence[str], tokenizer: Tokenizer, tower: Any, n_ctx: int, texts: Texts = NAME
-) -> TextChunks:
-    """The texts of every class, by default `name.`, to follow `n_ctx` prompts; ZooError if one does not fit."""
-    sentences, counts = class_texts(classnames, texts)
-    labels = [f"The class name {name!r}" for name in classnames]
-    if counts is not None:
-        labels = [f"The sentence {sentence!r}" for sentence in sentences]
-    # longer than the tower's context, so that long texts are detected instead of cut
-    ids = tokenizer(sentences, context_length=4 * tower.length)
-    chunks = (_after_prompts if tower.shares_prefix else _whole)(labels, ids, tokenizer, tower, n_ctx)
-    chunks.start_id, chunks.counts = int(ids[0, 0]), counts
-    return chunks
-
-
-def _after_prompts(labels: Sequence[str], ids: Tensor, tokenizer: Tokenizer, tower: Any, n_ctx: int) -> TextChunks:
-    ends = end_positions(tower.text, ids)  # the number of tokens after the start token
-    check_lengths(labels, ends, tower.length - 1 - n_ctx, n_ctx)  # room for name, full stop and end token
-    return TextChunks(ids[:, 1:], ends - 1, ends, slice(1, 1 + n_ctx))
-
-
-def _whole(labels: Sequence[str], ids: Tensor, tokenizer: Tokenizer, tower: Any, n_ctx: int) -> TextChunks:
-    start, length, text = start_tokens(tokenizer), tower.length, tower.text
-    kind = pool_type(text)
-    if getattr(text, "cls_emb", None) is not None:  # CoCa's class token after all others
-        ends = torch.full((len(ids),), length - n_ctx)
-    elif kind in ("argmax", "eos"):
-        ends = end_positions(text, ids)
-    else:  # the tower reads its first or its last token, whatever that is
-        ends = torch.full((len(ids),), length - 1 - n_ctx if kind == "last" else 0)
-    check_lengths(labels, last_tokens(ids) + 1 - start, length - 1 - start - n_ctx, n_ctx)
-    filler = ids.new_full((len(ids), n_ctx), int(getattr(text, "pad_id", 0)) + 1)  # replaced by the prompts
-    whole = torch.cat([ids[:, :start], filler, ids[:, start : length - n_ctx]], 1)
-    ends = ends + n_ctx * (ends >= start)
-    return TextChunks(whole, ends, torch.full_like(ends, length), slice(start, start + n_ctx))
-
-
 class TextTower:
     """A text tower block by block; it holds the modules, and no parameters of its own: `text`, the CLIP itself or its
     `.text`. `width` is Dt; `shares_prefix`: whether start token and prompts are the same for every class."""
@@ -115,19 +75,31 @@ class TextTower:
         self.width, self.length = text.positional_embedding.shape[-1], text.context_length
         self.shares_prefix = shares_prefix(text)
 
-    @staticmethod
-    def missing(text: Any) -> list[str]:
-        """What a text tower lacks to be of this kind."""
-        return missing_parts(text.transformer.resblocks) + ["pooling at one token"] * (pool_type(text) == "none")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.text.token_embedding.weight.dtype
+    def chunks(self, labels: Sequence[str], ids: Tensor, n_ctx: int, start: int) -> TextChunks:
+        """Tokens (S, L) of texts, of which the first `start` come before the prompts, to follow `n_ctx` prompts;
+        ZooError, naming it by its label, if a text does not fit."""
+        inside = slice(start, start + n_ctx)
+        if self.shares_prefix:
+            ends = end_positions(self.text, ids)  # the number of tokens after the start token
+            check_lengths(labels, ends, self.length - 1 - n_ctx, n_ctx)  # room for name, full stop and end token
+            return TextChunks(ids[:, 1:], ends - 1, ends, inside)
+        kind, length = pool_type(self.text), self.length
+        if getattr(self.text, "cls_emb", None) is not None:  # CoCa's class token after all others
+            ends = torch.full((len(ids),), length - n_ctx)
+        elif kind in ("argmax", "eos"):
+            ends = end_positions(self.text, ids)
+        else:  # the tower reads its first or its last token, whatever that is
+            ends = torch.full((len(ids),), length - 1 - n_ctx if kind == "last" else 0)
+        check_lengths(labels, last_tokens(ids) + 1 - start, length - 1 - start - n_ctx, n_ctx)
+        filler = ids.new_full((len(ids), n_ctx), int(getattr(self.text, "pad_id", 0)) + 1)  # replaced by the prompts
+        whole = torch.cat([ids[:, :start], filler, ids[:, start : length - n_ctx]], 1)
+        ends = ends + n_ctx * (ends >= start)
+        return TextChunks(whole, ends, torch.full_like(ends, length), inside)
 
     def begin(self, prompts: Tensor, names: TextChunks, run: Runner = call) -> "PrefixRun | FullRun":
-        """Class names, as of `tokenize_names`, after the prompts (M, Dt), before the first block. `run` calls what is
-        computed per chunk of classes, such as with gradient checkpointing."""
-        prompts = prompts.to(self.dtype) + self.text.positional_embedding[names.inside]
+        """Class names, as of `chunks`, after the prompts (M, Dt), before the first block. `run` calls what is computed
+        per chunk of classes, such as with gradient checkpointing."""
+        prompts = prompts.to(self.text.token_embedding.weight.dtype) + self.text.positional_embedding[names.inside]
         return (PrefixRun if self.shares_prefix else FullRun)(self, prompts, names, run)
 
     def embed(self, names: TextChunks) -> list[Tensor]:
@@ -245,18 +217,17 @@ class FullRun:
     def __init__(self, tower: TextTower, prompts: Tensor, names: Any, run: Runner) -> None:
         self.tower, self.names = tower, names
         self._run = checkpointed if len(names) > 1 else run
-        self.inside = names.inside
         self.masks = [attention_mask(tower.text, chunk.ids) for chunk in names]
         self.blocks, self.chunks = iter(tower.blocks), tower.embed(names)
         self.replace(prompts)
 
     def prompts(self, pooling: str) -> Tensor:
         """The prompts (M, Dt), pooled over all classes, as the vision prompts are over the batch."""
-        return pool(torch.cat([y[:, self.inside] for y in self.chunks]), pooling)
+        return pool(torch.cat([y[:, self.names.inside] for y in self.chunks]), pooling)
 
     def replace(self, prompts: Tensor) -> None:
         """New prompts (M, Dt), the same for every class."""
-        first, last = self.inside.start, self.inside.stop
+        first, last = self.names.inside.start, self.names.inside.stop
         self.chunks = [
             torch.cat([y[:, :first], prompts.to(y.dtype).expand(len(y), -1, -1), y[:, last:]], 1) for y in self.chunks
         ]

@@ -8,14 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.backbone.inputs import Tokens
-from dcp_zoo.backbone.towers.open_clip import (
-    HIDDEN,
-    Block,
-    VisionTower,
-    is_plain,
-    merge_heads,
-    missing_parts,
-)
+from dcp_zoo.backbone.towers.open_clip import HIDDEN, Block, VisionTower, is_plain, merge_heads, missing_parts
 
 BLOCKS = ("Block", "EvaBlock", "EvaBlockPostNorm")
 ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
@@ -66,13 +59,13 @@ class TimmBlock(Block):
         """(..., H, L, d) of prefix tokens, patches and prompts; only the patches are turned."""
         from timm.layers import apply_rot_embed_cat
 
-        rope, first = getattr(self.trunk, "rope", None), self.module.attn
-        if rope is None or x.shape[-2] <= first.num_prefix_tokens:
+        rope, attn = getattr(self.trunk, "rope", None), self.module.attn
+        if rope is None or x.shape[-2] <= attn.num_prefix_tokens:
             return x
         embedding = rope.get_embed()[self.index] if self.trunk.rope_mixed else rope.get_embed()
-        start = first.num_prefix_tokens
+        start = attn.num_prefix_tokens
         end = start + embedding.shape[-2]
-        half = {"half": True} if getattr(first, "rotate_half", False) else {}
+        half = {"half": True} if getattr(attn, "rotate_half", False) else {}
         turned = apply_rot_embed_cat(x[..., start:end, :], embedding, **half).type_as(x)
         return torch.cat([x[..., :start, :], turned, x[..., end:, :]], -2)
 
@@ -93,8 +86,7 @@ class TimmViT(VisionTower):
     def __init__(self, visual: Any) -> None:
         self.visual, trunk, embedding = visual, visual.trunk, visual.trunk.patch_embed
         self.norm = trunk.norm
-        plain = isinstance(getattr(embedding, "proj", None), nn.Conv2d) and not hasattr(embedding, "backbone")
-        self.has_stem = not plain
+        self.has_stem = hasattr(embedding, "backbone") or not isinstance(getattr(embedding, "proj", None), nn.Conv2d)
         self.blocks = [TimmBlock(block, trunk, i) for i, block in enumerate(trunk.blocks)]
         self.width, self.num_prefix = trunk.embed_dim, trunk.num_prefix_tokens
         self.grid = tuple(trunk.patch_embed.grid_size)

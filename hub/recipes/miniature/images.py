@@ -81,7 +81,7 @@ def in_onnx_runtime(stem: Stem, size: int) -> Callable[[Tensor], Tensor]:
 
     class Features(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
-            return stem.features(images)
+            return stem.stages(images)[-1]
 
     program = onnx_program(Features().eval(), torch.zeros(2, 3, size, size), "features")
     options = onnxruntime.SessionOptions()
