@@ -128,8 +128,8 @@ class Classifier(nn.Module, ABC):
         return [reading.only(len(widths)) for reading, widths in pairs]
 
     def _probe_of(self, classes: Sequence[str], columns: int, examples: int = 0) -> TextProbe:
-        """An empty text probe that reads so many columns: all parts of each reading, or fewer, as heads of earlier
-        versions do."""
+        """An empty text probe that reads so many columns: all parts of each reading, or fewer, as one does that
+        was fitted on given features."""
         widths = [reading.widths for reading in self.readings]
         parts = max(map(len, widths))
         while parts > 1 and columns != sum(sum(each[:parts]) for each in widths):

@@ -88,7 +88,7 @@ class HeadInfo(_Identity, total=False):
 
     clip_fingerprint: str  # of all of CLIP's weights, see `Frozen.fingerprint`; none where they were not in float32
     encoders: list[dict[str, str]]  # beside CLIP: "name", timm's, and "fingerprint"
-    reads: list[list[str]]  # of each reading of its text probe, see `Reading.parts`; none in heads of earlier versions
+    reads: list[list[str]]  # of each reading of its text probe, see `Reading.parts`
     rest: str  # of a phrase, see `PromptHead`
     named: list[str]  # classes of the method's own classifier, where a layer of `reset_classifier` has others
     dataset: str | None
