@@ -81,7 +81,7 @@ def test_a_grid_that_cannot_be_is_refused():
         ({"options": {"dept": [1]}}, "No method's recipe has a field 'dept': .*depth"),
     ):
         with pytest.raises(ZooError, match=message):
-            plan_trials(**{"protocol": "few-shot"} | grid)
+            plan_trials(**{"protocol": "few-shot", "methods": ["dcp"]} | grid)
 
 
 def test_keys_are_file_names_and_unique():
