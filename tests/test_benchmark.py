@@ -28,6 +28,7 @@ from dcp_zoo.training.methods import METHODS, promptsrc
 from dcp_zoo.training.run import Run, train_head
 from dcp_zoo.training.state import TrainingState
 
+pytestmark = pytest.mark.usefixtures("quick_probe")
 TRANSFER = [name for name, method in METHODS.items() if method.abilities.transfers]
 CLOSED = [name for name in METHODS if name not in TRANSFER]
 
