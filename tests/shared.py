@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.tokens import default_tokenizer
 from dcp_zoo.cli import app, main
 from dcp_zoo.data import Item
+from dcp_zoo.probe import candidates, evidence
 from dcp_zoo.release import onnx
 from dcp_zoo.training.methods import promptsrc
 from dcp_zoo.zoo.registry import WEIGHTS
@@ -234,9 +236,12 @@ def quick_probe() -> Iterator[None]:
 
 @contextmanager
 def quick_fits() -> Iterator[None]:
-    """Text probes of two thirds of the candidates and half of the folds."""
+    """Text probes of few candidates and half of the folds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dcp_zoo.probe.candidates.TEXTS", (1.0, 0.0))
+        for name in ("TEXTS", "INSIDE_TEXTS"):
+            patch.setattr(candidates, name, (1.0,))
+        for module in (candidates, evidence):
+            patch.setattr(module, "PENALTIES", (math.inf, 1.0, 0.01))
         patch.setattr("dcp_zoo.probe.folds.FOLDS", 2)
         yield
 

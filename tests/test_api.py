@@ -22,7 +22,6 @@ from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
-from sklearn.utils import estimator_checks
 
 import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError
@@ -140,6 +139,8 @@ CHECKS = [
 
 
 def test_scikit_learns_checks_that_need_no_table():
+    from sklearn.utils import estimator_checks  # which imports most of scikit-learn
+
     for name in CHECKS:
         if check := getattr(estimator_checks, name, None):  # not in every version of scikit-learn
             check("FewShotClassifier", FewShotClassifier())

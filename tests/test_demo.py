@@ -9,18 +9,22 @@ import pytest
 from helpers import png_that_claims
 from PIL import Image
 
-gr = pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
-
-from space import app  # noqa: E402
-from space.app import launch  # noqa: E402
-
-from dcp_zoo import create_model, predict  # noqa: E402
-from dcp_zoo.data.packaged import sample_images  # noqa: E402
-from dcp_zoo.errors import ZooError  # noqa: E402
-from dcp_zoo.zoo.registry import DEFAULT_HEAD  # noqa: E402
+from dcp_zoo import create_model, predict
+from dcp_zoo.data.packaged import sample_images
+from dcp_zoo.errors import ZooError
+from dcp_zoo.zoo.registry import DEFAULT_HEAD
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
 OTHER_HEAD = "dcp_mini.pacs_photo-16shot"  # of whose classes the six photographs show none
+
+
+@pytest.fixture(scope="module")
+def app():
+    """The demo's module; Gradio takes seconds to import, in each process that does it."""
+    pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
+    from space import app
+
+    return app
 
 
 def photos(*paths):
@@ -35,7 +39,7 @@ def coloured(folder, colour, n=4):
     return photos(*paths)
 
 
-def test_captions_are_what_predict_says(tmp_path):
+def test_captions_are_what_predict_says(app, tmp_path):
     model = create_model(DEFAULT_HEAD, pretrained=True).eval()
     best = predict(model, sample_images()[0])[0][0]
     path, caption = app.captions(model, photos(sample_images()[0]), False)[0]
@@ -51,7 +55,7 @@ def test_captions_are_what_predict_says(tmp_path):
         assert (message in caption, str(tmp_path) in caption) == (True, False)
 
 
-def test_a_head_is_trained_measured_and_saved(tmp_path):
+def test_a_head_is_trained_measured_and_saved(app, tmp_path):
     classes = app.named_classes(["red", "", "blue"], [coloured(tmp_path, "red"), None, coloured(tmp_path, "blue")])
     told, own, download = app.train_on("dcp_mini", classes, str(tmp_path))
     assert "Trained on 6 photographs" in told
@@ -69,17 +73,17 @@ def test_a_head_is_trained_measured_and_saved(tmp_path):
             app.named_classes(names, [photos("a.png") * count for count in counts])
 
 
-def test_a_taken_port_is_explained():
+def test_a_taken_port_is_explained(app):
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ZooError, match="pass other --host or --port"):
-        launch(port=other.getsockname()[1])
+        app.launch(port=other.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(app, tmp_path_factory):
     """Host and port of a running demo."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-        page = launch(OTHER_HEAD, port=0, block=False)
+        page = app.launch(OTHER_HEAD, port=0, block=False)
         yield page.local_url.split("/")[2]
         page.close(verbose=False)
 

@@ -14,11 +14,8 @@ from fastapi.testclient import TestClient
 from helpers import answers, classify
 from PIL import Image
 
-for module in ("onnxruntime", "onnxscript"):
-    pytest.importorskip(module, reason="the export extra is not installed")
-
-import onnx  # noqa: E402
-import onnxruntime  # noqa: E402
+onnx = pytest.importorskip("onnx", reason="the export extra is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="the export extra is not installed")
 
 from dcp_zoo import ZooError, create_transform  # noqa: E402
 from dcp_zoo.answers import log_softmax  # noqa: E402

@@ -17,15 +17,9 @@ import pytest
 from helpers import http_server
 from PIL import Image
 
-for module in ("onnxruntime", "onnxscript"):
-    pytest.importorskip(module, reason="the export extra is not installed")
-pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")
-
-from space.app import launch  # noqa: E402
-
-from dcp_zoo import predict  # noqa: E402
-from dcp_zoo.data.packaged import sample_images  # noqa: E402
-from dcp_zoo.release import export_hub  # noqa: E402
+from dcp_zoo import predict
+from dcp_zoo.data.packaged import sample_images
+from dcp_zoo.release import export_hub
 
 pytestmark = pytest.mark.scripts
 TIMEOUT = 120_000  # ms
@@ -106,6 +100,9 @@ def test_what_the_command_line_writes_is_accessible(run, flowers, chromium):
 @pytest.fixture
 def page(chromium, tmp_path, monkeypatch):
     """The demo's page. No request may go anywhere else, and no script may fail."""
+    pytest.importorskip("gradio", reason="the demo needs dcp_zoo[demo]")  # which takes seconds
+    from space.app import launch
+
     asked, errors = [], []
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
     demo = launch(port=0, block=False)

@@ -151,7 +151,7 @@ def test_what_cannot_run_on_ray_is_said(cluster, settings, monkeypatch, run):
         run_all(print, settings, monkeypatch, cpus=3)
     with pytest.raises(ZooError, match="share"):
         run_all(lambda trial, settings: Event(trial, "done"), settings, monkeypatch)
-    swept = "benchmark", "few-shot", "--output", settings.output
+    swept = "benchmark", "few-shot", "--methods", "dcp", "--output", settings.output
     assert "add --ray local" in run.refused(*swept, "--per-trial", "cpus=2")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(ZooError, match=r"No Ray cluster at '127.0.0.1:9'.*--ray local"):

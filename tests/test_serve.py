@@ -22,7 +22,7 @@ from helpers import answers as predictions
 from helpers import encoded, png_that_claims, until
 from PIL import Image
 
-for module in ("onnxruntime", "onnxscript", "fastapi_offline", "python_multipart"):
+for module in ("onnxruntime", "fastapi_offline", "python_multipart"):
     pytest.importorskip(module, reason="the server needs dcp_zoo[serve,export]")
 
 from dcp_zoo import ZooError  # noqa: E402
