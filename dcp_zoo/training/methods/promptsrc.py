@@ -65,7 +65,8 @@ def fit(task: Task) -> PromptHead:
     weights = epoch_weights(recipe.epochs, recipe.average_mean, recipe.average_std, recipe.num_epochs)
     frozen = ensemble(task.clip, task.classnames, task.texts)
     loss_of = promptsrc_loss(head, frozen, recipe)
-    train_prompts(task, head, task.train_images, loss_of=loss_of, average=EpochAverage(weights))
+    average = EpochAverage([p for p in head.parameters() if p.requires_grad], weights)
+    train_prompts(task, head, task.train_images, loss_of=loss_of, average=average)
     return head.requires_grad_(False)
 
 
