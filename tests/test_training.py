@@ -16,7 +16,7 @@ import dcp_zoo.training.run as training_run
 from dcp_zoo import ZooError, create_model
 from dcp_zoo.backbone.inputs import Pixels
 from dcp_zoo.data import Item, all_for_training, few_shot, subset_sha256
-from dcp_zoo.training.evaluation import predict, top1, warn_if_not_learnt
+from dcp_zoo.training.evaluation import read, top1, warn_if_not_learnt
 from dcp_zoo.training.loop import objective, train
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
@@ -114,10 +114,10 @@ def test_training_learns(sources, tmp_path):
     assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
     round_and_store_stats(model, sources())
     assert model.stats == "stored"
-    logits = predict(model, sources(), 8)
+    logits = read(model, sources(), 8)[0]
     assert top1(logits, source.labels) == 100
     model.save_pretrained(tmp_path)  # what is measured is what is saved: rounded weights
-    torch.testing.assert_close(predict(create_model(f"local-dir:{tmp_path}", True).eval(), sources(), 8), logits)
+    torch.testing.assert_close(read(create_model(f"local-dir:{tmp_path}", True).eval(), sources(), 8)[0], logits)
 
 
 def test_agreement_is_the_distance_to_zero_shot_features():

@@ -153,11 +153,6 @@ class Evaluation:
         ]
 
 
-def predict(head: Head, source: ImageSource, batch_size: int, progress: Progress = no_progress) -> Tensor:
-    """The logits (n, C) of `read`."""
-    return read(head, source, batch_size, progress)[0]
-
-
 @torch.no_grad()
 def read(
     head: Head, source: ImageSource, batch_size: int, progress: Progress = no_progress

@@ -30,12 +30,7 @@ from dcp_zoo.heads.config import STATE_NAME, check_free
 from dcp_zoo.heads.head import Head
 from dcp_zoo.training.cache import keeps_features, kept_features
 from dcp_zoo.training.device import pick_device, pick_precision
-from dcp_zoo.training.evaluation import (
-    EVAL_BATCH,
-    Evaluation,
-    measure,
-    measure_by_folds,
-)
+from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measure_by_folds
 from dcp_zoo.training.loop import Callback
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
@@ -223,6 +218,7 @@ def train_head(
     clip: FrozenCLIP | None = None,
     subset: Split | None = None,
     read: Reader | None = None,
+    by_folds: bool = False,
 ) -> tuple[Head, dict[str, float]]:
     """Train, measure and save one head of any method. Returns it, and its top-1 accuracies in percent. ZooError for bad
     input, an error of the method, or an output folder that is not writable, or of another run or process.
@@ -237,6 +233,7 @@ def train_head(
         measured: accuracies to store instead of measuring.
         clip: of the run, where it is loaded already, on its device.
         subset, read: the images of the run, where they are read already, and what reads them.
+        by_folds: whether the accuracy is measured by folds of the training images, not on test images.
     """
     options = options or RunOptions()
     with alone_in(output) if output else nullcontext():
@@ -245,7 +242,7 @@ def train_head(
             if options.overwrite and run.recipe.is_trained:
                 remove_state(output)
             check_free(output, options.overwrite, resumes=run.recipe.is_trained)
-        head, metrics, evaluation = _fit_and_measure(run, output, options, measured, clip, subset, read)
+        head, metrics, evaluation = _fit_and_measure(run, output, options, measured, clip, subset, read, by_folds)
         if output:
             head.save_pretrained(output)
             remove_state(output)
@@ -262,10 +259,10 @@ def _fit_and_measure(
     clip: FrozenCLIP | None = None,
     subset: Split | None = None,
     read: Reader | None = None,
-    folded: bool = False,
+    by_folds: bool = False,
 ) -> tuple[Head, dict[str, float], Evaluation | None]:
-    """What `train_head` saves, its accuracies, and its predictions on the test images or, `folded`, by `_by_folds`. The
-    state of a training stays in `output`."""
+    """What `train_head` saves, its accuracies, and its predictions on the test images or `by_folds`. The state of a
+    training stays in `output`."""
     started, earlier, info = time.perf_counter(), 0.0, Values()
     subset = subset or run.subset()
     clip = clip or plain_clip(run.model).to(run.device)
@@ -287,7 +284,7 @@ def _fit_and_measure(
     seconds = round(earlier + time.perf_counter() - started, 2)
     metrics: dict[str, float] = {}
     evaluation, outcome = None, dict(measured or {})
-    if folded:
+    if by_folds:
         metrics, evaluation = _by_folds(run, task) or ({}, None)
     elif measured is None and options.test and run.split.test:
         test = run.source(clip, options.progress, run.split.test, "none", head.stats_modes == ("stored",))
@@ -349,14 +346,11 @@ def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> t
         check_free(output, options.overwrite, resumes=run.recipe.is_trained)
         first = output / BEFORE_REFIT
         if options.overwrite:
-            remove_state(output)
             remove_state(first)
         clip = plain_clip(run.model).to(run.device)
         part = run if by_folds or parted else hold_out(run, options, clip)
         if by_folds or not part.split.test:
-            head, metrics, evaluation = _fit_and_measure(run, output, options, clip=clip, folded=by_folds)
-            head.save_pretrained(output)
-            remove_state(output)
+            head, metrics = train_head(run, output, options, clip=clip, by_folds=by_folds)
         else:
             trained, metrics, evaluation = _fit_and_measure(part, first, options, clip=clip)
             took = format_duration(trained.info["train_seconds"])
@@ -365,8 +359,8 @@ def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> t
             measured = {name: trained.info[name] for name in MEASURED if name in trained.info}
             head, _ = train_head(final, output, options, measured, clip=clip)
             shutil.rmtree(first, ignore_errors=True)
-        if evaluation:
-            options.show(evaluation)
-        else:
+            if evaluation:
+                options.show(evaluation)
+        if not metrics:
             options.log("There are too few images, or groups, of a class to leave any out: the accuracy is not known.")
     return head, metrics
