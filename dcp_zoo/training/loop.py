@@ -21,7 +21,6 @@ from dcp_zoo.training.sources import Batch, ImageSource, Progress, no_progress, 
 from dcp_zoo.training.state import Log, TrainingState, no_log
 
 TEXT_WEIGHT, IMAGE_WEIGHT = 25.0, 10.0  # PromptSRC's
-FASTER = "Faster: the method text-probe, which takes seconds."
 
 
 class Epoch(NamedTuple):
@@ -136,7 +135,7 @@ def train(
     run = (state or TrainingState()).begin(build_optimizer(recipe, trained), precision, sums)
     losses, steps = run.losses, recipe.num_epochs * per_epoch
     size = f"{sum(p.numel() for p in trained):,} trained parameters"
-    log(f"{steps:,} steps of at most {recipe.batch_size} images; {size}. {FASTER}")
+    log(f"{steps:,} steps of at most {recipe.batch_size} images; {size}. Faster: the method text-probe, in seconds.")
     loss_of = loss_of or objective(model, recipe)
 
     def loss(inputs: Inputs, labels: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP
@@ -28,9 +29,10 @@ from dcp_zoo.files import alone_in, format_duration
 from dcp_zoo.heads.checkpoint import MEASURED
 from dcp_zoo.heads.config import STATE_NAME, check_free
 from dcp_zoo.heads.head import Head
+from dcp_zoo.probe.folds import folds, without
 from dcp_zoo.training.cache import keeps_features, kept_features
 from dcp_zoo.training.device import pick_device, pick_precision
-from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measure_by_folds
+from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, answers, measure, measured
 from dcp_zoo.training.loop import Callback
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
@@ -315,16 +317,26 @@ def _warn_of_shared_groups(given: Sequence[Item], train: ImageSource, test: Imag
 
 
 def _by_folds(run: Run, task: Task) -> tuple[dict[str, float], Evaluation] | None:
-    """The accuracies of heads that are trained as this one is, but without a fold, on its images."""
+    """`measure` of heads that are trained as this one is, but without one of four folds, on its images; None if no
+    group can be left out. A class of one group is always trained on."""
     assert task.train is not None
-    train, weights = task.train, task.probe_weights
-
-    def fit(kept: Sequence[int]) -> Head:
-        part = None if weights is None else weights[list(kept)]
-        return fit_head(run.method, replace(task, train=train.of(kept), probe_weights=part))
-
+    source, weights = task.plain_train, task.probe_weights
+    parts = folds(source.labels, source.groups)
+    modes, refused = list[dict[str, Tensor]](), list[Tensor | None]()
     with nullcontext() if keeps_features() else kept_features():
-        return measure_by_folds(fit, task.plain_train, task.progress)
+        for out in parts:
+            kept = without(out, len(source.items)).nonzero().flatten().tolist()
+            of_kept = None if weights is None else weights[kept]
+            head = fit_head(run.method, replace(task, train=task.train.of(kept), probe_weights=of_kept))
+            logits, rejected = answers(head, source.of(out.tolist()), EVAL_BATCH, task.progress)
+            modes.append(logits)
+            refused.append(rejected)
+    if not parts:
+        return None
+    whole = {mode: torch.cat([each[mode] for each in modes]) for mode in modes[0]}
+    known = [each for each in refused if each is not None]
+    rejects = torch.cat(known) if len(known) == len(refused) else None
+    return measured(whole, rejects, head.classnames, [source.items[i] for i in torch.cat(parts).tolist()])
 
 
 def hold_out(run: Run, options: RunOptions, clip: FrozenCLIP | None = None) -> Run:
