@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcp_zoo.backbone._torch import construction
 from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own
@@ -39,7 +41,7 @@ from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import AUTO, MANY, PROBE_REFUSED, BaseRecipe, check_seed
 from dcp_zoo.training.sources import ImageSource, KnownFacts, groups_in, image_source
-from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, identity_of, no_log, remove_state
+from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, no_log, remove_state
 from dcp_zoo.zoo.build import check_encoders, load_encoders, plain_clip
 from dcp_zoo.zoo.registry import SIZES
 
@@ -138,6 +140,24 @@ class Run:
             stored["test_share"] = self.test_share
         stored["recipe"] = recipe.training | {"precision": self.precision}
         return stored
+
+    def identity(self, subset: Split, clip: FrozenCLIP, info: Values) -> Values:
+        """What the state of a training belongs to: its `info`, with one hash of its images in place of several, and
+        more. The state of another run is rejected."""
+        of_images = {name: info.get(name) for name in ("split_sha256", "subset_sha256", "image_hashes")}
+        return {
+            **{name: value for name, value in info.items() if name not in (*of_images, "recipe")},
+            **self.recipe.fitted(len(subset.train), len(subset.classnames)).as_dict(),
+            "precision": self.precision,
+            "hash of the images": sha256(repr(of_images).encode()).hexdigest()[:12],
+            "model": self.model,
+            "method": self.method,
+            "clip": clip.source,
+            "CLIP weights": clip.fingerprint(),
+            "CLIP architecture": construction(clip.clip),
+            "preprocessing": clip.preprocessing,
+            **({"descriptions": self.descriptions} if self.descriptions else {}),
+        }
 
 
 def plan(
@@ -277,7 +297,7 @@ def _fit_and_measure(
         if task.train and is_own(run.split.name):
             task.train.decode()
         info = run.info(subset)
-        place, identity = output and output / STATE_NAME, identity_of(run, subset, clip, info)
+        place, identity = output and output / STATE_NAME, run.identity(subset, clip, info)
         state = TrainingState(place, identity, options.save_every, options.log)
         earlier = state.seconds
         task.training = {"state": state, "callbacks": options.callbacks, "log": options.log}

@@ -376,9 +376,5 @@ def encode_views(
 
     if not kept:
         return torch.cat(list(batches(range(len(source.items)))), 1)
-    views = views if source.views is None else min(views, len(source.views))
-
-    def setting() -> str:
-        return tower_setting(of or source.clip, kept, source.precision)
-
+    setting = partial(tower_setting, of or source.clip, kept, source.precision)
     return per_image([item.path for item in source.items], setting, views, batches)
