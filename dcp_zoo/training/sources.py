@@ -319,7 +319,8 @@ def image_source(
 def groups_in(*sources: ImageSource, progress: Progress = no_progress) -> list[list[int]]:
     """The groups of all images of some sources, one after the other, see `find_groups`. Their `numbers` are read if
     they are not known, and kept as features are."""
-    items, known = [item for source in sources for item in source.items], sources[0].facts or {}
+    features = torch.cat([source.features(None, progress)[0] for source in sources]).numpy()
+    items, known = [item for source in sources for item in source.items], sources[0].facts or {}  # by now filled
 
     def rows(positions: Sequence[int]) -> Iterator[Tensor]:
         for start in range(0, len(positions), AT_ONCE):
@@ -327,7 +328,6 @@ def groups_in(*sources: ImageSource, progress: Progress = no_progress) -> list[l
             read = in_threads(lambda item: known.get(item.key) or load_with_facts(item.path)[1], part)
             yield torch.from_numpy(np.stack([numbers(facts) for facts in read]))[None]
 
-    features = torch.cat([source.features(None, progress)[0] for source in sources]).numpy()
     facts = per_image([item.path for item in items], lambda: f"facts {computed_by()}", 1, rows)[0].numpy()
     return find_groups(features, facts)
 
