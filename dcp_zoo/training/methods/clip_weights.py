@@ -118,7 +118,7 @@ def fit_lora(task: Task) -> LinearHead:
     then an ordinary CLIP that accepts any class names. No model selection: the last step is used.
     """
     clip = own_clip(task.clip)
-    updates = add_updates(clip, task.recipe)
+    updates: Any = add_updates(clip, task.recipe)
     train_weights(clip, task, updates.parameters(), task.recipe.steps)
     with torch.no_grad():
         for block, update in zip(both_blocks(clip), updates, strict=True):
@@ -129,7 +129,7 @@ def fit_lora(task: Task) -> LinearHead:
 def add_updates(clip: FrozenCLIP, recipe: CLIPLoRARecipe) -> nn.ModuleList:
     """Give the blocks of both towers of a CLIP fresh low-rank updates; returns these, text first, in training mode."""
     check_blocks(clip, "CLIP-LoRA")
-    updates: Any = nn.ModuleList()
+    updates = nn.ModuleList()
     towers: Any = clip.text_tower, clip.vision_tower
     for tower in towers:
         own = [LowRank(tower.width, recipe.rank, recipe.alpha, recipe.dropout).to(clip.device) for _ in tower.blocks]
