@@ -17,6 +17,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,10 +41,12 @@ from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.probe.estimates import class_means, text_scale
-from dcp_zoo.training.evaluation import EVAL_BATCH, predict
+from dcp_zoo.probe.folds import left_out
+from dcp_zoo.training.evaluation import EVAL_BATCH
+from dcp_zoo.training.evaluation import read as answers_of
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.linear_probe import LinearProbeRecipe, left_out
+from dcp_zoo.training.methods.linear_probe import LinearProbeRecipe, regression
 from dcp_zoo.training.methods.text_probe import on_cpu, probe_views
 from dcp_zoo.training.recipes import BaseRecipe
 from dcp_zoo.training.sources import ImageSource, image_source
@@ -170,15 +173,16 @@ def measured(known: Known, images: int, seed: int, method: str) -> tuple[Any, ..
         task.recipe = min((replace(task.recipe, C=C) for C in CS), key=lambda recipe: loss_left_out(task, recipe))
     head = fit_head(name, task) if name in METHODS else to_nearest_mean(task)
     seconds = time.process_time() - started + known.cost * len(split.train) * (name != "zero-shot")
-    return *scores(predict(head, known.test, EVAL_BATCH), known.test.labels), round(seconds, 1)
+    return *scores(answers_of(head, known.test, EVAL_BATCH)[0], known.test.labels), round(seconds, 1)
 
 
 def loss_left_out(task: Task, recipe: LinearProbeRecipe) -> float:
     """The log loss of scaled logits on images that were left out; for one image per class the default C is the best."""
     views = task.plain_train.features(probe_views(task.plain_train), task.progress)
-    if (held_out := left_out(views, task.train_labels, recipe)) is None:
+    fit = partial(regression, recipe=recipe)
+    if (held_out := left_out(views, task.train_labels, task.plain_train.groups, fit)) is None:
         return abs(recipe.C - LinearProbeRecipe.C)
-    logits, labels = held_out
+    logits, labels = held_out[1], task.train_labels[held_out[0]]
     return F.cross_entropy(text_scale(logits, labels) * logits, labels).item()
 
 

@@ -153,7 +153,7 @@ class Drawn:
         """Logits (m, C), and which images are refused (m,)."""
         joined = parts / len(self.widths) ** 0.5
         logits = probe(F.linear(parts[:, : self.widths[0]], *self.text), joined, self.classes)
-        scores = in_distribution_score(logits.numpy(), probe.distance(joined, self.classes).numpy())
+        scores = in_distribution_score(logits.numpy(), probe.measure(self.classes)(joined).numpy())
         return logits, scores < probe.threshold.item()
 
     @torch.no_grad()

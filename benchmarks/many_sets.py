@@ -34,7 +34,7 @@ from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.data import Item, Split
 from dcp_zoo.heads.head import Head
 from dcp_zoo.probe import ReadingFeatures, fit_on_features
-from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, predict, top1
+from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, read, top1
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.text_probe import on_cpu, probe_views
@@ -95,7 +95,7 @@ def measured(split: Split, seed: int, method: str) -> Iterator[tuple[Any, ...]]:
     trained = time.process_time() - started
     test = test_images(tuple(split.test))
     if method in ON_FEATURES:
-        yield "", *scores(predict(head, test, EVAL_BATCH), test.labels), round(trained, 1)
+        yield "", *scores(read(head, test, EVAL_BATCH)[0], test.labels), round(trained, 1)
         return
     yield from read_in_three_ways(head, task.plain_train, test, trained)
 

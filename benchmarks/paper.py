@@ -37,7 +37,7 @@ from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Split
 from dcp_zoo.data.splits import subsample_classes
-from dcp_zoo.training.evaluation import EVAL_BATCH, predict, read, top1
+from dcp_zoo.training.evaluation import EVAL_BATCH, read, top1
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.text_probe import fit_probe, on_cpu
@@ -134,7 +134,7 @@ def parts(data_root: Data, draws: Draws = 2) -> None:
             head: Any = fit_head("dcp", run.task(split, frozen_clip()))
             seconds = round(process_time() - started, 1)
             for head.stats in ("stored", "batch"):
-                logits = predict(head, test, run.recipe.eval_batch_size)
+                logits = read(head, test, run.recipe.eval_batch_size)[0]
                 rows.append((*key, head.stats, top1(logits, test.labels), len(logits), seconds))
             table.add(rows)
 

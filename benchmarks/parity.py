@@ -37,7 +37,7 @@ from dcp_zoo.data.splits import few_shot
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.head import Head
 from dcp_zoo.heads.kinds import PromptHead
-from dcp_zoo.training.evaluation import predict
+from dcp_zoo.training.evaluation import read
 from dcp_zoo.training.loop import train
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.prompts import MaPLeRecipe, new_maple
@@ -282,7 +282,7 @@ def run_ours(head: Head, recipe: TrainingRecipe, theirs: Recorded, items: list[I
     epochs = [theirs.batches[i : i + size] for i in range(0, len(theirs.batches), size)]
     source, found = TheirBatches(head.encoder, items, tests.transform, epochs=iter(epochs)), Recorded(trained(head))
     found.losses = train(head, source, recipe)
-    found.after, found.logits = trained(head), [predict(head, tests, 16)]
+    found.after, found.logits = trained(head), [read(head, tests, 16)[0]]
     return found
 
 
@@ -337,8 +337,8 @@ def main() -> None:
         theirs = run_theirs(trainer, iter(tests.batches(trainer.test_loader.batch_size)))
     head, recipe = build_ours(args.method, split.classnames, theirs.before)
     images, row = data / "101_ObjectCategories", dict[str, Any]()
-    for which, items, read in (("training", split.train, "train_x"), ("test", split.test, "test")):
-        keys = [str(Path(item.impath).relative_to(images)) for item in getattr(trainer.dm.dataset, read)]
+    for which, items, part in (("training", split.train, "train_x"), ("test", split.test, "test")):
+        keys = [str(Path(item.impath).relative_to(images)) for item in getattr(trainer.dm.dataset, part)]
         row[f"same {which} images in order"] = keys == [item.key for item in items]
     row["same tokens of class names"] = same_tokens(trainer.model.tokenized_prompts, head, split.classnames)
     ours = run_ours(head, recipe, theirs, split.train, tests)

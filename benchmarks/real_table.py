@@ -33,7 +33,7 @@ from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Method, Task
 from dcp_zoo.training.methods.table import GROUP
-from dcp_zoo.training.methods.text_probe import TextProbeRecipe, add_probe
+from dcp_zoo.training.methods.text_probe import TextProbeRecipe
 from dcp_zoo.training.methods.zero_shot import fit as zero_shot
 from dcp_zoo.zoo.registry import get_spec
 
@@ -57,13 +57,12 @@ class EmbeddingHead(LinearHead):
     """A head that reads CLIP's embedding, and not what the image tower has before it."""
 
     def _own_reading(self) -> Any:
-        return super()._own_reading().first_part()
+        return super()._own_reading().only()
 
 
 def fit_embedding(task: Task) -> LinearHead:
     head = zero_shot(task)
     head.__class__ = EmbeddingHead
-    add_probe(head, task)
     return head
 
 

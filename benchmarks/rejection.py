@@ -124,7 +124,7 @@ def scores(views: Tensor, text: Linear, probe: Any, f: Tensor) -> dict[str, Tens
     """What different scores say of features f (m, F): higher for images of the classes."""
     z = F.linear(f, *probe.linear(text, probe.classes))
     logs = z.log_softmax(-1)
-    entropy, distance = -(logs.exp() * logs).sum(-1), probe.distance(f, probe.classes)
+    entropy, distance = -(logs.exp() * logs).sum(-1), probe.measure(probe.classes)(f)
     unit = probe.measure(probe.classes).unit
     found = {
         HEADS_OWN: -entropy - DISTANCE_WEIGHT * distance,

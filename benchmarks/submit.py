@@ -24,7 +24,7 @@ from dcp_zoo.heads.config import PERCENT, is_checkpoint
 from dcp_zoo.prediction.heads import loaded
 from dcp_zoo.release import holds
 from dcp_zoo.training.device import decoders
-from dcp_zoo.training.evaluation import predict, top1
+from dcp_zoo.training.evaluation import read, top1
 from dcp_zoo.training.recipes import CROSS_VALIDATION, VALIDATION
 from dcp_zoo.training.sources import image_source
 
@@ -95,7 +95,7 @@ def check_submission(folder: Path, data_root: Path | None, device: str = "auto")
     images = load_labelled(trained_on(name, model, data_root), data_root)
     items, _ = test_images(images, model, name, True)
     source = image_source(model.frozen, items, "none", decoders(model.device, len(items)), progress_bar)
-    measured = top1(predict(model, source, 1, progress_bar), source.labels)
+    measured = top1(read(model, source, 1, progress_bar)[0], source.labels)
     if not holds(submission.reported, measured):
         raise ZooError(f"{folder} reports {submission.reported:.2f} %, but {measured:.2f} % was measured here.")
     return replace(submission, measured=measured)

@@ -22,7 +22,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.inputs import Features, Pixels
 from dcp_zoo.data import Item
 from dcp_zoo.heads.head import Head
-from dcp_zoo.training.evaluation import predict, top1
+from dcp_zoo.training.evaluation import read, top1
 from dcp_zoo.training.methods import METHODS, fit_head, promptsrc
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.caches import BETAS, PENALTIES
@@ -94,7 +94,7 @@ def pixels(source: ImageSource) -> Tensor:
 
 
 def logits_of(head: Head, source: ImageSource) -> Tensor:
-    return predict(head, source, 64)
+    return read(head, source, 64)[0]
 
 
 # ----------------------------------------------------------------------------------- the towers, implemented plainly

@@ -368,7 +368,7 @@ def with_backbone(views: Tensor, labels: Tensor, width: int = 6) -> Tensor:
     return torch.cat([views, F.normalize(means[labels] + noise / 2, dim=-1)], -1)
 
 
-@pytest.mark.parametrize("part", ["folds", "candidates", "evidence", "threshold", "model"])
+@pytest.mark.parametrize("part", ["folds", "candidates", "evidence", "fit", "model"])
 def test_worked_examples(part):
     results = doctest.testmod(import_module(f"dcp_zoo.probe.{part}"))
     assert results.attempted > 0 == results.failed
@@ -433,7 +433,7 @@ def test_the_probe_is_the_mean_of_all_candidates_by_evidence(counts):
         return
     assert probe.spread == pytest.approx(evidence.distances.mean().item(), rel=1e-3)
     near = 1 + (evidence.distances / probe.spread).std() * NormalDist().inv_cdf(0.9)
-    wanted = behind_the_gate(found, probe.text_scale * z, probe.distance(f, probe.classes), near, 0.1)
+    wanted = behind_the_gate(found, probe.text_scale * z, probe.measure(probe.classes)(f), near, 0.1)
     assert close(whole.softmax(-1), wanted.exp(), 1e-5)
     assert not close(whole.softmax(-1), found.softmax(-1), 1e-3)
     distances = evidence.distances / probe.spread
@@ -487,7 +487,7 @@ def test_about_the_promised_share_of_known_images_is_refused(corrections):
         views = torch.cat([features(labels), features(labels[:corrections], 1 / 2)])[None]
         probe, _ = fit_on_features([*"abcdefghij"], both, [ReadingFeatures(views, linear)], typical=typical)
         f = features(labels.repeat(2))
-        scores = score(probe(F.linear(f, *linear), f, probe.classes), probe.distance(f, probe.classes))
+        scores = score(probe(F.linear(f, *linear), f, probe.classes), probe.measure(probe.classes)(f))
         refused.append(float((scores < probe.threshold).float().mean()))
     assert sum(refused) / 2 == pytest.approx(0.05, abs=0.03)
 
@@ -523,7 +523,7 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain):
     scores = in_distribution_score(plain.classify(everyday).numpy(), plain.distances(everyday).numpy())
     accepted = {rate: 100 * (scores >= threshold).mean() for rate, threshold in info["thresholds"].items()}
     assert info["others_accepted"] == pytest.approx(accepted, abs=0.1)
-    distances = expected.distance(x_frozen / math.sqrt(parts), plain.classes)
+    distances = expected.measure(plain.classes)(x_frozen / math.sqrt(parts))
     assert close(plain.distances(plain.encode_image(x)), distances, 1e-3)
     fused = plain.fuse()
     assert close(fused.distances(fused.encode_image(x)), distances, 1e-3)

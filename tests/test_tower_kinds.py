@@ -31,7 +31,7 @@ from dcp_zoo.heads.config import COUPLINGS
 from dcp_zoo.heads.head import Head
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.prediction.explain import logit_shares
-from dcp_zoo.training.evaluation import predict
+from dcp_zoo.training.evaluation import read
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import METHODS, fit_head
 from dcp_zoo.training.sources import ImageSource
@@ -290,7 +290,7 @@ def test_other_methods_train_on_towers_that_are_not_clips(method):
     short = {"epochs": 1, "n_ctx": 3, "batch_size": 3, "steps": 2, "augment": "none"}
     recipe = published.updated({name: value for name, value in short.items() if hasattr(published, name)})
     task = Task(plain, "dcp_vitb16", NAMES[:2], "a {}.", source, None, recipe)
-    logits = predict(fit_head(method, task), source, 3)
+    logits = read(fit_head(method, task), source, 3)[0]
     assert logits.shape == (3, 2)
     assert logits.isfinite().all()
 

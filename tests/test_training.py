@@ -16,7 +16,7 @@ import dcp_zoo.training.run as training_run
 from dcp_zoo import ZooError, create_model
 from dcp_zoo.backbone.inputs import Pixels
 from dcp_zoo.data import Item, all_for_training, few_shot, subset_sha256
-from dcp_zoo.training.evaluation import predict, top1, warn_if_not_learnt
+from dcp_zoo.training.evaluation import read, top1, warn_if_not_learnt
 from dcp_zoo.training.loop import objective, train
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
@@ -114,10 +114,10 @@ def test_training_learns(sources, tmp_path):
     assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
     round_and_store_stats(model, sources())
     assert model.stats == "stored"
-    logits = predict(model, sources(), 8)
+    logits = read(model, sources(), 8)[0]
     assert top1(logits, source.labels) == 100
     model.save_pretrained(tmp_path)  # what is measured is what is saved: rounded weights
-    torch.testing.assert_close(predict(create_model(f"local-dir:{tmp_path}", True).eval(), sources(), 8), logits)
+    torch.testing.assert_close(read(create_model(f"local-dir:{tmp_path}", True).eval(), sources(), 8)[0], logits)
 
 
 def test_agreement_is_the_distance_to_zero_shot_features():
@@ -138,13 +138,13 @@ def test_targets_are_zero_shot_features_of_the_view_or_of_the_whole_image(source
     """Of a mirror image, or of the image of which it is a crop."""
     whole, crops = sources("flip"), sources("crop-flip")
     flips, encode = replace(sources(), views=None, form=Pixels, flips=True), whole.clip.encode_image
-    flips.targets = crops.targets = encode_views(whole, encode, 2)
-    inputs, labels, targets = next(iter(flips.batches(8, torch.Generator().manual_seed(1))))
+    known = encode_views(whole, encode, 2)
+    inputs, labels, targets = next(iter(flips.batches(8, torch.Generator().manual_seed(1), targets=known)))
     torch.testing.assert_close(targets, encode(inputs), atol=1e-5, rtol=1e-4)
     given, computed = (objective(mini().eval(), Recipe(clip_reg=1.0))(inputs, labels, t)[0] for t in (targets, None))
     torch.testing.assert_close(given, computed)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
-    _, _, targets = next(iter(crops.batches(8, torch.Generator().manual_seed(1))))
+    _, _, targets = next(iter(crops.batches(8, torch.Generator().manual_seed(1), targets=known)))
     torch.testing.assert_close(targets, encode(next(iter(whole.batches(8)))[0])[order], atol=1e-5, rtol=1e-4)
 
 

@@ -15,8 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch
-
 from dcp_zoo.benchmark import plan, store
 from dcp_zoo.benchmark.plan import PROTOCOLS, SAVED_HEADS, Settings, Trial
 from dcp_zoo.data import Item, Split, few_shot, find_spec, subsample_classes
@@ -26,7 +24,7 @@ from dcp_zoo.files import alone_in, sha256_of
 from dcp_zoo.heads.checkpoint import WEIGHTS_NAME, library_versions
 from dcp_zoo.heads.config import is_finished
 from dcp_zoo.heads.head import Head
-from dcp_zoo.training.device import decoders, pick_device, pick_precision, total_memory
+from dcp_zoo.training.device import decoders, pick_device, pick_precision
 from dcp_zoo.training.evaluation import (
     EVAL_BATCH,
     Evaluation,
@@ -45,7 +43,8 @@ from dcp_zoo.zoo.build import plain_clip, trained_head
 from dcp_zoo.zoo.resolve import resolve
 
 METRICS = {"top1": top1, "ece": expected_calibration_error, "nll": negative_log_likelihood}
-CPU = torch.device("cpu")
+# bytes; 8 GiB where the system does not report them
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * 2**30
 IMAGE_BYTES = 3 * 500 * 375  # of a decoded image of typical size
 
 
@@ -91,7 +90,7 @@ class TrialImages:
                 source.__dict__.pop("dataset", None)
             self._sources[key] = source
         self._sources.move_to_end(key)
-        while len(self._sources) > 3 and sum(map(_bytes, self._sources.values())) > total_memory(CPU) / 4:
+        while len(self._sources) > 3 and sum(map(_bytes, self._sources.values())) > MEMORY / 4:
             self._sources.popitem(last=False)
         return self._sources[key]
 

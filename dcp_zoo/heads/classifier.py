@@ -229,10 +229,10 @@ class Classifier(nn.Module, ABC):
         return float(thresholds[rate])
 
     def distances(self, features: Tensor) -> Tensor:
-        """f (B, F) -> how far each image is from what the head has seen (B,), see `TextProbe.distance`; of a head that
+        """f (B, F) -> how far each image is from what the head has seen (B,), see `TextProbe.measure`; of a head that
         can reject."""
         assert self.text_probe is not None
-        return self.text_probe.distance(features, self.classes).detach()
+        return self.text_probe.measure(self.classes)(features).detach()
 
     @property
     def cannot_reject(self) -> str:

@@ -1,7 +1,12 @@
 """Folds: which training images are left out together, to see what the others say of them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from dcp_zoo.backbone.clip import Linear
 
 FOLDS = 4
 
@@ -32,6 +37,19 @@ def folds(labels: Tensor, groups: Tensor | None = None) -> list[Tensor]:
         out &= ~torch.isin(group, group[is_last])
         parts.append(positions[out])
     return [part for part in parts if len(part)]
+
+
+def left_out(
+    views: Tensor, labels: Tensor, groups: Tensor, fit: Callable[[Tensor, Tensor], Linear]
+) -> tuple[Tensor, Tensor] | None:
+    """The positions (m,) of images that are left out in folds, and their logits (m, C) by the linear classifiers that
+    `fit` makes of the others, of views (V, n, E) and labels (n,); None if none can be left out."""
+    out = folds(labels, groups)
+    kept = [without(part, len(labels)) for part in out]
+    logits = [
+        F.linear(views[0, part], *fit(views[:, rest], labels[rest])) for part, rest in zip(out, kept, strict=True)
+    ]
+    return (torch.cat(out), torch.cat(logits)) if out else None
 
 
 def shares(groups: Tensor | None, weights: Tensor | None = None) -> Tensor | None:

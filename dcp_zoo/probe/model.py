@@ -130,10 +130,6 @@ class TextProbe(nn.Module):
         means = means[means.any(1)] if means.any() else means[:1]  # of classes without images none is nearer
         return Distance(unit, means[:, self.changed :] * unit, self.examples.float() * unit, self.margin)
 
-    def distance(self, features: Tensor, classes: Sequence[str]) -> Tensor:
-        """Features (B, F) -> `measure` of them (B,)."""
-        return self.measure(classes)(features)
-
     def cannot_reject(self, classes: Sequence[str]) -> str:
         """Why images cannot be rejected among these classes, and what to do; "" if they can."""
         if self.threshold.item() <= NEVER:

@@ -1,6 +1,5 @@
-"""What a run computes on: the device, its precision, and its memory."""
+"""What a run computes on: the device, and its precision."""
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,8 +9,6 @@ from dcp_zoo.heads.head import Head
 from dcp_zoo.threads import available_cores
 from dcp_zoo.training.recipes import AUTO, MANY, PRECISIONS
 from dcp_zoo.zoo.registry import MODELS, OPEN_CLIP
-
-DEFAULT_MEMORY = 8 * 2**30  # bytes, assumed where the system does not report its memory
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -62,12 +59,3 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     if precision != "float32":
         return torch.autocast(device.type, getattr(torch, precision))
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
-
-
-def total_memory(device: torch.device) -> int:
-    """Total memory of the device in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return DEFAULT_MEMORY

@@ -22,7 +22,6 @@ from dcp_zoo.errors import warn
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import NO_CLASSIFIER, Accuracy
 from dcp_zoo.heads.head import Head
-from dcp_zoo.probe.folds import folds, without
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.recipes import NOT_LEARNT
 from dcp_zoo.training.sources import ImageSource, features_of
@@ -123,9 +122,13 @@ class Evaluation:
 
     @property
     def per_class(self) -> list[Accuracy]:
-        """One entry for each class that has images, in the order of the classes, by its `distinct_names`."""
-        classes = [(name, self.labels == label) for label, name in enumerate(distinct_names(self.classnames))]
-        return [self._accuracy(name, own) for name, own in classes if own.any()]
+        """One entry for each class that has images, in the order of the classes, by its name; if classes share a name,
+        as in two pairs of ImageNet's, later ones get their label."""
+        rows = []
+        for label, name in enumerate(self.classnames):
+            if (own := self.labels == label).any():
+                rows.append(self._accuracy(f"{name} ({label})" if name in self.classnames[:label] else name, own))
+        return rows
 
     @property
     def confusion_matrix(self) -> Tensor:
@@ -151,11 +154,6 @@ class Evaluation:
             Mistake(self.items[i], names[self.items[i].label], names[int(self.predicted[i])], round(float(sure[i]), 4))
             for i in sorted(wrong, key=lambda i: -float(sure[i]))
         ]
-
-
-def predict(head: Head, source: ImageSource, batch_size: int, progress: Progress = no_progress) -> Tensor:
-    """The logits (n, C) of `read`."""
-    return read(head, source, batch_size, progress)[0]
 
 
 @torch.no_grad()
@@ -205,30 +203,10 @@ def measure(
     head: Head, source: ImageSource, batch_size: int = EVAL_BATCH, progress: Progress = no_progress
 ) -> tuple[dict[str, float], Evaluation]:
     """Top-1 accuracy in percent in each mode of `predict_modes`, and the predictions in the first."""
-    return measured(*_answers(head, source, batch_size, progress), head.classnames, source.items)
+    return measured(*answers(head, source, batch_size, progress), head.classnames, source.items)
 
 
-def measure_by_folds(
-    fit: Callable[[Sequence[int]], Head], source: ImageSource, progress: Progress = no_progress
-) -> tuple[dict[str, float], Evaluation] | None:
-    """`measure` of heads that `fit` makes of some positions, on the other images of a source, each group in one of four
-    folds; None if no group can be left out. A class of one group is always trained on."""
-    modes, refused, order = list[dict[str, Tensor]](), list[Tensor | None](), list[int]()
-    for out in folds(source.labels, source.groups):
-        head = fit(without(out, len(source.items)).nonzero().flatten().tolist())
-        answers, rejects = _answers(head, source.of(out.tolist()), EVAL_BATCH, progress)
-        modes.append(answers)
-        refused.append(rejects)
-        order += out.tolist()
-    if not modes:
-        return None
-    whole = {mode: torch.cat([each[mode] for each in modes]) for mode in modes[0]}
-    known = [each for each in refused if each is not None]
-    rejects = torch.cat(known) if len(known) == len(refused) else None
-    return measured(whole, rejects, head.classnames, [source.items[i] for i in order])
-
-
-def _answers(
+def answers(
     head: Head, source: ImageSource, batch_size: int, progress: Progress
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """`predict_modes` of the images, and which of them the head's threshold rejects."""
@@ -282,8 +260,3 @@ def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
 def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
     """The mean of -log of the label's probability, in nats, rounded to four digits."""
     return round(F.cross_entropy(logits.double(), labels).item(), 4)
-
-
-def distinct_names(classnames: Sequence[str]) -> list[str]:
-    """The names, each once: if classes share a name, as in two pairs of ImageNet's, later ones get their label."""
-    return [f"{name} ({label})" if name in classnames[:label] else name for label, name in enumerate(classnames)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.backbone.inputs import Inputs
+from dcp_zoo.fields import Values
 from dcp_zoo.heads.head import Head
 from dcp_zoo.training.device import autocast
 from dcp_zoo.training.evaluation import warn_if_not_learnt
@@ -20,7 +21,6 @@ from dcp_zoo.training.sources import Batch, ImageSource, Progress, no_progress, 
 from dcp_zoo.training.state import Log, TrainingState, no_log
 
 TEXT_WEIGHT, IMAGE_WEIGHT = 25.0, 10.0  # PromptSRC's
-FASTER = "Faster: the method text-probe, which takes seconds."
 
 
 class Epoch(NamedTuple):
@@ -76,31 +76,27 @@ def cosine(peak: float, steps: int, floor: float = 0.0) -> Callable[[int], float
 
 
 class EpochAverage:
-    """The average of the trained weights after each epoch, with these weights, which sum to 1."""
+    """The average of tensors that are trained, after each epoch, with these weights of the epochs, which sum to 1. A
+    run that resumes restores the `sums` so far, and the epochs in them."""
 
-    def __init__(self, weights: Sequence[float]) -> None:
-        self.weights = weights
-        self.sums: list[Tensor] = []
+    def __init__(self, trained: Sequence[Tensor], weights: Sequence[float]) -> None:
+        self.trained, self.weights = trained, weights
+        self.sums = [torch.zeros_like(p, requires_grad=False) for p in trained]
         self.counted = torch.zeros((), dtype=torch.long)  # epochs in the sums
 
-    def begin(self, trained: Sequence[Tensor]) -> list[Tensor]:
-        """The sums so far and the epochs in them, which a run that resumes restores."""
-        self.sums = [torch.zeros_like(p, requires_grad=False) for p in trained]
-        return [*self.sums, self.counted]
-
-    def add(self, trained: Sequence[Tensor], epoch: int) -> None:
+    def add(self, epoch: int) -> None:
         """Count the weights after an epoch, before the next one's first step; once, if that fails and is done again."""
         if self.counted > epoch:
             return
         self.counted += 1
-        for total, p in zip(self.sums, trained, strict=True):
+        for total, p in zip(self.sums, self.trained, strict=True):
             total.add_(p.detach(), alpha=self.weights[epoch])
 
     @torch.no_grad()
-    def finish(self, trained: Sequence[Tensor], epochs: int) -> None:
+    def finish(self, epochs: int) -> None:
         """Replace the weights by their average over the epochs that were run, of which the last is counted now."""
-        self.add(trained, epochs - 1)
-        for p, total in zip(trained, self.sums, strict=True):
+        self.add(epochs - 1)
+        for p, total in zip(self.trained, self.sums, strict=True):
             p.copy_(total / sum(self.weights[:epochs]))
 
 
@@ -117,6 +113,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     loss_of: Callable[..., tuple[Tensor, Tensor]] | None = None,
     average: EpochAverage | None = None,
+    targets: Tensor | None = None,
 ) -> list[float]:
     """Train what requires gradients in a head, its prompts and CMPA of a DCP. Returns the loss of every step.
 
@@ -129,21 +126,22 @@ def train(
         state: saves the run to a file, so that it can resume when stopped. Default: nothing is saved.
         loss_of: as `objective` returns it. Default: that of the recipe.
         average: of the weights over the epochs, which replaces them at the end.
+        targets: for the loss, see `ImageSource.batches`. Default: none.
     """
     recipe = recipe.fitted(len(source.items), source.num_classes)
     sizes = batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last)
     trained, per_epoch = [p for p in model.parameters() if p.requires_grad], len(sizes)
-    sums = average.begin(trained) if average else []
+    sums = [*average.sums, average.counted] if average else []
     run = (state or TrainingState()).begin(build_optimizer(recipe, trained), precision, sums)
     losses, steps = run.losses, recipe.num_epochs * per_epoch
     size = f"{sum(p.numel() for p in trained):,} trained parameters"
-    log(f"{steps:,} steps of at most {recipe.batch_size} images; {size}. {FASTER}")
+    log(f"{steps:,} steps of at most {recipe.batch_size} images; {size}. Faster: the method text-probe, in seconds.")
     loss_of = loss_of or objective(model, recipe)
 
     def loss(inputs: Inputs, labels: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
         epoch, batch = divmod(len(losses), per_epoch)
         if average and epoch and batch == 0:
-            average.add(trained, epoch - 1)
+            average.add(epoch - 1)
         with seeded(_mix(seed, len(losses), 1), model.device):  # dropout depends on the step only
             return loss_of(inputs, labels, *targets)
 
@@ -156,12 +154,12 @@ def train(
         stops = [callback(model, reached) for callback in callbacks]
         return any(stops)
 
-    batches = _remaining(source, recipe, seed, per_epoch, len(losses))
+    batches = _remaining(source, recipe, seed, per_epoch, len(losses), targets)
     model.train()
     descend(run, loss, batches, lambda step: recipe.lr_at(step // per_epoch), steps, progress, after)
     model.eval()
     if average:
-        average.finish(trained, len(losses) // per_epoch)
+        average.finish(len(losses) // per_epoch)
     warn_if_not_learnt(fmean(losses[-per_epoch:]), source.num_classes, "epochs", recipe.num_epochs)
     return losses
 
@@ -202,11 +200,14 @@ def objective(model: Any, recipe: TrainingRecipe) -> Callable[..., tuple[Tensor,
     return loss_of
 
 
-def _remaining(source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int) -> Iterator[Batch]:
-    """The batches of the remaining steps as (inputs, labels), with the source's targets if it has them."""
+def _remaining(
+    source: ImageSource, recipe: TrainingRecipe, seed: int, per_epoch: int, done: int, targets: Tensor | None
+) -> Iterator[Batch]:
+    """The batches of the remaining steps."""
     for epoch in range(done // per_epoch, recipe.num_epochs):
         first, generator = max(0, done - epoch * per_epoch), torch.Generator().manual_seed(_mix(seed, epoch))
-        yield from source.batches(recipe.batch_size, generator, first=first, drop_last=recipe.drop_last)
+        options: Values = {"first": first, "drop_last": recipe.drop_last, "targets": targets}
+        yield from source.batches(recipe.batch_size, generator, **options)
 
 
 def _mix(*numbers: int) -> int:

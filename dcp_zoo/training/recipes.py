@@ -11,10 +11,8 @@ from dcp_zoo.fields import Checked, Values, changed, check, count, option, probl
 from dcp_zoo.heads.config import PHRASE, DCPConfig
 from dcp_zoo.zoo.registry import get_spec
 
-OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS, AUTO = ("float32", "bfloat16", "float16"), "auto"
 TEXT_PROBE = "text-probe"
-CLASSIFIERS = ("none", TEXT_PROBE)
 # what hyperparameters were chosen on; cross-validation is on the training images
 VALIDATION, CROSS_VALIDATION = "few-shot validation images", "cross-validation"
 PROBE_REFUSED = (
@@ -69,7 +67,7 @@ class BaseRecipe(Checked):
         choices=("crop-flip", "flip", "none"),
     )
     classifier: str = option(
-        "none", "fitted on image features after training: text-probe, or none", choices=CLASSIFIERS
+        "none", "fitted on image features after training: text-probe, or none", choices=("none", TEXT_PROBE)
     )
 
     @classmethod
@@ -105,7 +103,7 @@ class TrainingRecipe(BaseRecipe):
 
     is_trained = True
     augment: str = changed(BaseRecipe, "augment", "crop-flip")
-    optimizer: str = option("sgd", "the optimizer", choices=OPTIMIZERS)
+    optimizer: str = option("sgd", "the optimizer", choices=("sgd", "adamw"))
     lr: float = option(0.0035, "peak learning rate, reached in epoch 1 and followed by a cosine towards 0")
     warmup_lr: float = option(1e-5, "learning rate of epoch 0")
     momentum: float = option(0.9, "momentum of sgd")

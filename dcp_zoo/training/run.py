@@ -10,12 +10,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dcp_zoo.backbone._torch import construction
 from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_own
@@ -28,21 +31,17 @@ from dcp_zoo.files import alone_in, format_duration
 from dcp_zoo.heads.checkpoint import MEASURED
 from dcp_zoo.heads.config import STATE_NAME, check_free
 from dcp_zoo.heads.head import Head
+from dcp_zoo.probe.folds import folds, without
 from dcp_zoo.training.cache import keeps_features, kept_features
 from dcp_zoo.training.device import pick_device, pick_precision
-from dcp_zoo.training.evaluation import (
-    EVAL_BATCH,
-    Evaluation,
-    measure,
-    measure_by_folds,
-)
+from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, answers, measure, measured
 from dcp_zoo.training.loop import Callback
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import AUTO, MANY, PROBE_REFUSED, BaseRecipe, check_seed
 from dcp_zoo.training.sources import ImageSource, KnownFacts, groups_in, image_source
-from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, identity_of, no_log, remove_state
+from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, no_log, remove_state
 from dcp_zoo.zoo.build import check_encoders, load_encoders, plain_clip
 from dcp_zoo.zoo.registry import SIZES
 
@@ -142,6 +141,24 @@ class Run:
         stored["recipe"] = recipe.training | {"precision": self.precision}
         return stored
 
+    def identity(self, subset: Split, clip: FrozenCLIP, info: Values) -> Values:
+        """What the state of a training belongs to: its `info`, with one hash of its images in place of several, and
+        more. The state of another run is rejected."""
+        of_images = {name: info.get(name) for name in ("split_sha256", "subset_sha256", "image_hashes")}
+        return {
+            **{name: value for name, value in info.items() if name not in (*of_images, "recipe")},
+            **self.recipe.fitted(len(subset.train), len(subset.classnames)).as_dict(),
+            "precision": self.precision,
+            "hash of the images": sha256(repr(of_images).encode()).hexdigest()[:12],
+            "model": self.model,
+            "method": self.method,
+            "clip": clip.source,
+            "CLIP weights": clip.fingerprint(),
+            "CLIP architecture": construction(clip.clip),
+            "preprocessing": clip.preprocessing,
+            **({"descriptions": self.descriptions} if self.descriptions else {}),
+        }
+
 
 def plan(
     split: Split,
@@ -223,6 +240,7 @@ def train_head(
     clip: FrozenCLIP | None = None,
     subset: Split | None = None,
     read: Reader | None = None,
+    by_folds: bool = False,
 ) -> tuple[Head, dict[str, float]]:
     """Train, measure and save one head of any method. Returns it, and its top-1 accuracies in percent. ZooError for bad
     input, an error of the method, or an output folder that is not writable, or of another run or process.
@@ -237,6 +255,7 @@ def train_head(
         measured: accuracies to store instead of measuring.
         clip: of the run, where it is loaded already, on its device.
         subset, read: the images of the run, where they are read already, and what reads them.
+        by_folds: whether the accuracy is measured by folds of the training images, not on test images.
     """
     options = options or RunOptions()
     with alone_in(output) if output else nullcontext():
@@ -245,7 +264,7 @@ def train_head(
             if options.overwrite and run.recipe.is_trained:
                 remove_state(output)
             check_free(output, options.overwrite, resumes=run.recipe.is_trained)
-        head, metrics, evaluation = _fit_and_measure(run, output, options, measured, clip, subset, read)
+        head, metrics, evaluation = _fit_and_measure(run, output, options, measured, clip, subset, read, by_folds)
         if output:
             head.save_pretrained(output)
             remove_state(output)
@@ -262,10 +281,10 @@ def _fit_and_measure(
     clip: FrozenCLIP | None = None,
     subset: Split | None = None,
     read: Reader | None = None,
-    folded: bool = False,
+    by_folds: bool = False,
 ) -> tuple[Head, dict[str, float], Evaluation | None]:
-    """What `train_head` saves, its accuracies, and its predictions on the test images or, `folded`, by `_by_folds`. The
-    state of a training stays in `output`."""
+    """What `train_head` saves, its accuracies, and its predictions on the test images or `by_folds`. The state of a
+    training stays in `output`."""
     started, earlier, info = time.perf_counter(), 0.0, Values()
     subset = subset or run.subset()
     clip = clip or plain_clip(run.model).to(run.device)
@@ -278,7 +297,7 @@ def _fit_and_measure(
         if task.train and is_own(run.split.name):
             task.train.decode()
         info = run.info(subset)
-        place, identity = output and output / STATE_NAME, identity_of(run, subset, clip, info)
+        place, identity = output and output / STATE_NAME, run.identity(subset, clip, info)
         state = TrainingState(place, identity, options.save_every, options.log)
         earlier = state.seconds
         task.training = {"state": state, "callbacks": options.callbacks, "log": options.log}
@@ -287,7 +306,7 @@ def _fit_and_measure(
     seconds = round(earlier + time.perf_counter() - started, 2)
     metrics: dict[str, float] = {}
     evaluation, outcome = None, dict(measured or {})
-    if folded:
+    if by_folds:
         metrics, evaluation = _by_folds(run, task) or ({}, None)
     elif measured is None and options.test and run.split.test:
         test = run.source(clip, options.progress, run.split.test, "none", head.stats_modes == ("stored",))
@@ -318,16 +337,26 @@ def _warn_of_shared_groups(given: Sequence[Item], train: ImageSource, test: Imag
 
 
 def _by_folds(run: Run, task: Task) -> tuple[dict[str, float], Evaluation] | None:
-    """The accuracies of heads that are trained as this one is, but without a fold, on its images."""
+    """`measure` of heads that are trained as this one is, but without one of four folds, on its images; None if no
+    group can be left out. A class of one group is always trained on."""
     assert task.train is not None
-    train, weights = task.train, task.probe_weights
-
-    def fit(kept: Sequence[int]) -> Head:
-        part = None if weights is None else weights[list(kept)]
-        return fit_head(run.method, replace(task, train=train.of(kept), probe_weights=part))
-
+    source, weights = task.plain_train, task.probe_weights
+    parts = folds(source.labels, source.groups)
+    modes, refused = list[dict[str, Tensor]](), list[Tensor | None]()
     with nullcontext() if keeps_features() else kept_features():
-        return measure_by_folds(fit, task.plain_train, task.progress)
+        for out in parts:
+            kept = without(out, len(source.items)).nonzero().flatten().tolist()
+            of_kept = None if weights is None else weights[kept]
+            head = fit_head(run.method, replace(task, train=task.train.of(kept), probe_weights=of_kept))
+            logits, rejected = answers(head, source.of(out.tolist()), EVAL_BATCH, task.progress)
+            modes.append(logits)
+            refused.append(rejected)
+    if not parts:
+        return None
+    whole = {mode: torch.cat([each[mode] for each in modes]) for mode in modes[0]}
+    known = [each for each in refused if each is not None]
+    rejects = torch.cat(known) if len(known) == len(refused) else None
+    return measured(whole, rejects, head.classnames, [source.items[i] for i in torch.cat(parts).tolist()])
 
 
 def hold_out(run: Run, options: RunOptions, clip: FrozenCLIP | None = None) -> Run:
@@ -349,14 +378,11 @@ def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> t
         check_free(output, options.overwrite, resumes=run.recipe.is_trained)
         first = output / BEFORE_REFIT
         if options.overwrite:
-            remove_state(output)
             remove_state(first)
         clip = plain_clip(run.model).to(run.device)
         part = run if by_folds or parted else hold_out(run, options, clip)
         if by_folds or not part.split.test:
-            head, metrics, evaluation = _fit_and_measure(run, output, options, clip=clip, folded=by_folds)
-            head.save_pretrained(output)
-            remove_state(output)
+            head, metrics = train_head(run, output, options, clip=clip, by_folds=by_folds)
         else:
             trained, metrics, evaluation = _fit_and_measure(part, first, options, clip=clip)
             took = format_duration(trained.info["train_seconds"])
@@ -365,8 +391,8 @@ def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> t
             measured = {name: trained.info[name] for name in MEASURED if name in trained.info}
             head, _ = train_head(final, output, options, measured, clip=clip)
             shutil.rmtree(first, ignore_errors=True)
-        if evaluation:
-            options.show(evaluation)
-        else:
+            if evaluation:
+                options.show(evaluation)
+        if not metrics:
             options.log("There are too few images, or groups, of a class to leave any out: the accuracy is not known.")
     return head, metrics

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, StackDataset, TensorDataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate, get_worker_info
 from torchvision.transforms.functional import pil_to_tensor
 
 from dcp_zoo.backbone.clip import Encoder, FrozenCLIP, Reading, joined, parts_of
@@ -66,6 +66,7 @@ class ImageDataset(Dataset[Any]):
 
     _seeds: Sequence[int] | None = None
     _mirrored: Sequence[int] | None = None
+    _targets: Tensor | None = None
 
     def __init__(
         self,
@@ -80,30 +81,23 @@ class ImageDataset(Dataset[Any]):
         self._tensors = isinstance(transform, v2.Transform)
         self._decoded = Decoded(cache_bytes)
 
-    def drawn(self, seeds: Sequence[int] | None, mirrored: Sequence[int]) -> "ImageDataset":
+    def drawn(self, seeds: Sequence[int] | None, mirrored: Sequence[int], targets: Tensor | None) -> "ImageDataset":
         """The same items, decoded once for both, of which those that are `mirrored` are so after the transform. With
-        `seeds`, one per item, the result depends neither on the images read before nor on the process that reads it."""
+        `seeds`, one per item, the result depends neither on the images read before nor on the process that reads it;
+        with `targets` (n, ..), these follow the labels."""
         other = copy.copy(self)
-        other._seeds, other._mirrored = seeds, mirrored
+        other._seeds, other._mirrored, other._targets = seeds, mirrored, targets
         return other
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
         """A batch, called by DataLoader. Only decoding is parallel: random transforms keep their order."""
-        images = self._read([index for index in indices if index not in self._decoded])
+        images = self.read([index for index in indices if index not in self._decoded])
         return [self._transformed(images[i] if i in images else self._decoded[i], i) for i in indices]
 
-    def decode(self) -> None:
-        """Decode all images once before any is needed, so that an error comes early, and their hashes are known."""
-        for start in range(0, len(self), AT_ONCE):
-            self._read(range(start, min(start + AT_ONCE, len(self))))
-
-    def _read(self, indices: Sequence[int]) -> dict[int, Image.Image | Tensor]:
+    def read(self, indices: Sequence[int]) -> dict[int, Image.Image | Tensor]:
         """Decoded images by position, which are kept where there is room."""
         read = map if get_worker_info() else in_threads  # a worker process of DataLoader has its own core
         images = dict(zip(indices, read(self._load, indices), strict=True))
@@ -119,10 +113,11 @@ class ImageDataset(Dataset[Any]):
             image, self.facts[item.key] = load_with_facts(item.path)
         return pil_to_tensor(image) if self._tensors else image
 
-    def _transformed(self, image: Image.Image | Tensor, index: int) -> tuple[Tensor, int]:
+    def _transformed(self, image: Image.Image | Tensor, index: int) -> Batch:
         with nullcontext() if self._seeds is None else seeded(self._seeds[index]):
             x = self.transform(image)
-        return x.flip(-1) if self._mirrored and self._mirrored[index] else x, self.items[index].label
+        x = x.flip(-1) if self._mirrored and self._mirrored[index] else x
+        return x, self.items[index].label, *([] if self._targets is None else [self._targets[index]])
 
 
 @contextmanager
@@ -162,8 +157,6 @@ class ImageSource:
         once: whether the images are read only once, so that decoded ones need not be kept.
         precision: in which features are computed; they are kept in float32.
         facts: receives those of `ImageDataset`.
-        targets: zero-shot CLIP's features (views, n, E) of the images, if set: shuffled batches then also give those of
-            the view that they show, or of the whole image if it is cropped anew in every epoch.
     """
 
     clip: FrozenCLIP
@@ -177,7 +170,6 @@ class ImageSource:
     once: bool = False
     precision: str = "float32"
     facts: KnownFacts | None = None
-    targets: Tensor | None = field(default=None, init=False)
     _read: Tensor | None = field(default=None, init=False)  # see `read`
 
     @cached_property
@@ -186,9 +178,10 @@ class ImageSource:
         return ImageDataset(self.items, self.transform, 0 if self.once else CACHE_BYTES, self.facts)
 
     def decode(self) -> None:
-        """Decode the images that are not read already, see `ImageDataset.decode`."""
-        if self.views is None:
-            self.dataset.decode()
+        """Decode all images once before any is needed, so that an error comes early, and their hashes are known."""
+        positions = range(len(self.items) if self.views is None else 0)
+        for start in positions[::AT_ONCE]:
+            self.dataset.read(positions[start : start + AT_ONCE])
 
     def of(self, rows: Sequence[int]) -> "ImageSource":
         """The images at these positions."""
@@ -225,9 +218,6 @@ class ImageSource:
     def features(self, views: int | None = None, progress: Progress = no_progress) -> Tensor:
         """CLIP's embeddings (V, n, E) of all images in order by the plain CLIP, normalised, in float32 on the CPU.
         `views`: 1 for view 0, 2 for its mirror image as well; by default all that `batches` show."""
-        count = views or self.num_views
-        if self.targets is not None and len(self.targets) >= count:
-            return self.targets[:count]
         return self.read(views, progress)[..., : self.clip.num_features]
 
     def read(self, views: int | None = None, progress: Progress = no_progress) -> Tensor:
@@ -259,11 +249,18 @@ class ImageSource:
         return encode_views(pixels, reading.encode, views or self.num_views, progress, kept=kept, of=reading.encoder)
 
     def batches(
-        self, batch_size: int, generator: torch.Generator | None = None, *, first: int = 0, drop_last: bool = True
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        *,
+        first: int = 0,
+        drop_last: bool = True,
+        targets: Tensor | None = None,
     ) -> Iterable[Batch]:
         """(inputs, labels) batches: in order, or with a generator shuffled, augmented and of the `batch_sizes`; with
-        `targets` then (inputs, labels, targets). Random draws depend only on the generator, for crops without one on
-        torch's random state, not on the number of workers or the `first` batch read."""
+        `targets` (views, n, ..) then (inputs, labels, targets), those of the view that is shown, or of view 0 if images
+        are cropped anew in every epoch. Random draws depend only on the generator, for crops without one on torch's
+        random state, not on the number of workers or the `first` batch read."""
         n, shuffle = len(self.items), generator is not None
         order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
         sizes = batch_sizes(n, batch_size, drop_last)
@@ -271,14 +268,12 @@ class ImageSource:
         seeds = torch.randint(2**32, (n,), generator=generator).tolist() if draws else None
         view = torch.randint(self.num_views, (n,), generator=generator) if shuffle else torch.zeros(n, dtype=torch.long)
         if self.views is None:
-            dataset: Dataset[Any] = self.dataset.drawn(seeds, view.tolist())
-            targets: Any = None if self.targets is None else self.targets[view, torch.arange(n)]
+            of_view = None if targets is None else targets[view, torch.arange(n)]
+            dataset: Dataset[Any] = self.dataset.drawn(seeds, view.tolist(), of_view)
         else:  # the views of all images one after the other, read in place
-            order = n * view[order] + order
-            dataset = TensorDataset(self.views.flatten(0, 1), self.labels.repeat(len(self.views)))
-            targets = None if self.targets is None else self.targets[: len(self.views)].flatten(0, 1)
-        if shuffle and targets is not None:
-            dataset = StackDataset(dataset, targets)
+            order, of_views = n * view[order] + order, [self.views, *([] if targets is None else [targets])]
+            rows, *further = (part[: len(self.views)].flatten(0, 1) for part in of_views)
+            dataset = TensorDataset(rows, self.labels.repeat(len(self.views)), *further)
         chunks = order[: sum(sizes)].split(sizes) if shuffle else order.split(batch_size)
         batches = [batch.tolist() for batch in chunks]
         workers = self.workers if self.views is None else 0
@@ -289,10 +284,9 @@ class ImageSource:
 
 
 def _collated(form: Callable[[Tensor], Inputs], samples: list[Any]) -> Batch:
-    """Samples (x, label), or ((x, label), target) -> a batch (inputs, labels), or (inputs, labels, targets)."""
-    batch = default_collate(samples)
-    (x, labels), *targets = batch if isinstance(batch[0], (tuple, list)) else [batch]
-    return form(x), labels, *targets
+    """Samples (x, label), or (x, label, target) -> a batch (inputs, labels), or (inputs, labels, targets)."""
+    x, *others = default_collate(samples)
+    return form(x), *others
 
 
 def image_source(
@@ -323,8 +317,11 @@ def image_source(
     return source
 
 
-def facts_of(items: Sequence[Item], known: KnownFacts) -> np.ndarray:
-    """The `numbers` (n, 1027) of images, which are read if they are not known, and kept as features are."""
+def groups_in(*sources: ImageSource, progress: Progress = no_progress) -> list[list[int]]:
+    """The groups of all images of some sources, one after the other, see `find_groups`. Their `numbers` are read if
+    they are not known, and kept as features are."""
+    features = torch.cat([source.features(None, progress)[0] for source in sources]).numpy()
+    items, known = [item for source in sources for item in source.items], sources[0].facts or {}  # by now filled
 
     def rows(positions: Sequence[int]) -> Iterator[Tensor]:
         for start in range(0, len(positions), AT_ONCE):
@@ -332,14 +329,8 @@ def facts_of(items: Sequence[Item], known: KnownFacts) -> np.ndarray:
             read = in_threads(lambda item: known.get(item.key) or load_with_facts(item.path)[1], part)
             yield torch.from_numpy(np.stack([numbers(facts) for facts in read]))[None]
 
-    return per_image([item.path for item in items], lambda: f"facts {computed_by()}", 1, rows)[0].numpy()
-
-
-def groups_in(*sources: ImageSource, progress: Progress = no_progress) -> list[list[int]]:
-    """The groups of all images of some sources, one after the other, see `find_groups`."""
-    features = torch.cat([source.features(None, progress)[0] for source in sources]).numpy()
-    items, known = [item for source in sources for item in source.items], sources[0].facts or {}
-    return find_groups(features, facts_of(items, known))
+    facts = per_image([item.path for item in items], lambda: f"facts {computed_by()}", 1, rows)[0].numpy()
+    return find_groups(features, facts)
 
 
 def with_own_groups(items: Sequence[Item]) -> list[Item]:
@@ -386,9 +377,5 @@ def encode_views(
 
     if not kept:
         return torch.cat(list(batches(range(len(source.items)))), 1)
-    views = views if source.views is None else min(views, len(source.views))
-
-    def setting() -> str:
-        return tower_setting(of or source.clip, kept, source.precision)
-
+    setting = partial(tower_setting, of or source.clip, kept, source.precision)
     return per_image([item.path for item in source.items], setting, views, batches)

@@ -9,22 +9,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from dcp_zoo.backbone._torch import construction
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Values
 from dcp_zoo.files import write_file
 from dcp_zoo.heads.config import STATE_NAME
-
-if TYPE_CHECKING:
-    from dcp_zoo.backbone.clip import FrozenCLIP
-    from dcp_zoo.data import Split
-    from dcp_zoo.training.run import Run
 
 SAVE_EVERY = 60.0  # seconds: little work is lost; saving 11 M weights with AdamW, 133 MB, takes a slow machine 1 to 2 s
 STATE_FORMAT = 3
@@ -33,25 +25,6 @@ Log = Callable[[str], object]
 
 def no_log(message: object) -> None:
     """Say nothing."""
-
-
-def identity_of(run: "Run", subset: "Split", clip: "FrozenCLIP", info: Values) -> Values:
-    """What the state of a run belongs to: the info of its checkpoint, with one hash of its images in place of several,
-    and more. The state of another run is rejected."""
-    of_images = {name: info.get(name) for name in ("split_sha256", "subset_sha256", "image_hashes")}
-    return {
-        **{name: value for name, value in info.items() if name not in (*of_images, "recipe")},
-        **run.recipe.fitted(len(subset.train), len(subset.classnames)).as_dict(),
-        "precision": run.precision,
-        "hash of the images": sha256(repr(of_images).encode()).hexdigest()[:12],
-        "model": run.model,
-        "method": run.method,
-        "clip": clip.source,
-        "CLIP weights": clip.fingerprint(),
-        "CLIP architecture": construction(clip.clip),
-        "preprocessing": clip.preprocessing,
-        **({"descriptions": run.descriptions} if run.descriptions else {}),
-    }
 
 
 class TrainingState:

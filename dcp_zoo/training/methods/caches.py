@@ -47,8 +47,19 @@ def fit_tip_adapter(task: Task) -> CacheHead:
 
 def fit_tip_adapter_f(task: Task) -> CacheHead:
     """Tip-Adapter-F also trains the keys, by cross-entropy; text features and labels stay fixed."""
-    head = cache_head(task, task.recipe.alpha)
-    train_keys(head, task)
+    recipe: TipAdapterFRecipe = task.recipe
+    head, source = cache_head(task, recipe.alpha), task.feature_source
+    head.keys.requires_grad_()
+    optimizer = torch.optim.AdamW([head.keys], recipe.lr, eps=recipe.eps)
+    steps = recipe.epochs * len(batch_sizes(len(source.items), recipe.batch_size, drop_last=True))
+
+    def loss(inputs: Inputs, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = task.clip.encode_image(inputs)
+        return F.cross_entropy(head.classify(features).float(), labels)
+
+    minimise(task, loss, optimizer, shuffled(source, recipe.batch_size, task.seed), cosine(recipe.lr, steps), steps)
+    head.keys.requires_grad_(False)
     return choose_strength(head, task)
 
 
@@ -90,23 +101,6 @@ def choose_strength(head: CacheHead, task: Task) -> CacheHead:
 def grid(largest: float, steps: int) -> list[float]:
     """`steps` values from 0.1 to `largest`, spaced geometrically."""
     return [0.1 * (largest / 0.1) ** (i / (steps - 1)) for i in range(steps)]
-
-
-def train_keys(head: CacheHead, task: Task) -> None:
-    """Train the keys on the training images."""
-    recipe: TipAdapterFRecipe = task.recipe
-    source = task.feature_source
-    head.keys.requires_grad_()
-    optimizer = torch.optim.AdamW([head.keys], recipe.lr, eps=recipe.eps)
-    steps = recipe.epochs * len(batch_sizes(len(source.items), recipe.batch_size, drop_last=True))
-
-    def loss(inputs: Inputs, labels: Tensor) -> Tensor:
-        with torch.no_grad():
-            features = task.clip.encode_image(inputs)
-        return F.cross_entropy(head.classify(features).float(), labels)
-
-    minimise(task, loss, optimizer, shuffled(source, recipe.batch_size, task.seed), cosine(recipe.lr, steps), steps)
-    head.keys.requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------------------- ProKeR

@@ -1,6 +1,6 @@
 """Methods that train a small part of CLIP's own weights, in a copy of it: CLIP-LoRA, CLIP-SVD, 2SFS and ProLIP."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from dcp_zoo.backbone.classes import Texts, check_classnames, class_texts, mean_of_texts
+from dcp_zoo.backbone.classes import check_classnames, class_texts, mean_of_texts
 from dcp_zoo.backbone.clip import FrozenCLIP, Reading
 from dcp_zoo.backbone.inputs import Features, Inputs
 from dcp_zoo.backbone.tokens import end_positions
@@ -53,14 +53,6 @@ def check_blocks(clip: FrozenCLIP, method: str) -> None:
         raise ZooError(f"{method} updates the {lacking}: use 2sfs, tip-adapter-f or clap instead.")
 
 
-def sentence_ids(clip: FrozenCLIP, names: Sequence[str], texts: Texts) -> tuple[Tensor, Sequence[int] | None]:
-    """Token ids (S, L) of the template filled with each name, or of the sentences of each class, and how many each has,
-    see `class_texts`; in a causal tower cut after the longest, as tokens after an end token have no effect there."""
-    sentences, counts = class_texts(names, texts)
-    ids = clip.tokenize(sentences)
-    return (ids[:, : int(end_positions(clip.text, ids).max()) + 1] if shares_prefix(clip.text) else ids), counts
-
-
 def sentence_features(clip: FrozenCLIP, ids: Tensor) -> Tensor:
     """ids (S, L) -> text features (S, E), not normalised; gradients reach all weights that require them."""
     if not shares_prefix(clip.text):
@@ -82,7 +74,10 @@ def train_steps(task: Task, trained: Iterable[Tensor], loss: Loss, source: Image
 
 def train_weights(clip: FrozenCLIP, task: Task, trained: Iterable[Tensor], steps: int) -> list[float]:
     """Train these weights of a CLIP by zero-shot classification, encoding images and sentences in every step."""
-    ids, counts = sentence_ids(task.clip, check_classnames(task.classnames), task.texts)
+    sentences, counts = class_texts(check_classnames(task.classnames), task.texts)
+    ids = task.clip.tokenize(sentences)  # (S, L)
+    if shares_prefix(task.clip.text):  # in a causal tower tokens after an end token have no effect
+        ids = ids[:, : int(end_positions(task.clip.text, ids).max()) + 1]
 
     def loss(inputs: Inputs, labels: Tensor) -> Tensor:
         text = mean_of_texts(F.normalize(sentence_features(clip, ids), dim=-1), counts)
@@ -123,13 +118,16 @@ def fit_lora(task: Task) -> LinearHead:
     then an ordinary CLIP that accepts any class names. No model selection: the last step is used.
     """
     clip = own_clip(task.clip)
-    updates = add_updates(clip, task.recipe).train()
+    updates: Any = add_updates(clip, task.recipe)
     train_weights(clip, task, updates.parameters(), task.recipe.steps)
-    return zero_shot_of(merge(clip, updates), task)
+    with torch.no_grad():
+        for block, update in zip(both_blocks(clip), updates, strict=True):
+            block.attn.in_proj_weight.add_(update.scale * (update.b @ update.a).flatten(0, 1))
+    return zero_shot_of(clip.with_clip(clip.clip), task)
 
 
 def add_updates(clip: FrozenCLIP, recipe: CLIPLoRARecipe) -> nn.ModuleList:
-    """Give the blocks of both towers of a CLIP fresh low-rank updates; returns these, text first."""
+    """Give the blocks of both towers of a CLIP fresh low-rank updates; returns these, text first, in training mode."""
     check_blocks(clip, "CLIP-LoRA")
     updates = nn.ModuleList()
     towers: Any = clip.text_tower, clip.vision_tower
@@ -137,15 +135,7 @@ def add_updates(clip: FrozenCLIP, recipe: CLIPLoRARecipe) -> nn.ModuleList:
         own = [LowRank(tower.width, recipe.rank, recipe.alpha, recipe.dropout).to(clip.device) for _ in tower.blocks]
         tower.blocks = [LowRankBlock(block.module, update) for block, update in zip(tower.blocks, own, strict=True)]
         updates.extend(own)
-    return updates.eval()
-
-
-@torch.no_grad()
-def merge(clip: FrozenCLIP, updates: Iterable[Any]) -> FrozenCLIP:
-    """The CLIP with the updates of its blocks merged into its weights."""
-    for block, update in zip(both_blocks(clip), updates, strict=True):
-        block.attn.in_proj_weight.add_(update.scale * (update.b @ update.a).flatten(0, 1))
-    return clip.with_clip(clip.clip)
+    return updates
 
 
 class LowRank(nn.Module):

@@ -17,26 +17,24 @@ from dcp_zoo.heads.config import Abilities
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.training.device import cast_frozen
 from dcp_zoo.training.methods.base import Method, Task, train_prompts
-from dcp_zoo.training.methods.text_probe import add_probe, probe_views
+from dcp_zoo.training.methods.text_probe import probe_views
 from dcp_zoo.training.recipes import Recipe
-from dcp_zoo.training.sources import ImageSource, encode_views
+from dcp_zoo.training.sources import ImageSource
 
 
 def fit(task: Task) -> DCP:
     """Train a DCP from fresh prompts, round the trained tensors to float16, and measure the stored statistics."""
     recipe: Recipe = task.recipe
-    model, clip = new_model(task), task.clip
-    source, fixed = task.train_images, task.plain_train
+    texts = task.texts if isinstance(task.texts, Mapping) else TEMPLATE
+    model = DCP(task.clip, task.classnames, recipe.config, texts=texts)
+    source, fixed, targets = task.train_images, task.plain_train, None
     if recipe.clip_reg:
-        shown = max(source.num_views, probe_views(fixed))
-        source.targets = fixed.targets = encode_views(fixed, clip.encode_image, shown, task.progress).float()
+        targets = fixed.features(max(source.num_views, probe_views(fixed)), task.progress)
     with clip_in(model, task.precision):
-        losses = train_prompts(task, model, source)
+        losses = train_prompts(task, model, source, targets=targets)
     round_and_store_stats(model, fixed)  # measured as the head will be used
     tenth = max(1, len(losses) // 10)  # enough to tell later whether it learnt
     model.info = {"first_loss": fmean(losses[:tenth]), "last_loss": fmean(losses[-tenth:])}
-    if recipe.classifier != "none":
-        add_probe(model, task, fixed)
     return model
 
 
@@ -50,12 +48,6 @@ def clip_in(model: DCP, precision: str) -> Iterator[None]:
     finally:
         for p, before in zip(model.encoder.clip.parameters(), weights, strict=True):
             p.data = before.to(p.device)
-
-
-def new_model(task: Task) -> DCP:
-    """The task's CLIP with fresh prompts."""
-    texts = task.texts if isinstance(task.texts, Mapping) else TEMPLATE
-    return DCP(task.clip, task.classnames, task.recipe.config, texts=texts)
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ which only flips, both views. alpha is chosen from 1e-4, 1e-3, .., 100 by accura
 the smallest on a tie; without these on training images, in folds; with one per class see `gda_weight`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.probe.estimates import class_means, in_float64
-from dcp_zoo.probe.folds import folds, without
+from dcp_zoo.probe.folds import left_out
 from dcp_zoo.training.methods.base import FITTED, CropsRecipe, Method, Task, most_accurate
 from dcp_zoo.training.recipes import CROSS_VALIDATION, option
 
@@ -69,23 +68,16 @@ def gda_weight(
     if task.val is not None:
         val = task.features(task.val).cpu()
         return best(val, val @ weight.cpu().T + bias.cpu(), task.val.labels), {}
-    if parts := folds(labels, task.plain_train.groups):
-        scores = out_of_fold(features.cpu(), labels, len(text), parts)
-        out = torch.cat(parts)
+
+    def fit(views: Tensor, labels: Tensor) -> Linear:
+        return gaussian_discriminant(views.flatten(0, 1), labels.repeat(len(views)), len(text))
+
+    if held_out := left_out(features.cpu(), labels, task.plain_train.groups, fit):
+        out, scores = held_out
         return best(features[0, out].cpu(), scores, labels[out]), {"selection": CROSS_VALIDATION}
     plain = features[0].to(weight)
     spread = (plain @ weight.T + bias).std()
     return (task.clip.logits(plain, text).std() / 2 / spread.clamp(min=1e-6)).item(), {}
-
-
-def out_of_fold(views: Tensor, labels: Tensor, classes: int, parts: Sequence[Tensor]) -> Tensor:
-    """Gaussian scores (m, C) of the images in these folds, from fits without each fold: views (V, n, E)."""
-    scores = []
-    for out in parts:
-        kept = without(out, len(labels))
-        weight, bias = gaussian_discriminant(views[:, kept].flatten(0, 1), labels[kept].repeat(len(views)), classes)
-        scores.append(views[0, out] @ weight.T + bias)
-    return torch.cat(scores)
 
 
 def gaussian_discriminant(features: Tensor, labels: Tensor, classes: int) -> Linear:

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.probe.estimates import class_means, text_scale
-from dcp_zoo.probe.folds import folds, without
+from dcp_zoo.probe.folds import left_out
 from dcp_zoo.training.methods.base import FITTED, Method, Task
 from dcp_zoo.training.methods.text_probe import probe_views
 from dcp_zoo.training.recipes import BaseRecipe, count, option
@@ -35,24 +36,13 @@ def fit_linear_probe(task: Task) -> LinearHead:
     The default C and `ALONE` were chosen on the sets for choosing of `benchmarks/sets.py`, see `benchmarks/notes.md`: a
     fixed C is more accurate than one that is chosen on few images, and needs no validation images.
     """
-    recipe: LinearProbeRecipe = task.recipe
     views, labels = task.plain_train.features(probe_views(task.plain_train), task.progress), task.train_labels
-    held_out = left_out(views, labels, task.plain_train.groups, recipe)
-    scale = text_scale(*held_out) if held_out else ALONE
-    head = task.linear_head(*(scale * part.to(task.clip.device) for part in regression(views, labels, recipe)))
+    fit = partial(regression, recipe=task.recipe)
+    held_out = left_out(views, labels, task.plain_train.groups, fit)
+    scale = text_scale(held_out[1], labels[held_out[0]]) if held_out else ALONE
+    head = task.linear_head(*(scale * part.to(task.clip.device) for part in fit(views, labels)))
     head.info = {"scale": round(scale, 4)}
     return head
-
-
-def left_out(views: Tensor, labels: Tensor, groups: Tensor, recipe: LinearProbeRecipe) -> tuple[Tensor, Tensor] | None:
-    """Logits (n, C) and labels (n,) of images that were left out of training, in folds; None where no class has several
-    images."""
-    logits, truth = list[Tensor](), list[Tensor]()
-    for out in folds(labels, groups):
-        kept = without(out, len(labels))
-        logits.append(F.linear(views[0, out], *regression(views[:, kept], labels[kept], recipe)))
-        truth.append(labels[out])
-    return (torch.cat(logits), torch.cat(truth)) if logits else None
 
 
 def regression(views: Tensor, labels: Tensor, recipe: LinearProbeRecipe) -> Linear:

@@ -59,23 +59,17 @@ class PromptSRCRecipe(TrainingRecipe):
 
 
 def fit(task: Task) -> PromptHead:
-    recipe: PromptSRCRecipe = task.recipe
-    head = new_promptsrc(task)
-    assert recipe.epochs is not None
-    weights = epoch_weights(recipe.epochs, recipe.average_mean, recipe.average_std, recipe.num_epochs)
-    frozen = ensemble(task.clip, task.classnames, task.texts)
-    loss_of = promptsrc_loss(head, frozen, recipe)
-    train_prompts(task, head, task.train_images, loss_of=loss_of, average=EpochAverage(weights))
-    return head.requires_grad_(False)
-
-
-def new_promptsrc(task: Task) -> PromptHead:
-    """Independent prompts in the first blocks of both towers, as they are before training."""
     towers, recipe = (task.clip.text_tower, task.clip.vision_tower), task.recipe
     depth = min(recipe.depth, *(len(tower.blocks) for tower in towers))
     text, vision = (random_prompts(depth, recipe.n_ctx, tower.width) for tower in towers)
     text, rest = start_from(task.clip, text, recipe.ctx_init)
-    return new_head(task, text, vision, rest)
+    head = new_head(task, text, vision, rest)
+    weights = epoch_weights(recipe.epochs, recipe.average_mean, recipe.average_std, recipe.num_epochs)
+    frozen = ensemble(task.clip, task.classnames, task.texts)
+    loss_of = promptsrc_loss(head, frozen, recipe)
+    average = EpochAverage([p for p in head.parameters() if p.requires_grad], weights)
+    train_prompts(task, head, task.train_images, loss_of=loss_of, average=average)
+    return head.requires_grad_(False)
 
 
 def promptsrc_loss(

@@ -81,9 +81,9 @@ METHODS = Methods()
 
 
 def fit_head(name: str, task: "Task") -> "Head":
-    """Turn a task into a head by a method, followed by the text probe if the recipe names one and the method has not
-    fitted it; draws follow the task's seed. A recipe without a number of epochs gets that for the task's images."""
-    from dcp_zoo.training.methods.text_probe import add_probe
+    """Turn a task into a head by a method, followed by the text probe if the recipe names one; draws follow the task's
+    seed. A recipe without a number of epochs gets that for the task's images."""
+    from dcp_zoo.training.methods.text_probe import fit_probe
     from dcp_zoo.training.sources import seeded
 
     method = METHODS[name]
@@ -94,8 +94,9 @@ def fit_head(name: str, task: "Task") -> "Head":
     head.method, head.abilities = name, method.abilities
     head.to(task.clip.device).eval()
     if task.recipe.classifier != "none":
-        if head.text_probe is None:
-            add_probe(head, task)
+        head.image_encoders.extend(task.encoders)
+        info = fit_probe(head, task.plain_train, task.progress, task.probe_weights, task.none, task.checks)
+        head.info = head.info | {"text_probe": info}
     elif task.none is not None:
         why = f"only a text probe learns from them, and {name} is trained without one"
         warn(EXAMPLES_UNUSED.format(len(task.none.items), why))

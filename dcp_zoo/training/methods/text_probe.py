@@ -2,10 +2,11 @@
 CLIP's logits and blends what images and texts say.
 
 `dcp_zoo.probe` has its equations, and fits it to features. It can also follow another method whose heads are not fitted
-to features of the training images themselves, and then starts at the logits of that one.
+to features of the training images themselves, and then starts at the logits of that one: `fit_head` calls `fit_probe`
+after any method whose recipe names it, the default method's being zero-shot CLIP until then.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,12 +18,9 @@ from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.heads.head import Head
-from dcp_zoo.heads.kinds import LinearHead
-from dcp_zoo.probe.fit import ReadingFeatures, fit_on_features
-from dcp_zoo.probe.threshold import THRESHOLD_IMAGES, share_above, thresholds_of
+from dcp_zoo.probe.fit import THRESHOLD_IMAGES, ReadingFeatures, fit_on_features, share_above, thresholds_of
 from dcp_zoo.tables import REFUSED
-from dcp_zoo.training.methods.base import Method, Task
-from dcp_zoo.training.methods.zero_shot import fit as zero_shot
+from dcp_zoo.training.methods.zero_shot import ZERO_SHOT
 from dcp_zoo.training.recipes import EXAMPLES_UNUSED, MANY, PROBE_REFUSED, BaseRecipe, changed
 from dcp_zoo.training.sources import ImageSource, Progress, features_of, image_source, no_progress
 
@@ -32,22 +30,6 @@ TOO_FEW = "without a threshold nothing is rejected. It needs 20 images of the cl
 @dataclass(frozen=True)
 class TextProbeRecipe(BaseRecipe):
     classifier: str = changed(BaseRecipe, "classifier", "text-probe")
-
-
-def fit(task: Task) -> LinearHead:
-    """Zero-shot CLIP, and what is learnt from the images: the probe on its features."""
-    head = zero_shot(task)
-    if task.recipe.classifier != "none":
-        add_probe(head, task)
-    return head
-
-
-def add_probe(head: Head, task: Task, images: ImageSource | None = None) -> None:
-    """Fit a text probe to the task's training images and add it to a head, with the encoders that it reads beside CLIP.
-    `images`: they without augmentation, if the method has them in a form that its head reads faster."""
-    head.image_encoders.extend(task.encoders)
-    info = fit_probe(head, images or task.plain_train, task.progress, task.probe_weights, task.none, task.checks)
-    head.info = head.info | {"text_probe": info}
 
 
 @torch.no_grad()
@@ -114,4 +96,4 @@ def on_cpu(linear: Linear) -> Linear:
 
 
 REFERENCE = "this project, see docs/baselines.md"
-TEXT_PROBE = Method("text-probe", "Text probe", REFERENCE, fit, TextProbeRecipe, trains=False, features=True)
+TEXT_PROBE = replace(ZERO_SHOT, name="text-probe", title="Text probe", reference=REFERENCE, config=TextProbeRecipe)
