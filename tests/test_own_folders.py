@@ -13,7 +13,7 @@ from PIL import Image
 
 import dcp_zoo
 from dcp_zoo.data import Item, load_labelled, load_split
-from dcp_zoo.probe.fit import thresholds_of
+from dcp_zoo.probe.threshold import thresholds_of
 from dcp_zoo.training.methods.text_probe import scores_of
 from dcp_zoo.training.sources import image_source
 

@@ -6,18 +6,14 @@
 3. Each candidate counts by its `evidence`, its losses on the images that were left out.
 4. The probe is the mean of the candidates, fitted to all images. Unless text explains these well, it is too unsure, the
    more so the fewer they are: its logits are multiplied by up to 1 + `SHARPER` (1 + 1 / images per class).
-5. The `in_distribution_score`s of the images that were left out, if these are 20, set thresholds: they are taken to be
-   normally distributed, and one image in twenty is refused unless asked otherwise. Images that were added as
-   corrections do not count where 20 others are left out: they are the hard ones, and would lower it. Examples of images
-   of no class reject what is nearer to one of them than to the class means, by a margin. `like_accepted` says how many
+5. The scores of the images that were left out set a `threshold`, if these are 20. Images that were added as corrections
+   do not count where 20 others are left out: they are the hard ones, and would lower it. `like_accepted` says how many
    images would pass if their class, and every second one, was unknown, `others_accepted` how many everyday pictures.
-   Other rules, and validation images: see `benchmarks/notes.md`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -33,13 +29,11 @@ from dcp_zoo.probe.estimates import text_scale
 from dcp_zoo.probe.evidence import LeftOut, leave_out, leave_out_each, surprise, without_evidence
 from dcp_zoo.probe.folds import folds, shares
 from dcp_zoo.probe.model import TextProbe, gated
+from dcp_zoo.probe.threshold import LIKE_EXAMPLES, THRESHOLD_IMAGES, average, quantile, share_above, thresholds_of
 from dcp_zoo.tables import REFUSED
 
 INSIDE = 0.9  # the share of images like those that were left out for which the probe alone answers
 WIDTH, CERTAINTY = 0.1, 0.25  # of its gate, see `gated`; all three: see `benchmarks/notes.md`
-REJECT_RATES = (0.01, 0.02, REFUSED, 0.1, 0.2, 0.3)  # shares of the images of known classes
-THRESHOLD_IMAGES = 20  # for a threshold, which rejects one in twenty
-LIKE_EXAMPLES = 0.02  # the share of images of known classes that examples of no class may reject
 SHARPER = 0.15  # by which four sets are calibrated best at 1, 4 and 16 images per class, see `benchmarks/notes.md`
 
 
@@ -167,8 +161,7 @@ def _set_threshold(
     if examples is None:
         return info
     closer = distances - torch.cat([each.distances(examples) for each in left_out])
-    closer = closer / probe.spread  # than to the class means; so much closer are `LIKE_EXAMPLES` of the images
-    probe.margin.copy_(closer.mean() - closer.std() * NormalDist().inv_cdf(LIKE_EXAMPLES))
+    probe.margin.fill_(quantile(closer / probe.spread, None, 1 - LIKE_EXAMPLES))
     probe.examples = examples / math.sqrt(sum(map(len, probe.widths)))
     return info | {"examples": len(examples)}
 
@@ -191,31 +184,3 @@ def _scores(left_out: LeftOut, evidence: Evidence, probe: TextProbe, known: Tens
     own, text = (logits[:, known] for logits in left_out.logits(evidence))
     distances = left_out.distances() / probe.spread
     return in_distribution_score(gated(own, text, distances, probe.gate).numpy(), distances.numpy())
-
-
-def thresholds_of(scores: Tensor, weights: Tensor | None = None) -> dict[str, float]:
-    """For each of `REJECT_RATES` the score below which so many images of the classes are, by the scores (n,) of some
-    and how much these count (n,).
-
-    With a mean of 0 and a standard deviation of 1, one score in twenty is below -1.64:
-
-    >>> thresholds_of(Tensor([-1, 0, 1]))["0.05"]
-    -1.6448536269514726
-    """
-    return {f"{rate:g}": quantile(scores, weights, rate) for rate in REJECT_RATES}
-
-
-def quantile(values: Tensor, weights: Tensor | None, share: float) -> float:
-    """Below which value this share of normally distributed ones is, by some of them (n,), with weights (n,)."""
-    deviation = values.std() if weights is None else torch.cov(values, aweights=weights).sqrt()
-    return average(values, weights).item() + deviation.item() * NormalDist().inv_cdf(share)
-
-
-def average(values: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean () of values (n,), with weights (n,)."""
-    return values.mean() if weights is None else weights @ values / weights.sum()
-
-
-def share_above(thresholds: Mapping[str, float], scores: np.ndarray) -> dict[str, float]:
-    """The percentage of scores (n,) that are not below each threshold."""
-    return {rate: round(100 * float((scores >= threshold).mean()), 1) for rate, threshold in thresholds.items()}

@@ -18,7 +18,8 @@ from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.heads.head import Head
-from dcp_zoo.probe.fit import THRESHOLD_IMAGES, ReadingFeatures, fit_on_features, share_above, thresholds_of
+from dcp_zoo.probe.fit import ReadingFeatures, fit_on_features
+from dcp_zoo.probe.threshold import THRESHOLD_IMAGES, share_above, thresholds_of
 from dcp_zoo.tables import REFUSED
 from dcp_zoo.training.methods.zero_shot import ZERO_SHOT
 from dcp_zoo.training.recipes import EXAMPLES_UNUSED, MANY, PROBE_REFUSED, BaseRecipe, changed
