@@ -368,7 +368,7 @@ def with_backbone(views: Tensor, labels: Tensor, width: int = 6) -> Tensor:
     return torch.cat([views, F.normalize(means[labels] + noise / 2, dim=-1)], -1)
 
 
-@pytest.mark.parametrize("part", ["folds", "candidates", "evidence", "fit", "model"])
+@pytest.mark.parametrize("part", ["folds", "candidates", "evidence", "threshold", "model"])
 def test_worked_examples(part):
     results = doctest.testmod(import_module(f"dcp_zoo.probe.{part}"))
     assert results.attempted > 0 == results.failed
