@@ -110,6 +110,7 @@ def test_other_weights_than_those_trained_with_are_refused(head, tmp_path):
         create_model(str(folder), True)
 
 
+@pytest.mark.scripts
 @torch.no_grad()
 def test_a_head_beside_an_encoder_is_fused_and_exported(golden, tmp_path, run):
     """Of few blocks, as an export takes seconds; the frozen CLIP is read beside the head's own features."""

@@ -103,6 +103,7 @@ def test_stopping_a_sweep_ends_its_workers(cluster, settings, monkeypatch):
     until(lambda: not Path(f"/proc/{pid}").exists())
 
 
+@pytest.mark.scripts
 def test_a_sweep_on_ray_runs_real_trials(cluster, settings, tmp_path):
     for name in ("black", "white"):
         (tmp_path / "photos" / name).mkdir(parents=True)
