@@ -71,6 +71,8 @@ class Outputs(NamedTuple):
 
     def among(self, sound: Sequence[bool]) -> "Outputs":
         """Rows for all images: these for the `sound` ones, in order, and NaN, not rejected, for the rest."""
+        if all(sound):
+            return self
         parts = list[Any](self)
         for i, part in enumerate(self):
             if part is not None:

@@ -35,7 +35,8 @@ def read_json(spec: DatasetSpec, folder: Path) -> Split:
         return _from_rows(spec, folder, file, rows)
     with as_zoo_error(f"{spec.name}: cannot read {file} as JSON ({{}}). {spec.where}"):
         content = json.loads(read_plain(file))
-    if mismatch(content, dict[str, list[tuple[str, int, str]]]) or not content.keys() >= {*PARTS}:
+    lists = [content.get(part) for part in PARTS] if isinstance(content, dict) else [None]
+    if mismatch(lists, list[list[tuple[str, int, str]]]):
         raise ZooError(f"{file} must have the lists train, val and test of [path, label, class name]. {spec.where}")
     return _from_rows(spec, folder, file, content)
 

@@ -77,12 +77,13 @@ def cosine(peak: float, steps: int, floor: float = 0.0) -> Callable[[int], float
 
 class EpochAverage:
     """The average of tensors that are trained, after each epoch, with these weights of the epochs, which sum to 1. A
-    run that resumes restores the `sums` so far, and the epochs in them."""
+    run that resumes restores what is `kept`: the sums so far, and the epochs in them."""
 
     def __init__(self, trained: Sequence[Tensor], weights: Sequence[float]) -> None:
         self.trained, self.weights = trained, weights
         self.sums = [torch.zeros_like(p, requires_grad=False) for p in trained]
         self.counted = torch.zeros((), dtype=torch.long)  # epochs in the sums
+        self.kept = [*self.sums, self.counted]
 
     def add(self, epoch: int) -> None:
         """Count the weights after an epoch, before the next one's first step; once, if that fails and is done again."""
@@ -131,17 +132,15 @@ def train(
     recipe = recipe.fitted(len(source.items), source.num_classes)
     sizes = batch_sizes(len(source.items), recipe.batch_size, recipe.drop_last)
     trained, per_epoch = [p for p in model.parameters() if p.requires_grad], len(sizes)
-    sums = [*average.sums, average.counted] if average else []
-    run = (state or TrainingState()).begin(build_optimizer(recipe, trained), precision, sums)
+    run = (state or TrainingState()).begin(build_optimizer(recipe, trained), precision, average.kept if average else [])
     losses, steps = run.losses, recipe.num_epochs * per_epoch
     size = f"{sum(p.numel() for p in trained):,} trained parameters"
     log(f"{steps:,} steps of at most {recipe.batch_size} images; {size}. Faster: the method text-probe, in seconds.")
     loss_of = loss_of or objective(model, recipe)
 
     def loss(inputs: Inputs, labels: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
-        epoch, batch = divmod(len(losses), per_epoch)
-        if average and epoch and batch == 0:
-            average.add(epoch - 1)
+        if average and losses and len(losses) % per_epoch == 0:
+            average.add(len(losses) // per_epoch - 1)
         with seeded(_mix(seed, len(losses), 1), model.device):  # dropout depends on the step only
             return loss_of(inputs, labels, *targets)
 
