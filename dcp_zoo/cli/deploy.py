@@ -45,7 +45,8 @@ def export(
         check_choice("suffix", file.suffix, (".onnx",))
         told = "It was verified against the model."
     model = exported(name, names, file, format)
-    output.print(f"Wrote {file}, {model.num_classes} classes. {told}", markup=False)
+    size = f", {file.stat().st_size / 1e6:.0f} MB" if file.is_file() else ""
+    output.print(f"Wrote {file}, {model.num_classes} classes{size}. {told}", markup=False)
 
 
 def exported(name: str, classnames: Sequence[str] | None, place: Path, format: str = "onnx") -> "Head":
