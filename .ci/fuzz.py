@@ -2,13 +2,15 @@
 
     python .ci/fuzz.py --minutes 10             all kinds, each as long
     python .ci/fuzz.py --only pictures --keep FOLDER     where inputs that failed are; default: failed
-    python .ci/fuzz.py --only pictures --first 4711      from this number on: an input follows from its number
+    python .ci/fuzz.py --only pictures --first 4711      from this number on: an input follows from its
+    number
 
-The corpus are pictures of every format and mode that Pillow writes, the photographs of the package, a head of the
-miniature with a text probe, another with a template, and files of labels, class names and sentences.
-Bytes are flipped, set, cut, repeated and taken from another input; values and types in `config.json`, and numbers of
-tensors, are replaced too. Failures are exceptions, folders elsewhere and more memory than `MAX_MB`: the exit code is 1.
-A crash, or an input that takes longer than `HANG` seconds, ends the run at once, with a traceback.
+The corpus are pictures of every format and mode that Pillow writes, the photographs of the package, a head
+of the miniature with a text probe, another with a template, and files of labels, class names and sentences.
+Bytes are flipped, set, cut, repeated and taken from another input; values and types in `config.json`, and
+numbers of tensors, are replaced too. Failures are exceptions, folders elsewhere and more memory than
+`MAX_MB`: the exit code is 1. A crash, or an input that takes longer than `HANG` seconds, ends the run at
+once, with a traceback.
 """
 
 import argparse
@@ -76,8 +78,8 @@ NUMBERS = (0.0, -1.0, 1e-30, 6e4, 1e14, 1e30, float("nan"), float("inf"))
 
 
 def pictures() -> list[bytes]:
-    """Small pictures of every format and mode, some with more than one frame or compression; without those that this
-    Pillow does not write."""
+    """Small pictures of every format and mode, some with more than one frame or compression; without those
+    that this Pillow does not write."""
     noise, found = Image.effect_noise((23, 17), 80), [Path(path).read_bytes() for path in sample_images()[:2]]
     for name, modes in FORMATS.items():
         for mode, options in product(modes, ({}, *OPTIONS.get(name, ()))):
@@ -233,7 +235,8 @@ KINDS: dict[str, tuple[Callable[[], list[Any]], Callable[[list[Any], random.Rand
 
 
 def fuzz(kind: str, seconds: float, first: int, kept: Path) -> int:
-    """Read inputs for some time; the failures. A crash or a hang ends this process: the input stays in `kept/last`."""
+    """Read inputs for some time; the failures. A crash or a hang ends this process: the input stays in
+    `kept/last`."""
     make, damage = KINDS[kind]
     corpus, number, failures, until = make(), first, 0, time.monotonic() + seconds
     folder = kept / "last"

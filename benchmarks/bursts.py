@@ -1,18 +1,19 @@
-"""Photographs in bursts: groups that are found, images of the classes that heads refuse, and the accuracy that is told.
+"""Photographs in bursts: groups that are found, images of the classes that heads refuse, and the accuracy
+that is told.
 
     python benchmarks/bursts.py --data-root DATA            writes results/bursts.csv: the sets for choosing
     python benchmarks/bursts.py --data-root DATA --report   the sets for reporting
 
-DATA is as in `sets.py`; at most ten classes of a set. A burst is made of one photograph: each image of it is turned by
-up to 3 degrees, cropped to 90 to 100 % of its sides, with another exposure and contrast (up to 15 %), and saved again
-as JPEG. What is told is compared with what 40 other photographs of each class say, or as many as there are.
+DATA is as in `sets.py`; at most ten classes of a set. A burst is made of one photograph: each image of it is
+turned by up to 3 degrees, cropped to 90 to 100 % of its sides, with another exposure and contrast (up to 15
+%), and saved again as JPEG. What is told is compared with what 40 other photographs of each class say, or as
+many as there are.
 """
 
 import io
 import math
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,18 +34,23 @@ from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.data import Item, load_image
 from dcp_zoo.data.groups import find_groups, group_ids, numbers
 from dcp_zoo.data.images import ImageLike, load_with_facts
+from dcp_zoo.features.cache import users_cache
+from dcp_zoo.features.extract import FeatureExtractor
+from dcp_zoo.features.photos import Photos
 from dcp_zoo.probe import ReadingFeatures, TextProbe, fit_on_features
 from dcp_zoo.probe.folds import folds
-from dcp_zoo.training.cache import features_folder, kept_features
 from dcp_zoo.training.evaluation import Evaluation
-from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.build import plain_clip
 
 RESULTS = Path(__file__).parent / "results" / "bursts.csv"
 COLUMNS = ("weights", "set", "images", "draw", "name", "value")
 MODEL = "dcp_mini"
-CLASSES, TESTED, DRAWS = 10, 40, range(1, 3)
-SIDE, TURN, LIGHT = 0.9, 3.0, 0.15
+CLASSES = 10
+TESTED = 40
+DRAWS = range(1, 3)
+SIDE = 0.9
+TURN = 3.0
+LIGHT = 0.15
 PATTERNS = {  # bursts of each class, and images of each burst
     "16 photographs": [1] * 16,
     "8 photographs": [1] * 8,
@@ -60,7 +66,9 @@ def main(
     only: Annotated[list[str], typer.Option(help="These sets alone.")] = [],  # noqa: B006
 ) -> None:
     """Measure what the file of results does not have for the current weights yet."""
-    table, clip, weights = GrowingTable(RESULTS, COLUMNS, COLUMNS[:4]), plain_clip(MODEL), weights_id(MODEL)
+    table = GrowingTable(RESULTS, COLUMNS, COLUMNS[:4])
+    clip = plain_clip(MODEL)
+    weights = weights_id(MODEL)
     for name in only or (REPORTING if report else CHOOSING):
         with TemporaryDirectory() as folder:
             classes, train, test = SETS[name](data_root, Path(folder))
@@ -74,14 +82,14 @@ def main(
 
 def variant(image: Image.Image, rng: random.Random) -> Image.Image:
     """Another image of the burst."""
-    angle, (w, h) = rng.uniform(-TURN, TURN), image.size
+    angle = rng.uniform(-TURN, TURN)
+    (w, h) = image.size
     lost = abs(math.sin(math.radians(angle)))
     side = rng.uniform(SIDE, 1)
-    width, height = min(side * w, w - lost * h), min(side * h, h - lost * w)
-    left, top = (
-        rng.uniform(lost * h / 2, w - width - lost * h / 2),
-        rng.uniform(lost * w / 2, h - height - lost * w / 2),
-    )
+    width = min(side * w, w - lost * h)
+    height = min(side * h, h - lost * w)
+    left = rng.uniform(lost * h / 2, w - width - lost * h / 2)
+    top = rng.uniform(lost * w / 2, h - height - lost * w / 2)
     box = max(0, round(left)), max(0, round(top)), min(w, round(left + width)), min(h, round(top + height))
     turned = image.rotate(angle, Image.Resampling.BICUBIC).crop(box)
     for change in (ImageEnhance.Brightness, ImageEnhance.Contrast):
@@ -94,9 +102,9 @@ def variant(image: Image.Image, rng: random.Random) -> Image.Image:
 def read(clip: FrozenCLIP, images: Sequence[ImageLike]) -> Tensor:
     """All that the image tower says of images (n, W); of files, it is kept."""
     items = [Item(image, str(i), 0) for i, image in enumerate(images)]
-    kept = kept_features(features_folder()) if images and isinstance(images[0], str) else nullcontext()
-    with kept:
-        return image_source(clip, items, once=True).read()[0]
+    are_files = bool(images) and isinstance(images[0], str)
+    with users_cache(are_files):
+        return FeatureExtractor(clip)(Photos(items)).rows()[0]
 
 
 @dataclass
@@ -124,9 +132,14 @@ class Drawn:
         draw: int,
     ) -> "Drawn":
         rng = random.Random(draw)
-        images, made, of, shown, truth = list[Image.Image](), list[int](), list[int](), list[str](), list[int]()
+        images = list[Image.Image]()
+        made = list[int]()
+        of = list[int]()
+        shown = list[str]()
+        truth = list[int]()
         for label, original in enumerate(labels):
-            own, others = of_class(train, original), of_class(test, original)
+            own = of_class(train, original)
+            others = of_class(test, original)
             for size, item in zip(sizes, rng.sample(own, min(len(sizes), len(own))), strict=False):
                 photo = load_image(item.path)
                 images += [variant(photo, rng) for _ in range(size)] if size > 1 else [photo]
@@ -140,7 +153,8 @@ class Drawn:
         views = torch.stack([read(clip, images), read(clip, mirrored)])
         weight, bias = clip.scaled(clip.zero_shot_classifier(names))
         facts = np.stack([numbers(load_with_facts(image)[1]) for image in images])
-        text, tested = (weight.detach(), bias.detach()), read(clip, shown)
+        text = (weight.detach(), bias.detach())
+        tested = read(clip, shown)
         labels = torch.tensor(of)
         return Drawn(names, text, clip.widths, views, facts, labels, torch.tensor(made), tested, torch.tensor(truth))
 
@@ -158,14 +172,16 @@ class Drawn:
 
     @torch.no_grad()
     def measured(self, draw: int) -> Iterator[tuple[str, Any]]:
-        """Groups found, by pairs; then for heads that know the groups found, and for those that do not, what they
-        refuse; and the accuracy that is told by folds, with its interval, beside that on other photographs."""
+        """Groups found, by pairs; then for heads that know the groups found, and for those that do not, what
+        they refuse; and the accuracy that is told by folds, with its interval, beside that on other
+        photographs."""
         names = [""] * len(self.labels)
         joined = self.views[0, :, : sum(self.widths[:2])].numpy()  # which images are compared by
         for number, group in enumerate(find_groups(joined, self.facts), 1):
             for i in group:
                 names[i] = str(number)
-        groups, all_images = group_ids(names), torch.arange(len(self.labels))
+        groups = group_ids(names)
+        all_images = torch.arange(len(self.labels))
         same, true = (each[:, None] == each for each in (groups, self.made))
         upper = torch.ones_like(same).triu(1)
         yield "pairs made", int((true & upper).sum())
@@ -179,7 +195,8 @@ class Drawn:
         truth = self.percent((logits.argmax(1) == self.test_labels).numpy())
         yield "top1", truth
         yield "test images", len(self.test_labels)
-        items, answers = [], []
+        items = []
+        answers = []
         for out in folds(self.labels, groups):
             kept = all_images[~torch.isin(all_images, out)]
             answers.append(self.answers(self.fit(kept, groups[kept]), self.views[0, out])[0])

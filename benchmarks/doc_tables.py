@@ -17,7 +17,7 @@ from dcp_zoo.benchmark import report
 from dcp_zoo.cli import app
 from dcp_zoo.cli.options import recipe_help
 from dcp_zoo.heads.config import NO_CLASSIFIER, read_config
-from dcp_zoo.tables import REFUSED
+from dcp_zoo.rejection import REFUSED
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.zoo.registry import MODELS, WEIGHTS, trained_heads
 
@@ -64,7 +64,8 @@ def models_table() -> str:
 
 
 def every_clip(column: str = "") -> int:
-    """How many pairs of an architecture of open_clip and weights were tested, or work with what a column says."""
+    """How many pairs of an architecture of open_clip and weights were tested, or work with what a column
+    says."""
     with (RESULTS / "every_clip.csv").open() as file:
         return sum(len(row["tags"].split()) for row in csv.DictReader(file) if not column or row[column] == "yes")
 
@@ -100,10 +101,12 @@ def train_times() -> str:
 
 
 def real_clip_summary() -> str:
-    """Of the methods that a reader would compare, on the classes with text: 1, 4 and the most images per class."""
+    """Of the methods that a reader would compare, on the classes with text: 1, 4 and the most images per
+    class."""
     rows = pd.read_csv(RESULTS / "real_clip.csv")
     rows = rows[rows.classes_used != "all, without text"]
-    methods, lines = ("zero-shot", "linear-probe", "lp-plus-plus", "text-probe"), []
+    methods = ("zero-shot", "linear-probe", "lp-plus-plus", "text-probe")
+    lines = []
     for dataset in ("imagenet", "caltech101", "sun397", "food101"):
         own = rows[rows.dataset == dataset]
         for shots in sorted({1, 4, own.shots.max()}):
@@ -136,7 +139,8 @@ SPEED: dict[str, tuple[str, Callable[[Any, Any], float]]] = {  # unit and figure
 
 
 def speed_runs(rows: pd.DataFrame, model: str) -> tuple[Any, Any]:
-    """Look-ups in the rows of `speed.py`, by variant, number of classes and column: at batch 16, and in training."""
+    """Look-ups in the rows of `speed.py`, by variant, number of classes and column: at batch 16, and in
+    training."""
     found = rows[rows.model == model].set_index(["task", "batch", "variant", "classes"])
 
     def of(task: str, batch: int) -> Any:
@@ -171,7 +175,8 @@ def like_accepted(head: str) -> float:
 
 
 def leaderboard() -> str:
-    """Few-shot results of this project, means over seeds, and of submissions: one row per setup, by shots."""
+    """Few-shot results of this project, means over seeds, and of submissions: one row per setup, by
+    shots."""
     own = labelled("few-shot")
     own = own.groupby(["dataset", "model", "label", "selection", "shots"], sort=False, as_index=False).top1.mean()
     rows = pd.concat([own, *map(_submitted, sorted(SUBMITTED.glob("*.json")))])
@@ -197,8 +202,8 @@ def _submitted(path: Path) -> pd.DataFrame:
 
 
 def predictor_costs(model: str) -> pd.DataFrame:
-    """Processor seconds per image and to start, of the ways to call a Predictor and their number of processes: medians
-    over turns, the bare loop first."""
+    """Processor seconds per image and to start, of the ways to call a Predictor and their number of
+    processes: medians over turns, the bare loop first."""
     rows = pd.read_csv(RESULTS / "predictor.csv")
     rows = rows[(rows.model == model) & (rows.way != "road")]
     return rows.groupby(["way", "processes"], sort=False)[["seconds_per_image", "start_seconds"]].median()
@@ -211,7 +216,8 @@ def predictor_rate(way: str) -> float:
 
 
 def predictor_plan(core_hour: float) -> str:
-    """A billion images by these figures: with Ray Data's cost for the miniature, and the command's for the ViT."""
+    """A billion images by these figures: with Ray Data's cost for the miniature, and the command's for the
+    ViT."""
     lines = []
     for model, way in (("dcp_mini", "ray"), ("dcp_vitb16", "command")):
         hours = predictor_costs(model).seconds_per_image[way, 1] * 1e9 / 3600
@@ -220,7 +226,8 @@ def predictor_plan(core_hour: float) -> str:
 
 
 def commands() -> str:
-    """The page with the help of every command; its examples, which are dim on the terminal, become code blocks."""
+    """The page with the help of every command; its examples, which are dim on the terminal, become code
+    blocks."""
     command: Any = typer.main.get_command(app)
     command.commands["train"].epilog = recipe_help()  # otherwise of the method that is given
     every = [command, *(c for c in command.commands.values() if hasattr(c, "commands"))]
@@ -240,8 +247,8 @@ def _examples(match: re.Match[str]) -> str:
 
 
 def names(module: str, listed: str) -> str:
-    """Public names of a module with their parameters, and the first sentence of what each says of itself. On the site,
-    the whole reference takes the place of this list."""
+    """Public names of a module with their parameters, and the first sentence of what each says of itself. On
+    the site, the whole reference takes the place of this list."""
     lines = []
     for name in listed.split():
         found = getattr(import_module(module), name)

@@ -1,10 +1,11 @@
-"""What works on each of open_clip's (architecture, weights) pairs: `results/every_clip.csv`, one row per architecture.
+"""What works on each of open_clip's (architecture, weights) pairs: `results/every_clip.csv`, one row per
+architecture.
 
     python benchmarks/every_clip.py
 
-Random weights. Each architecture is built at its own width, image size and vocabulary; only depth is cut, to 2 blocks.
-Texts have a tokenizer of our own: the structure is checked, not the accuracy. A row that is there already is not run
-again.
+Random weights. Each architecture is built at its own width, image size and vocabulary; only depth is cut, to
+2 blocks. Texts have a tokenizer of our own: the structure is checked, not the accuracy. A row that is there
+already is not run again.
 """
 
 import json
@@ -23,16 +24,19 @@ from torch.nn import functional as F
 
 import dcp_zoo
 from dcp_zoo.backbone.clip import FrozenCLIP
-from dcp_zoo.backbone.inputs import Features
 from dcp_zoo.data import Item
-from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.table import METHODS, fit_head
-from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.features.loader import ImageLoader
+from dcp_zoo.features.table import FeatureTable
+from dcp_zoo.features.views import MIRRORED, PLAIN
+from dcp_zoo.training.methods.fit import fit_head
+from dcp_zoo.training.methods.table import METHODS
+from dcp_zoo.training.task import Task
 from dcp_zoo.zoo.build import build_open_clip
 
 RESULTS = Path(__file__).parent / "results" / "every_clip.csv"
 NAMES = ["cat", "red fox", "emu"]
-BLOCKS, N_CTX = 2, 4
+BLOCKS = 2
+N_CTX = 4
 FEATURE_METHODS = ("tip-adapter", "gda")
 COLUMNS = ("architecture", "tags", "dcp", "features")
 
@@ -40,9 +44,11 @@ COLUMNS = ("architecture", "tags", "dcp", "features")
 def small_config(architecture: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """open_clip's config, cut down, and the arguments that cut down timm's image tower."""
     config = open_clip.get_model_config(architecture)
-    vision, text = config["vision_cfg"], config["text_cfg"]
+    vision = config["vision_cfg"]
+    text = config["text_cfg"]
     timm_args: dict[str, Any] = {}
-    if name := vision.get("timm_model_name"):
+    name = vision.get("timm_model_name")
+    if name:
         if "convnext" in name:
             timm_args = {"depths": (1, 1, 1, 1)}
         elif "patch" in name or "vitamin" in name or name == "vit_base_mci_224":
@@ -106,10 +112,11 @@ def check_features(clip: Any, tokenizer: Any, images: torch.Tensor) -> None:
     assert features.isfinite().all()
     items = [Item("", "", i % len(images)) for i in range(len(features))]
     for name in FEATURE_METHODS:
-        source = ImageSource(plain, items, None, views=features[None], form=Features)
+        table = FeatureTable(items, {PLAIN: features, MIRRORED: features}, [features.shape[1:]])
         recipe = METHODS[name].recipe("dcp_vitb16", "caltech101", 2, "few-shot")
         recipe = recipe.updated({"augment": "none"}) if hasattr(recipe, "augment") else recipe
-        task = Task(plain, "dcp_vitb16", NAMES[: len(images)], "a photo of a {}.", source, source, recipe)
+        known = ImageLoader.of_features(table)
+        task = Task(plain, "dcp_vitb16", NAMES[: len(images)], "a photo of a {}.", known, table, recipe)
         assert fit_head(name, task).classify(features).shape == (len(items), len(images))
 
 
@@ -134,7 +141,8 @@ def run(config: dict[str, Any], timm_args: dict[str, Any]) -> tuple[str, str]:
     if "hf_model_name" in config["text_cfg"]:
         reason = f"its text tower is Hugging Face's {config['text_cfg']['hf_model_name']}"
         return f"{reason}, which DCP does not take apart", f"not run: {reason}, which must be downloaded"
-    clip, tokenizer = build_small(config, timm_args), tokenizer_like(config["text_cfg"])
+    clip = build_small(config, timm_args)
+    tokenizer = tokenizer_like(config["text_cfg"])
     size = config["vision_cfg"]["image_size"]
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     features = outcome(lambda: check_features(clip, tokenizer, images))
@@ -144,7 +152,8 @@ def run(config: dict[str, Any], timm_args: dict[str, Any]) -> tuple[str, str]:
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    tags, table = dict[str, list[str]](), GrowingTable(RESULTS, COLUMNS, COLUMNS[:1])
+    tags = dict[str, list[str]]()
+    table = GrowingTable(RESULTS, COLUMNS, COLUMNS[:1])
     for architecture, tag in open_clip.list_pretrained():
         tags.setdefault(architecture, []).append(tag)
     for architecture, names in tags.items():

@@ -2,9 +2,10 @@
 
     python benchmarks/explain.py DATA FEATURES      writes results/explain.csv; resumes when repeated
 
-DATA: see `sets.py`; FEATURES is what `baselines.py features` writes. For each reporting set a text probe of four images
-per class explains test images. One of nine squares is hidden at a time behind the image's mean colour: that with the
-largest share, and the others. What falls is the logit of the predicted class, less the mean logit.
+DATA: see `sets.py`; FEATURES is what `baselines.py features` writes. For each reporting set a text probe of
+four images per class explains test images. One of nine squares is hidden at a time behind the image's mean
+colour: that with the largest share, and the others. What falls is the logit of the predicted class, after
+the gate, less the mean logit.
 """
 
 import random
@@ -31,7 +32,9 @@ from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.training.methods import fit_head
 from dcp_zoo.zoo.build import plain_clip
 
-SHOTS, IMAGES, ROWS = 4, 30, 3
+SHOTS = 4
+IMAGES = 30
+ROWS = 3
 COLUMNS = "weights set images fall_named fall_elsewhere named_falls_more cpu_seconds".split()
 
 
@@ -53,23 +56,27 @@ def falls(head: Head, pixels: Tensor, label: int) -> Tensor:
     hidden = pixels.repeat(1 + ROWS**2, 1, 1, 1)
     for image, (rows, columns) in zip(hidden[1:], squares(pixels.shape[-1]), strict=True):
         image[:, rows, columns] = pixels.mean((1, 2))[:, None, None]
-    found = (logits := head(hidden))[:, label] - logits.mean(1)
+    logits = head(hidden)
+    found = logits[:, label] - logits.mean(1)
     return found[0] - found[1:]
 
 
 def main(data: Path, features: Path) -> None:
     """Measure what the table does not have for the current weights yet."""
-    table, weights = GrowingTable(RESULTS / "explain.csv", COLUMNS, COLUMNS[:2]), weights_id(MODEL)
+    table = GrowingTable(RESULTS / "explain.csv", COLUMNS, COLUMNS[:2])
+    weights = weights_id(MODEL)
     for name, make in REPORTING.items():
         if (weights, name) in table:
             continue
-        found, seconds = [], 0.0
+        found = []
+        seconds = 0.0
         with TemporaryDirectory() as folder:
             names, _, test = make(data, Path(folder))
             head = head_of(Known(features / f"{name}.npz", READINGS["embedding, backbone, inside"]))
             transform = dcp_zoo.create_transform(head)
             for item in random.Random(0).sample(test, min(TEST_IMAGES, len(test)))[:IMAGES]:
-                image, started = load_image(item.path), time.process_time()
+                image = load_image(item.path)
+                started = time.process_time()
                 explained = dcp_zoo.explain(head, image)
                 seconds += time.process_time() - started
                 shares = torch.tensor([explained.shares[square].sum() for square in squares(len(explained.shares))])

@@ -1,12 +1,13 @@
-"""`dcp-zoo benchmark few-shot` on image features in place of images and CLIP, for methods that need nothing else.
+"""`dcp-zoo benchmark few-shot` on image features in place of images and CLIP, for methods that need nothing
+else.
 
     python benchmarks/given_features.py FEATURES --model dcp_vitb32 --output SWEEP
 
 FEATURES has one `DATASET.npz` per dataset, with `classnames` (C,), `test_vector` (n, E), `test_label` (n,),
-`trainK_vector` and `trainK_label` for each number K of images per class and, optionally, `valK_vector`, `valK_label`,
-`text_vector` (C, E), of the class names in the dataset's template, `test_backbone` (n, V) and `trainK_backbone`, what a
-text probe reads besides, and `logit_scale`, exp(logit_scale) of the CLIP, by default 100. Trials for which the files
-lack something are left out.
+`trainK_vector` and `trainK_label` for each number K of images per class and, optionally, `valK_vector`,
+`valK_label`, `text_vector` (C, E), of the class names in the dataset's template, `test_backbone` (n, V) and
+`trainK_backbone`, what a text probe reads besides, and `logit_scale`, exp(logit_scale) of the CLIP, by
+default 100. Trials for which the files lack something are left out.
 """
 
 import re
@@ -24,9 +25,9 @@ from typer import Argument, Option, Typer
 
 from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP
-from dcp_zoo.backbone.inputs import Features
 from dcp_zoo.backbone.towers.open_clip import EMBEDDING, HIDDEN
 from dcp_zoo.benchmark import Settings, Trial, plan_trials
+from dcp_zoo.benchmark.plan import made_by
 from dcp_zoo.benchmark.sweep import Event, execute, sweep
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
@@ -34,15 +35,20 @@ from dcp_zoo.cli.benchmark import numbers, show_events, show_results, split_comm
 from dcp_zoo.data import Item, Split
 from dcp_zoo.data.packaged import DATASETS
 from dcp_zoo.errors import ZooError
+from dcp_zoo.features.cache import FeatureCache
+from dcp_zoo.features.extract import FeatureExtractor
+from dcp_zoo.features.loader import ImageLoader
+from dcp_zoo.features.table import FeatureTable
+from dcp_zoo.features.views import MIRRORED, PLAIN
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable, sha256_of
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.sources import ImageSource, Progress, no_progress
 
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 SCALE = 100.0  # of logits, if the features come without
 DRAW = 1  # the seed of the trials: the files hold one draw of the training images
-TEXT_ARRAY, TRAIN_ARRAY = "text_vector", re.compile(r"train\d+_vector")
+TEXT_ARRAY = "text_vector"
+TRAIN_ARRAY = re.compile(r"train\d+_vector")
 
 
 def nothing_read(*_: object, **__: object) -> torch.Tensor:
@@ -78,9 +84,11 @@ class GivenFeatures:
     """`sweep.TrialImages` of a folder with features."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.device = folder, torch.device("cpu")
+        self.folder = folder
+        self.device = torch.device("cpu")
         self.clip = GivenCLIP()
-        self.progress: Progress = no_progress
+        self.extract = FeatureExtractor(self.clip)
+        self.features = FeatureCache()
 
     def split(self, dataset: str, part: str = "all") -> Split:
         return self.subset(dataset, part, 0, DRAW)
@@ -97,13 +105,21 @@ class GivenFeatures:
             self.clip.given_texts = dict(zip(names, _vectors(arrays[TEXT_ARRAY]), strict=True))
         parts = (f"train{shots}", f"val{shots}", "test")
         train, val, test = (_items(path, name) if f"{name}_vector" in arrays else [] for name in parts)
-        return GivenSplit(dataset, names, train, val, test, place=str(path))
+        return GivenSplit(dataset, names, train, val, test, source=str(path))
 
-    def read(self, items: Sequence[Item], augment: str = "none", once: bool = False) -> ImageSource:
+    def read(self, items: Sequence[Item], augment: str = "none", again: bool = False) -> ImageLoader:
+        if not items:  # of a trial without training images
+            return ImageLoader.of_features(FeatureTable([], {}, []))
         path, name, _ = items[0].path
         kinds = ("vector", "backbone") if self.clip.further else ("vector",)
-        views = torch.cat([_vectors(_arrays(path)[f"{name}_{kind}"]) for kind in kinds], -1)[None]
-        return ImageSource(self.clip, items, nothing_read, views=views, form=Features)
+        parts = [_vectors(_arrays(path)[f"{name}_{kind}"]) for kind in kinds]
+        return ImageLoader.of_features(given_table(items, [parts]))
+
+
+def given_table(items: Sequence[Item], views: Sequence[Sequence[torch.Tensor]]) -> FeatureTable:
+    """A table of parts (n, ..) that are given for each image, and for a second view for its mirror image."""
+    rows = {view: torch.cat([*parts], -1) for view, parts in zip((PLAIN, MIRRORED), views, strict=False)}
+    return FeatureTable(items, rows, [tuple(part.shape[-1] for part in views[0])])
 
 
 class GivenSplit(Split):
@@ -111,12 +127,14 @@ class GivenSplit(Split):
 
     @cached_property
     def sha256(self) -> str:
-        return sha256_of(Path(self.place))
+        return sha256_of(Path(self.source))
 
 
 def _items(path: Path, name: str) -> list[Item]:
     arrays = _arrays(path)
-    vectors, labels, classes = arrays[f"{name}_vector"], arrays[f"{name}_label"].tolist(), len(arrays["classnames"])
+    vectors = arrays[f"{name}_vector"]
+    labels = arrays[f"{name}_label"].tolist()
+    classes = len(arrays["classnames"])
     if len(labels) != len(vectors) or not all(0 <= label < classes for label in labels):
         raise ZooError(f"{path} needs one label from 0 to {classes - 1} in {name}_label for each row of {name}_vector.")
     return [Item((path, name, i), f"{name} {i}", int(label)) for i, label in enumerate(labels)]
@@ -143,7 +161,8 @@ def plan_given(
 ) -> list[Trial]:
     """The trials of a grid, see `plan_trials`, that the files in a folder allow."""
     able = [name for name, method in METHODS.items() if method.features]
-    if unable := {*methods} - {*able}:
+    unable = {*methods} - {*able}
+    if unable:
         raise ZooError(f"{', '.join(unable)} needs images, not only features: choose from {', '.join(able)}.")
     names = datasets or [name for name in DATASETS if (folder / f"{name}.npz").exists()]
     files = {name: set(_arrays(folder / f"{name}.npz")) for name in names}
@@ -171,10 +190,13 @@ class GivenSettings(Settings):
     features: Path = Path()
 
     def conditions(self, trial: Trial) -> Values:
+        features = sha256_of(self.features / f"{trial.dataset}.npz")[:16]
         return {
+            "images": {trial.dataset: features},
+            "made_by": made_by(),
             "weights": f"features of {trial.model}",
             "precision": self.precision,
-            "features": sha256_of(self.features / f"{trial.dataset}.npz")[:16],
+            "features": features,
             "recipe": trial.recipe.as_dict(),
         }
 

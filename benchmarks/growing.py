@@ -9,8 +9,8 @@ from dcp_zoo.cli.console import log
 
 
 class GrowingTable:
-    """A CSV file with these columns, created if needed; `key` are those that say what a row measured, so that a script
-    resumes where it was stopped. Delete the file to measure again."""
+    """A CSV file with these columns, created if needed; `key` are those that say what a row measured, so
+    that a script resumes where it was stopped. Delete the file to measure again."""
 
     def __init__(self, path: Path, columns: Sequence[str], key: Sequence[str]) -> None:
         self.path = path
@@ -18,7 +18,8 @@ class GrowingTable:
             self._append([columns])
         with path.open() as file:
             rows = csv.DictReader(file)
-            self.columns, self.known = rows.fieldnames or [], {tuple(row[name] for name in key) for row in rows}
+            self.columns = rows.fieldnames or []
+            self.known = {tuple(row[name] for name in key) for row in rows}
 
     def __contains__(self, key: Sequence[Any]) -> bool:
         return tuple(map(str, key)) in self.known

@@ -1,12 +1,13 @@
-"""`dcp-zoo inspect` and `search --to-label` measured: swapped labels, the accuracy to expect, images of none of the
-classes, and suggested images.
+"""`dcp-zoo inspect` and `search --to-label` measured: swapped labels, the accuracy to expect, images of none
+of the classes, and suggested images.
 
-    python benchmarks/inspection.py --data-root DATA       writes results/inspection.csv; resumes when repeated
+    python benchmarks/inspection.py --data-root DATA       writes results/inspection.csv; resumes when
+    repeated
 
-DATA is as in `sets.py`. Images of none of the classes come from the reporting sets there. Other thresholds were chosen
-on training and validation images of Caltech-101 and PACS photographs; how images are suggested, on Caltech-101's
-validation images, photographs, sketches and other classes of Tiny ImageNet. Of that only validation images are read,
-as the miniature was trained on the others.
+DATA is as in `sets.py`. Images of none of the classes come from the reporting sets there. Other thresholds
+were chosen on training and validation images of Caltech-101 and PACS photographs; how images are suggested,
+on Caltech-101's validation images, photographs, sketches and other classes of Tiny ImageNet. Of that only
+validation images are read, as the miniature was trained on the others.
 """
 
 import random
@@ -29,8 +30,8 @@ from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split, load_split
+from dcp_zoo.features.groups import comparable
 from dcp_zoo.inspection.inspection import learning_curve, of_no_class, out_of_fold, suspected
-from dcp_zoo.inspection.look import look
 from dcp_zoo.inspection.search import spread
 from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.evaluation import top1
@@ -38,9 +39,13 @@ from dcp_zoo.zoo.build import plain_clip
 
 RESULTS = Path(__file__).parent / "results" / "inspection.csv"
 COLUMNS = ("weights", "measure", "set", "draw", "name", "value")
-MODEL, TEMPLATE = "dcp_mini", "a photo of a {}."
-SWAPPED, DRAWS, PAIRED = 0.05, range(1, 11), range(1, 4)  # draws of each set, and of two sets
-PER_CLASS, TESTED = 8, 500  # training images of a draw; test images
+MODEL = "dcp_mini"
+TEMPLATE = "a photo of a {}."
+SWAPPED = 0.05
+DRAWS = range(1, 11)  # of each set
+PAIRED = range(1, 4)  # draws of two sets
+PER_CLASS = 8  # training images of a draw
+TESTED = 500  # test images
 TEST_IMAGES = 800  # at most
 TINY = "tiny-imagenet-200"
 
@@ -60,13 +65,17 @@ SETS = {  # how many images of each class the draws are from
     "7 classes of cartoons": Folder("pacs_cartoon", 30),
     "50 kinds of things": Folder(TINY, 16, range(1, 100, 2)),
 }
-POOL, ROUNDS, LABELS, RANDOM = 800, 5, 10, 3  # of suggestions: images to choose from; random choices to compare with
+POOL = 800  # images that suggestions are chosen from
+ROUNDS = 5  # of suggestions
+LABELS = 10  # suggestions of a round
+RANDOM = 3  # random choices to compare with
 Measured = Iterator[tuple[str, Any]]
 
 
 def main(data_root: Annotated[Path, typer.Option(help="Folder with caltech-101, pacs and tiny-imagenet-200.")]) -> None:
     """Measure what the file of results does not have for the current weights yet."""
-    table, clip = GrowingTable(RESULTS, COLUMNS, COLUMNS[:4]), plain_clip(MODEL)
+    table = GrowingTable(RESULTS, COLUMNS, COLUMNS[:4])
+    clip = plain_clip(MODEL)
     with TemporaryDirectory() as folder:
         for (name, which), measure in product(SETS.items(), (labels, estimates, suggestions)):
             images = None
@@ -91,11 +100,15 @@ class Images:
     """The images of a set with their features: those that draws are from, and the test images."""
 
     def __init__(self, clip: FrozenCLIP, split: Split) -> None:
-        self.split, items = replace(split, test=split.test[:TESTED]), [*split.train, *split.test[:TESTED]]
-        parts = torch.from_numpy(look([item.path for item in items], clip, progress=progress_bar).parts)
+        self.split = replace(split, test=split.test[:TESTED])
+        items = [*split.train, *split.test[:TESTED]]
+        table = comparable(items, clip, progress_bar, keep=False)
+        parts = table.rows()[0]
         weight, bias = clip.scaled(clip.zero_shot_classifier(split.classnames, TEMPLATE))
-        self.text, self.widths = (weight.detach(), bias.detach()), tuple(clip.widths)
-        self.train, self.test = parts[: len(split.train)], parts[len(split.train) :]
+        self.text = (weight.detach(), bias.detach())
+        self.widths = table.widths[0]
+        self.train = parts[: len(split.train)]
+        self.test = parts[len(split.train) :]
         self.labels, self.test_labels = (
             torch.tensor([i.label for i in part]) for part in (split.train, self.split.test)
         )
@@ -110,8 +123,8 @@ class Images:
         return ReadingFeatures(self.train[None, kept], self.text, self.widths)
 
     def top1(self, kept: list[int], labels: Tensor | None = None, tested: list[int] | None = None) -> float:
-        """Accuracy on the test images, or on others `tested`, of the text probe, fitted to these images without their
-        mirror images, with these labels of all of them."""
+        """Accuracy on the test images, or on others `tested`, of the text probe, fitted to these images
+        without their mirror images, with these labels of all of them."""
         labels = self.labels if labels is None else labels
         classes = self.split.classnames
         probe, _ = fit_on_features(classes, labels[kept], [self.read(kept)])
@@ -130,7 +143,8 @@ def draw(folder: Folder, data_root: Path, images: Path, seed: int) -> Split:
         split = load_split(folder.dataset, data_root)
         names = split.classnames
         rng.sample(names, len(names))  # the draws of the committed results come after this one
-        train, test = split.train or split.test, split.test  # PACS has no parts
+        train = split.train or split.test  # PACS has no parts
+        test = split.test
     drawn = [item for label in range(len(names)) for item in _draw(train, label, folder.images, rng)]
     rest = sorted({*test} - {*drawn})
     return Split("folder", names, drawn, [], rng.sample(rest, min(TEST_IMAGES, len(rest))))
@@ -143,7 +157,8 @@ def _draw(items: list[Item], label: int, count: int, rng: random.Random) -> list
 
 def labels(images: Images, seed: int) -> Measured:
     """Suspects among images of which 5 % got another class, and the accuracy with and without them."""
-    rng, classes = random.Random(seed), len(images.split.classnames)
+    rng = random.Random(seed)
+    classes = len(images.split.classnames)
     rows = images.drawn(PER_CLASS, rng)
     swapped = set(rng.sample(range(len(rows)), round(SWAPPED * len(rows))))
     given = images.labels[rows].clone()
@@ -171,7 +186,8 @@ def labels(images: Images, seed: int) -> Measured:
 
 
 def estimates(images: Images, seed: int) -> Measured:
-    """The accuracies that `inspect` expects with 1 to 4 images per class, from eight, and those on all others."""
+    """The accuracies that `inspect` expects with 1 to 4 images per class, from eight, and those on all
+    others."""
     rng = random.Random(seed)
     rows = images.drawn(PER_CLASS, rng)
     others = sorted({*range(len(images.labels))} - {*rows})
@@ -195,9 +211,10 @@ def reporting(clip: FrozenCLIP, name: str, data_root: Path, folder: Path) -> Ima
 
 
 def strangers(images: Images, others: Images, seed: int) -> Measured:
-    """Images of another set among the classes at random, one in twenty: how many of them, and of the set's own, are
-    said to show none of the classes."""
-    rng, classes = random.Random(seed), len(images.split.classnames)
+    """Images of another set among the classes at random, one in twenty: how many of them, and of the set's
+    own, are said to show none of the classes."""
+    rng = random.Random(seed)
+    classes = len(images.split.classnames)
     rows = images.drawn(PER_CLASS, rng)
     planted = rng.sample(range(len(others.labels)), max(2, round(SWAPPED * len(rows))))
     parts = torch.cat([images.train[rows], others.train[planted]])
@@ -215,10 +232,11 @@ def strangers(images: Images, others: Images, seed: int) -> Measured:
 
 
 def suggestions(images: Images, seed: int) -> Measured:
-    """The accuracy after rounds of labels, of which there are none at first: of suggested images, and the mean of
-    random choices from the same ones."""
+    """The accuracy after rounds of labels, of which there are none at first: of suggested images, and the
+    mean of random choices from the same ones."""
     order = random.Random(seed).sample(range(len(images.labels)), len(images.labels))
-    pool, tested = order[:POOL], order[POOL : POOL + TESTED]
+    pool = order[:POOL]
+    tested = order[POOL : POOL + TESTED]
     found: list[int] = []
     for _ in range(ROUNDS):
         left = [i for i in pool if i not in found]

@@ -1,16 +1,18 @@
-"""The methods that a reader would choose from, on many sets of images with 1 to 16 training images per class.
+"""The methods that a reader would choose from, on many sets of images with 1 to 16 training images per
+class.
 
     python benchmarks/many_sets.py --data-root DATA      writes results/many_sets.csv; resumes when repeated
 
 Methods of `QUICK` are trained on five draws at five numbers of
-images, those of `SLOW` on the first two draws at two numbers: compare them with the same draws of the others. Methods
-that need nothing but features are in `baselines.py`, which reads these once.
+images, those of `SLOW` on the first two draws at two numbers: compare them with the same draws of the
+others. Methods that need nothing but features are in `baselines.py`, which reads these once.
 
-DATA, and which sets choose and which only report: see `sets.py`. A method that chooses hyperparameters gets validation
-images besides, at most four per class as in the papers, as far as the set has more images than are trained on; all
-others see K images per class. Prompts and weights are trained once and their head then answers in up to three ways: by
-the method's own logits, with the text probe on the method's own features, and read both ways (the default), with a text
-probe on these features and one on the frozen tower's. CPU seconds of this last way include those of the one before.
+DATA, and which sets choose and which only report: see `sets.py`. A method that chooses hyperparameters gets
+validation images besides, at most four per class as in the papers, as far as the set has more images than
+are trained on; all others see K images per class. Prompts and weights are trained once and their head then
+answers in up to three ways: by the method's own logits, with the text probe on the method's own features,
+and read both ways (the default), with a text probe on these features and one on the frozen tower's. CPU
+seconds of this last way include those of the one before.
 """
 
 import random
@@ -32,19 +34,24 @@ from dcp_zoo.backbone.clip import FrozenCLIP, joined, parts_of
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.data import Item, Split
+from dcp_zoo.features.extract import FeatureExtractor
+from dcp_zoo.features.loader import ImageLoader
+from dcp_zoo.features.photos import Photos
 from dcp_zoo.heads.head import Head
+from dcp_zoo.prediction.heads import outputs_of_loader
 from dcp_zoo.probe import ReadingFeatures, fit_on_features
-from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, read, top1
+from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, top1
 from dcp_zoo.training.methods import METHODS, fit_head
-from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.text_probe import on_cpu, probe_views
+from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.training.run import plan
-from dcp_zoo.training.sources import ImageSource, image_source
+from dcp_zoo.training.task import Task
 from dcp_zoo.zoo.build import plain_clip
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = "weights set classes images_per_class seed method reading top1 ece nll test_images train_cpu_seconds".split()
-MODEL, TEST_IMAGES, VAL_IMAGES = "dcp_mini", 800, 4  # at most so many test images, and validation images per class
+MODEL = "dcp_mini"
+TEST_IMAGES = 800  # at most
+VAL_IMAGES = 4  # of a class, at most
 ON_FEATURES = ("zero-shot-ensemble", *(name for name, each in METHODS.items() if each.features))
 RECIPES = {"dcp, paper": "paper", "dcp, release": "release"}  # where not the method's default
 QUICK = ("zero-shot", "zero-shot-ensemble", "text-probe", "dcp", "coop", "prolip")
@@ -56,9 +63,12 @@ GRID |= dict.fromkeys(AUTHORS, ((4,), range(1, 3)))
 
 
 def draw(pool: Pool, images: int, seed: int) -> Split:
-    """Training images of one draw, validation images of what is left, and at most `TEST_IMAGES` test images."""
+    """Training images of one draw, validation images of what is left, and at most `TEST_IMAGES` test
+    images."""
     names, train, test = pool
-    rng, drawn, val = random.Random(seed * 1000 + images), list[Item](), list[Item]()
+    rng = random.Random(seed * 1000 + images)
+    drawn = list[Item]()
+    val = list[Item]()
     for label in range(len(names)):
         own = of_class(train, label)
         own = rng.sample(own, len(own))
@@ -69,7 +79,8 @@ def draw(pool: Pool, images: int, seed: int) -> Split:
 
 def planned(split: Split, method: str, seed: int) -> Task:
     """The task of a method, whose name is what is before a comma."""
-    name, classifier = method.split(",")[0], None if method in ON_FEATURES else "none"
+    name = method.split(",")[0]
+    classifier = None if method in ON_FEATURES else "none"
     if not METHODS[name].chooses:
         split = Split(split.name, split.classnames, split.train, [], split.test)
     run = plan(split, MODEL, name, seed=seed, recipe=RECIPES.get(method), classifier=classifier, device="cpu")
@@ -82,39 +93,49 @@ def frozen_clip() -> FrozenCLIP:
 
 
 @cache
-def test_images(items: tuple[Item, ...]) -> ImageSource:
+def test_images(items: tuple[Item, ...]) -> ImageLoader:
     """Read once for all fits of a set, which have the same test images."""
-    return image_source(frozen_clip(), items, progress=progress_bar)
+    images = ImageLoader(Photos(items), FeatureExtractor(frozen_clip(), progress=progress_bar))
+    return images.after_stem(images.views)
 
 
 def measured(split: Split, seed: int, method: str) -> Iterator[tuple[Any, ...]]:
-    """Reading, top-1 and ECE in percent, cross-entropy, test images, and CPU seconds of training, for each reading."""
+    """Reading, top-1 and ECE in percent, cross-entropy, test images, and CPU seconds of training, for each
+    reading."""
     started = time.process_time()
     task = planned(split, method, seed)
     head = fit_head(method.split(",")[0], task)
     trained = time.process_time() - started
     test = test_images(tuple(split.test))
     if method in ON_FEATURES:
-        yield "", *scores(read(head, test, EVAL_BATCH)[0], test.labels), round(trained, 1)
+        yield (
+            "",
+            *scores(torch.from_numpy(outputs_of_loader(head, test, EVAL_BATCH).logits), test.labels),
+            round(trained, 1),
+        )
         return
-    yield from read_in_three_ways(head, task.plain_train, test, trained)
+    yield from read_in_three_ways(head, task.images, test, trained)
 
 
 @torch.no_grad()
-def read_in_three_ways(head: Head, train: ImageSource, test: ImageSource, seconds: float) -> Iterator[tuple[Any, ...]]:
-    """The rows of a head that was trained for so many seconds. Where it changed the texts alone, as CoOp does, there is
-    one text probe, which starts at its own logits: "both" stands for what heads do."""
-    features = [test.read_by(reading, 1, progress_bar)[0] for reading in head.readings]
-    embedding = features[0][:, : head.readings[0].widths[0]]
+def read_in_three_ways(head: Head, train: ImageLoader, test: ImageLoader, seconds: float) -> Iterator[tuple[Any, ...]]:
+    """The rows of a head that was trained for so many seconds. Where it changed the texts alone, as CoOp
+    does, there is one text probe, which starts at its own logits: "both" stands for what heads do."""
+    tested = test.table(head.readable)
+    features = [tested.reading(i).rows()[0] for i in range(len(head.readable))]
+    embedding = features[0][:, : head.readable[0].widths[0]]
     yield "", *scores(head.classify(embedding), test.labels), round(seconds, 1)
-    views, started = probe_views(train), time.process_time()
+    started = time.process_time()
+    fitted = train.table(head.readable, train.with_flips)
     starts = on_cpu(head.own_linear()), on_cpu(head.zero_shot_linear())
-    pairs = zip(head.readings, starts, strict=False)
-    readings = [ReadingFeatures(train.read_by(reading, views), start, reading.widths) for reading, start in pairs]
+    tables = [fitted.reading(i) for i in range(len(head.readable))]
+    pairs = zip(tables, starts, strict=False)
+    readings = [ReadingFeatures(table.rows(*table.views), start, table.widths[0]) for table, start in pairs]
     for name, count in (("own", 1), ("both", 2)) if len(readings) > 1 else (("both", 1),):
-        read, unseen = readings[:count], starts[1] if name == "both" else None
+        read = readings[:count]
+        unseen = starts[1] if name == "both" else None
         head.text_probe, _ = fit_on_features(head.classes, train.labels, read, unseen)
-        logits = head.classify(joined(features[:count], parts_of(head.readings[:count])))
+        logits = head.classify(joined(features[:count], parts_of(head.readable[:count])))
         yield name, *scores(logits, test.labels), round(seconds + time.process_time() - started, 1)
 
 
@@ -129,8 +150,10 @@ def scores(logits: Tensor, labels: Tensor) -> tuple[float, float, float, int]:
 
 
 def main(data_root: Annotated[Path, typer.Option(help="Folder with the sets, see sets.py.")]) -> None:
-    """Measure every set, number of images, seed and method that the table does not have for the current weights yet."""
-    table, weights = GrowingTable(RESULTS / "many_sets.csv", COLUMNS, COLUMNS[:2] + COLUMNS[3:6]), weights_id(MODEL)
+    """Measure every set, number of images, seed and method that the table does not have for the current
+    weights yet."""
+    table = GrowingTable(RESULTS / "many_sets.csv", COLUMNS, COLUMNS[:2] + COLUMNS[3:6])
+    weights = weights_id(MODEL)
     cells = [(seed, n, m, name) for m, (ns, seeds) in GRID.items() for seed in seeds for n in ns for name in REPORTING]
     left = [(seed, n, m, name) for seed, n, m, name in cells if (weights, name, n, seed, m) not in table]
     left.sort(key=lambda cell: cell[0])

@@ -2,9 +2,9 @@
 
     python benchmarks/model_costs.py     writes results/model_costs.csv; resumes when repeated
 
-Weights of models that are not part of the package are random. Each row is a process of its own, which classifies the
-same batch of decoded images as `dcp-zoo predict` does; its time is the processor's, which counts on a busy machine too.
-Caches are shared with other processes, so it is the fastest of some repeats.
+Weights of models that are not part of the package are random. Each row is a process of its own, which
+classifies the same batch of decoded images as `dcp-zoo predict` does; its time is the processor's, which
+counts on a busy machine too. Caches are shared with other processes, so it is the fastest of some repeats.
 """
 
 import json
@@ -20,7 +20,9 @@ from growing import GrowingTable
 from dcp_zoo.zoo.registry import MODELS
 
 COLUMNS = "model core_ms_per_image peak_mb".split()
-BATCH, REPEATS, CLASSES = 8, 5, 100
+BATCH = 8
+REPEATS = 5
+CLASSES = 100
 ENOUGH = 20  # seconds, after which a large model is not repeated more than once
 
 
@@ -59,7 +61,8 @@ def cost(name: str) -> dict[str, Any]:
     model = create_model(name, classnames=classnames("caltech101")[:CLASSES], tokenizer=tokenizer).eval()
     size = model.pretrained_cfg["input_size"]
     model.store_stats(torch.randn(1, *size))
-    backend, seconds = HeadBackend(model, precision="float32"), list[float]()
+    backend = HeadBackend(model, precision="float32")
+    seconds = list[float]()
     images = np.random.default_rng(0).integers(0, 256, (BATCH, *size), np.uint8)
     while len(seconds) < 3 or (len(seconds) <= REPEATS and sum(seconds) < ENOUGH):  # the first warms up
         started = time.process_time()

@@ -1,20 +1,23 @@
-"""The paper's experiments beside few-shot classification, which `many_sets.py` measures: other styles, other classes,
-and what its parts are worth.
+"""The paper's experiments beside few-shot classification, which `many_sets.py` measures: other styles, other
+classes, and what its parts are worth.
 
-    python benchmarks/paper.py features FEATURES               methods on image features, from `baselines.py features`
+    python benchmarks/paper.py features FEATURES               methods on image features, from `baselines.py
+    features`
     python benchmarks/paper.py prompts --data-root DATA        methods that train prompts or weights
     python benchmarks/paper.py parts --data-root DATA          the paper's recipe with one change at a time
+    python benchmarks/paper.py coupling --data-root DATA       what CMPA is worth, beside prompts that are
+    not coupled
 
-The first two write results/transfer.csv, the last results/parts.csv. All resume, and measure one draw of everything
-before the next. Draws and test images are those of `many_sets.py`, sets those of `sets.py`.
+The first two write results/transfer.csv, the others results/parts.csv and results/coupling.csv. All resume,
+and measure one draw of everything before the next. Draws and test images are those of `many_sets.py`, sets
+those of `sets.py`.
 
-A method that trains is read by its own logits, and with the text probes that follow it by default. A text probe is also
-read "without gate": the text then has no say beyond the probe's, however far an image is from what it has seen. The
-gate was chosen on PACS' photographs, art paintings and cartoons, and on Caltech-101.
+A method that trains is read by its own logits, and with the text probes that follow it by default. A text
+probe is also read "without gate": the text then has no say beyond the probe's, however far an image is from
+what it has seen. The gate was chosen on PACS' photographs, art paintings and cartoons, and on Caltech-101.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +30,7 @@ from baselines import Known
 from growing import GrowingTable
 from many_sets import MODEL, RESULTS, draw, frozen_clip, test_images
 from reads import READINGS
-from sets import SETS, Pool
+from sets import REPORTING, SETS, Pool
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,17 +40,21 @@ from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Split
 from dcp_zoo.data.splits import subsample_classes
-from dcp_zoo.training.evaluation import EVAL_BATCH, read, top1
+from dcp_zoo.features.loader import ImageLoader
+from dcp_zoo.prediction.heads import outputs_of_loader
+from dcp_zoo.training.evaluation import EVAL_BATCH, top1
 from dcp_zoo.training.methods import METHODS, fit_head
-from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.methods.text_probe import fit_probe, on_cpu
 from dcp_zoo.training.recipes import AUTHORS, Recipe
 from dcp_zoo.training.run import plan
-from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.training.task import Task
 
 STYLES = ("PACS, photos", "PACS, art paintings", "PACS, cartoons", "PACS, sketches")
 OTHERS = ("flowers", "EuroSAT", "groceries", "scenes", "hand signs", "corn leaves", *STYLES)
-NEW, CROSS, SHIFT = "base-to-new", "cross-dataset", "domain-shift"  # protocols
+# protocols
+NEW = "base-to-new"
+CROSS = "cross-dataset"
+SHIFT = "domain-shift"
 TRAINED = [*((SHIFT, name) for name in STYLES), (NEW, "Caltech-101"), (NEW, "flowers"), (CROSS, "Caltech-101")]
 ON_FEATURES = ("zero-shot", "linear-probe", "gda", "lp-plus-plus", "clap", "text-probe")
 NAMED = {"dcp, paper": "paper", "dcp, release": "release"}
@@ -63,15 +70,24 @@ CHANGES: tuple[Mapping[str, Any], ...] = (
     *({"depth": depth} for depth in (1, 3)),
     *({"n_ctx": n} for n in (2, 4, 8)),
 )
+COUPLED = "weights set images_per_class seed method changes top1 test_images trained_parameters cpu_seconds".split()
+PROMPTED: Sequence[tuple[str, Mapping[str, Any]]] = (  # the most telling first
+    *(("dcp", {"coupling": coupling}) for coupling in ("bidirectional", "self", "none")),
+    *(("zero-shot", {}), ("ivlp", {}), ("vpt-deep", {}), ("coop", {})),
+    *(("dcp", {"coupling": coupling}) for coupling in ("text_to_vision", "vision_to_text")),
+    ("ivlp", {"n_ctx": 16}),  # as many prompts as DCP has
+)
+CROSS_ENTROPY = {"clip_reg": 0.0}  # the paper's loss, and that of the other methods
 app = typer.Typer()
 Data = Annotated[Path, typer.Option(help="Folder with the sets, see sets.py.")]
 Draws = Annotated[int, typer.Option(help="Draws of training images.")]
-Test = tuple[Sequence[str], ImageSource]  # class names, and images
+Test = tuple[Sequence[str], ImageLoader]  # class names, and images
 
 
 @app.command()
 def features(kept: Annotated[Path, typer.Argument(help="As `baselines.py` keeps them.")], draws: Draws = 5) -> None:
-    """Measure methods on image features, with 4 and 16 images per class, on the sets whose features are there."""
+    """Measure methods on image features, with 4 and 16 images per class, on the sets whose features are
+    there."""
     there = [name for name in SETS if (kept / f"{name}.npz").exists()]
     read = {reading: {name: Known(kept / f"{name}.npz", reading) for name in there} for reading in ("x", ALL)}
     for known in read.values():  # any may read any class
@@ -81,15 +97,16 @@ def features(kept: Annotated[Path, typer.Argument(help="As `baselines.py` keeps 
     table = GrowingTable(RESULTS / "transfer.csv", TRANSFER, HEAD)
     cells = product(range(1, draws + 1), (IMAGES, 4), TRAINED, ON_FEATURES)
     for seed, images, (protocol, name), method in cells:
-        key, targets = (weights_id(MODEL), protocol, name, images, seed, method), targets_of(protocol, name)
+        key = (weights_id(MODEL), protocol, name, images, seed, method)
+        targets = targets_of(protocol, name)
         if key in table or not applies(method, protocol) or not {*there} >= {*targets}:
             continue
         known = read[ALL if method == "text-probe" else "x"]
         own = known[name]
         split = of_part(own.drawn(images, seed), protocol)
-        task = Task(own.clip, MODEL, split.classnames, TEMPLATE, own.source(split.train), None, None, seed)
+        task = Task(own.clip, MODEL, split.classnames, TEMPLATE, own.images(split.train), None, None, seed)
         task.recipe = METHODS[method].recipe(MODEL, "folder", images, protocol)
-        pools = {target: (known[target].names, replace(known[target].test, clip=own.clip)) for target in targets}
+        pools = {target: (known[target].names, known[target].test) for target in targets}
         table.add((*key, *row) for row in measured(method, task, tests_of(protocol, pools)))
 
 
@@ -126,17 +143,46 @@ def parts(data_root: Data, draws: Draws = 2) -> None:
         pools = Pools(data_root, Path(folder))
         for seed, changes, (name, images) in product(range(1, draws + 1), CHANGES, FEW.items()):
             changed = ", ".join(f"{option}={value}" for option, value in changes.items())
-            if (key := (weights_id(MODEL), name, images, seed, changed)) in table:
+            key = (weights_id(MODEL), name, images, seed, changed)
+            if key in table:
                 continue
             split = without_validation(draw(pools[name], images, seed))
-            started, test, rows = process_time(), test_images(tuple(split.test)), list[Sequence[Any]]()
+            started = process_time()
+            test = test_images(tuple(split.test))
+            rows = list[Sequence[Any]]()
             run = plan(split, MODEL, "dcp", seed=seed, recipe="paper", changes=changes, device="cpu")
             head: Any = fit_head("dcp", run.task(split, frozen_clip()))
             seconds = round(process_time() - started, 1)
             for head.stats in ("stored", "batch"):
-                logits = read(head, test, run.recipe.eval_batch_size)[0]
+                logits = torch.from_numpy(outputs_of_loader(head, test, run.recipe.eval_batch_size).logits)
                 rows.append((*key, head.stats, top1(logits, test.labels), len(logits), seconds))
             table.add(rows)
+
+
+@app.command()
+def coupling(data_root: Data, draws: Draws = 3) -> None:
+    """Measure DCP's couplings and methods whose prompts are not coupled, with 4 and 16 images per class, by
+    one budget: the miniature's recipes, all with cross-entropy as their loss and without a text probe."""
+    table = GrowingTable(RESULTS / "coupling.csv", COUPLED, COUPLED[:6])
+    with TemporaryDirectory() as folder:
+        pools = Pools(data_root, Path(folder))
+        cells = product(range(1, draws + 1), (4, IMAGES), PROMPTED, REPORTING)
+        for seed, images, (method, changes), name in cells:
+            changed = ", ".join(f"{option}={value}" for option, value in changes.items())
+            key = (weights_id(MODEL), name, images, seed, method, changed)
+            if key in table:
+                continue
+            split = without_validation(draw(pools[name], images, seed))
+            all_changes = CROSS_ENTROPY | changes if method == "dcp" else changes
+            run = plan(split, MODEL, method, seed=seed, changes=all_changes, classifier="none", device="cpu")
+            task = run.task(split, frozen_clip())
+            started = process_time()
+            head = fit_head(method, task)
+            seconds = round(process_time() - started, 1)
+            test = test_images(tuple(split.test))
+            logits = torch.from_numpy(outputs_of_loader(head, test, EVAL_BATCH).logits)
+            trained = (p.numel() for part, p in head.named_parameters() if part.startswith(head.trained))
+            table.add([(*key, top1(logits, test.labels), len(logits), sum(trained), seconds)])
 
 
 class Pools(dict[str, Pool]):
@@ -170,7 +216,7 @@ def of_part(split: Split, protocol: str) -> Split:
     return subsample_classes(without_validation(split), "base" if protocol == NEW else "all")
 
 
-def test_of(pool: Pool) -> ImageSource:
+def test_of(pool: Pool) -> ImageLoader:
     """The test images of a set, which are the same in all draws."""
     return test_images(tuple(draw(pool, 1, 1).test))
 
@@ -191,7 +237,7 @@ def measured(method: str, task: Task, tests: Mapping[str, Test]) -> Iterator[tup
     started = process_time()
     head: Any = fit_head(method, task)
     if not head.text_probe and method not in ON_FEATURES:
-        fit_probe(head, task.plain_train)
+        fit_probe(head, task.images)
     seconds = round(process_time() - started, 1)
     for target, (names, test) in tests.items():
         if list(names) != head.classnames:
@@ -201,10 +247,12 @@ def measured(method: str, task: Task, tests: Mapping[str, Test]) -> Iterator[tup
             yield reading, target, top1(logits, test.labels - first), len(logits), seconds
 
 
-def answers(head: Any, test: ImageSource) -> Iterator[tuple[str, Tensor]]:
+def answers(head: Any, test: ImageLoader) -> Iterator[tuple[str, Tensor]]:
     """The logits of images by every way to read a head."""
-    logits, features = read(head, test, EVAL_BATCH)
-    assert features is not None
+    outputs = outputs_of_loader(head, test, EVAL_BATCH, keep=True)
+    assert outputs.features is not None
+    logits = torch.from_numpy(outputs.logits)
+    features = torch.from_numpy(outputs.features)
     if not head.text_probe:
         yield "", logits
         return
@@ -212,7 +260,8 @@ def answers(head: Any, test: ImageSource) -> Iterator[tuple[str, Tensor]]:
         weight, bias = on_cpu(head.own_linear())
         yield "", F.linear(features[:, : weight.shape[1]] * parts_of(head.reads) ** 0.5, weight, bias)
     yield "text probes", logits
-    gate, head.text_probe.gate = head.text_probe.gate, head.text_probe.gate[:0]
+    gate = head.text_probe.gate
+    head.text_probe.gate = head.text_probe.gate[:0]
     with torch.no_grad():
         yield "text probes, without gate", head.classify(features)
     head.text_probe.gate = gate

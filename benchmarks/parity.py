@@ -1,17 +1,21 @@
-"""Train DCP or MaPLe with its authors' own trainer and with this package, on the same batches, and compare everything.
+"""Train DCP, MaPLe or IVLP with its authors' own trainer and with this package, on the same batches, and
+compare all.
 
     git clone https://github.com/GingL/CMPA
     git clone https://github.com/KaiyangZhou/Dassl.pytorch
     git clone https://github.com/muzairkhattak/multimodal-prompt-learning
+    git clone https://github.com/muzairkhattak/PromptSRC
     pip install yacs tabulate
     python benchmarks/parity.py dcp --authors CMPA --dassl Dassl.pytorch --data-root DATA --seed 1 --float64
-    python benchmarks/parity.py maple --authors multimodal-prompt-learning --dassl Dassl.pytorch --data-root DATA \\
+    python benchmarks/parity.py maple --authors multimodal-prompt-learning --dassl Dassl.pytorch --data-root
+    DATA \\
         --float64
+    python benchmarks/parity.py ivlp --authors PromptSRC --dassl Dassl.pytorch --data-root DATA --float64
 
-DATA holds Caltech-101 in CoOp's layout. Their code is copied to a temporary folder and changed there as `CHANGES` says:
-for a machine without CUDA, for a current torch, and where a published line cannot run. The miniature takes the place of
-CLIP. With `--float64` both sides compute in double precision, so that rounding does not grow into other predictions.
-Every run adds its rows to `results/parity.csv`.
+DATA holds Caltech-101 in CoOp's layout. Their code is copied to a temporary folder and changed there as
+`CHANGES` says: for a machine without CUDA, for a current torch, and where a published line cannot run. The
+miniature takes the place of CLIP. With `--float64` both sides compute in double precision, so that rounding
+does not grow into other predictions. Every run adds its rows to `results/parity.csv`.
 """
 
 import argparse
@@ -34,28 +38,37 @@ from torch import Tensor, nn
 from dcp_zoo.backbone.inputs import Inputs, Pixels
 from dcp_zoo.data import Item, load_split
 from dcp_zoo.data.splits import few_shot
+from dcp_zoo.features.extract import FeatureExtractor
+from dcp_zoo.features.loader import ImageLoader
+from dcp_zoo.features.photos import Photos
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.head import Head
 from dcp_zoo.heads.kinds import PromptHead
-from dcp_zoo.training.evaluation import read
+from dcp_zoo.prediction.heads import outputs_of_loader
 from dcp_zoo.training.loop import train
-from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.prompts import MaPLeRecipe, new_maple
+from dcp_zoo.training.methods.prompts import IndependentRecipe, MaPLeRecipe, independent_prompts, new_maple
 from dcp_zoo.training.recipes import Recipe, TrainingRecipe
-from dcp_zoo.training.sources import ImageSource, image_source
+from dcp_zoo.training.task import Task
 from dcp_zoo.zoo.build import plain_clip
 
 sys.path.append(str(Path(__file__).parents[1] / "hub"))
 from convert import load_trained, renamed
 
 RESULTS = Path(__file__).parent / "results" / "parity.csv"
-MODEL, DATASET, SHOTS = "dcp_mini", "caltech101", 1
+MODEL = "dcp_mini"
+DATASET = "caltech101"
+SHOTS = 1
 CONTEXT = 24  # tokens of a text in place of 77, to save time: a causal tower does not see those after the end token
 # the miniature's MLPs are twice as wide as its tokens, not 4 times
 SHARED = {
     "clip/clip.py": [("context_length: int = 77", f"context_length: int = {CONTEXT}")],
     "clip/model.py": [("d_model * 4", "d_model * 2")],
 }
+UNROUNDED = [  # prompts in half precision
+    *SHARED["clip/model.py"],
+    (".permute(1, 0, 2).half()", ".permute(1, 0, 2)"),
+    ("-1, -1).half()", "-1, -1)"),
+]
 # in each file of a checkout: what is replaced, and by what
 DASSL_CHANGES = {
     "dassl/optim/lr_scheduler.py": [
@@ -81,25 +94,24 @@ CHANGES = {
             ("ctx_dim, 768", "ctx_dim, 256"),
             ("n_ctx, 512", "n_ctx, 192"),
         ],
-        "clip/model.py": [
-            *SHARED["clip/model.py"],
-            (".permute(1, 0, 2).half()", ".permute(1, 0, 2)"),
-            ("-1, -1).half()", "-1, -1)"),
-        ],
+        "clip/model.py": UNROUNDED,
     },
+    "ivlp": SHARED | {"clip/model.py": UNROUNDED},
 }
 FLOAT64 = {"clip/model.py": [("x.type(torch.float32)", "x.type(torch.float64)")]}
 CONFIGS = {
     "dcp": ("CMPA", "configs/trainers/CMPA/vit_b16_c2_ep20_batch4_16ctx.yaml", "TRAINER.CMPA.PREC"),
     "maple": ("MaPLe", "configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx.yaml", "TRAINER.MAPLE.PREC"),
+    "ivlp": ("IVLP", "configs/trainers/IVLP/vit_b16_c2_ep20_batch4_4+4ctx.yaml", "TRAINER.IVLP.PREC"),
 }
+MODULES = {"dcp": "trainers.cmpa", "maple": "trainers.maple", "ivlp": "trainers.independentVL"}
 UNUSED = ("wilds", "gdown", "torch.utils.tensorboard")  # packages that Dassl imports and these runs do not need
 
 
 @dataclass
 class Recorded:
-    """What one of the two trainers did: its state before and after training, the loss of every step, and its logits of
-    the test images; of theirs also the batches, and their test images' pixels against ours."""
+    """What one of the two trainers did: its state before and after training, the loss of every step, and its
+    logits of the test images; of theirs also the batches, and their test images' pixels against ours."""
 
     before: dict[str, Tensor]
     after: dict[str, Tensor] = field(default_factory=dict)
@@ -112,7 +124,8 @@ class Recorded:
 def compute_in_float64() -> None:
     """Let everything in this process that asks for float32 get float64: their code and ours alike."""
     torch.set_default_dtype(torch.float64)
-    torch.Tensor.float, nn.Module.float = torch.Tensor.double, nn.Module.double  # type: ignore[method-assign]
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+    nn.Module.float = nn.Module.double  # type: ignore[method-assign]
     LayerNormFp32.forward = nn.LayerNorm.forward  # type: ignore[method-assign]
 
 
@@ -148,11 +161,14 @@ def design_of(method: str) -> dict[str, Any]:
     common = {"vision_depth": 0, "language_depth": 0, "vision_ctx": 0, "language_ctx": 0}
     if method == "dcp":
         return common | {"trainer": "CMPA", "cmpa_length": 16, "fusing": "mean", "parameter_sharing": True}
+    if method == "ivlp":
+        return {"trainer": "IVLP", "vision_depth": 9, "language_depth": 9, "vision_ctx": 4, "language_ctx": 4}
     return common | {"trainer": "MaPLe", "maple_length": 2}
 
 
 def build_theirs(method: str, seed: int, folder: Path, data: Path, clip: nn.Module) -> Any:
-    """Their trainer, built by their code from their configuration: with the miniature, its image size, and float32."""
+    """Their trainer, built by their code from their configuration: with the miniature, its image size, and
+    float32."""
     sys.path[:0] = [str(folder / "authors"), str(folder / "dassl")]
     for name in UNUSED:
         sys.modules[name] = MagicMock(spec=ModuleType(name))
@@ -163,7 +179,7 @@ def build_theirs(method: str, seed: int, folder: Path, data: Path, clip: nn.Modu
     from dassl.utils import set_random_seed
 
     trainer, config, precision = CONFIGS[method]
-    module = sys.modules[f"trainers.{trainer.lower()}"]
+    module: Any = sys.modules[MODULES[method]]
     module.load_clip_to_cpu = lambda cfg: miniature_for(build_model, clip, design_of(method))
     cfg = clip_config()
     options = ["INPUT.SIZE", (cfg["size"], cfg["size"]), "INPUT.PIXEL_MEAN", cfg["mean"], "INPUT.PIXEL_STD", cfg["std"]]
@@ -186,9 +202,12 @@ def clip_config() -> dict[str, Any]:
 
 
 def run_theirs(trainer: Any, ours: Iterator[tuple[Inputs, Tensor]]) -> Recorded:
-    """Train and test with their trainer, and record what it does; `ours` are our test images in batches of theirs."""
+    """Train and test with their trainer, and record what it does; `ours` are our test images in batches of
+    theirs."""
     found = Recorded(copy_of(trainer.model))
-    step, read, process = trainer.forward_backward, trainer.parse_batch_test, trainer.evaluator.process
+    step = trainer.forward_backward
+    read = trainer.parse_batch_test
+    process = trainer.evaluator.process
 
     def forward_backward(batch: Any) -> Any:
         summary = step(batch)
@@ -206,7 +225,8 @@ def run_theirs(trainer: Any, ours: Iterator[tuple[Inputs, Tensor]]) -> Recorded:
         found.logits.append(logits)
         process(logits, labels)
 
-    trainer.forward_backward, trainer.parse_batch_test = forward_backward, parse_batch_test
+    trainer.forward_backward = forward_backward
+    trainer.parse_batch_test = parse_batch_test
     trainer.evaluator.process = keep
     trainer.train()
     found.after = copy_of(trainer.model)
@@ -218,12 +238,12 @@ def copy_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @dataclass
-class TheirBatches(ImageSource):
-    """Their batches in their order, as a source of training images for our loop."""
+class TheirBatches(ImageLoader):
+    """Their batches in their order, as training images for our loop."""
 
     epochs: Iterator[list[tuple[Inputs, Tensor]]] = field(default_factory=lambda: iter(()))
 
-    def batches(self, *args: Any, **options: Any) -> Any:
+    def shuffled(self, *args: Any, **options: Any) -> Any:
         return next(self.epochs)
 
 
@@ -232,8 +252,8 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def maple_names(state: dict[str, Tensor], head: nn.Module) -> dict[str, Tensor]:
-    """Their MaPLe's parameters under our names: the first block's are theirs of another name, and of the others only
-    those of blocks that the miniature has."""
+    """Their MaPLe's parameters under our names: the first block's are theirs of another name, and of the
+    others only those of blocks that the miniature has."""
     blocks = len(head.text_prompts)
     ours = {"text_prompts.0": state["prompt_learner.ctx"]}
     ours |= {f"text_prompts.{i}": state[f"prompt_learner.compound_prompts_text.{i - 1}"] for i in range(1, blocks)}
@@ -244,13 +264,26 @@ def maple_names(state: dict[str, Tensor], head: nn.Module) -> dict[str, Tensor]:
     return ours
 
 
+def ivlp_names(state: dict[str, Tensor], head: nn.Module) -> dict[str, Tensor]:
+    """Their IVLP's parameters under our names: those of the first block have names of their own."""
+    ours = {"text_prompts.0": state["prompt_learner.ctx"], "vision_prompts.0": state["image_encoder.VPT"]}
+    for i in range(1, len(head.text_prompts)):
+        ours[f"text_prompts.{i}"] = state[f"text_encoder.transformer.resblocks.{i}.VPT_shallow"]
+        ours[f"vision_prompts.{i}"] = state[f"image_encoder.transformer.resblocks.{i}.VPT_shallow"]
+    return ours
+
+
+NAMES_OF_PROMPTS = {"maple": maple_names, "ivlp": ivlp_names}
+
+
 def build_ours(method: str, names: list[str], state: dict[str, Tensor]) -> tuple[Head, TrainingRecipe]:
     """Our head with their parameters from before the first step, and our recipe."""
     clip = plain_clip(MODEL)
-    if method == "maple":
-        recipe: Any = MaPLeRecipe(epochs=5)
-        head: Any = new_maple(Task(clip, MODEL, names, "a photo of a {}.", None, None, recipe))
-        head.load_state_dict(maple_names(state, head), strict=False)
+    if method in NAMES_OF_PROMPTS:
+        recipe: Any = MaPLeRecipe(epochs=5) if method == "maple" else IndependentRecipe()
+        new_head = new_maple if method == "maple" else independent_prompts
+        head: Any = new_head(Task(clip, MODEL, names, "a photo of a {}.", None, None, recipe))
+        head.load_state_dict(NAMES_OF_PROMPTS[method](state, head), strict=False)
     else:
         recipe = Recipe(coupling="text_to_vision")
         head = DCP(clip, names, recipe.config)
@@ -262,35 +295,40 @@ def build_ours(method: str, names: list[str], state: dict[str, Tensor]) -> tuple
 def same_tokens(theirs: Tensor, head: Head, names: list[str]) -> bool:
     """Whether what follows the prompts are the same tokens for every class."""
     prompts = head.text_prompts[0] if isinstance(head, PromptHead) else head.prompts["text"]
-    before, n_ctx = head.rest + " " if isinstance(head, PromptHead) else "", len(prompts)
+    before = head.rest + " " if isinstance(head, PromptHead) else ""
+    n_ctx = len(prompts)
     ours = head.encoder.tokenize([f"{before}{name.replace('_', ' ')}." for name in names])
     return torch.equal(ours[:, 1 : CONTEXT - n_ctx].cpu(), theirs[:, 1 + n_ctx :])
 
 
 def as_ours(method: str, state: dict[str, Tensor], head: Head) -> dict[str, Tensor]:
     """Their trained parameters under our names."""
-    if method == "maple":
-        return maple_names(state, head)
+    if method in NAMES_OF_PROMPTS:
+        return NAMES_OF_PROMPTS[method](state, head)
     copy: Any = deepcopy(head)
     load_trained(copy, renamed(state, "theirs"), "theirs")
     return trained(copy)
 
 
-def run_ours(head: Head, recipe: TrainingRecipe, theirs: Recorded, items: list[Item], tests: ImageSource) -> Recorded:
+def run_ours(head: Head, recipe: TrainingRecipe, theirs: Recorded, items: list[Item], tests: ImageLoader) -> Recorded:
     """Our loop on their batches, then our test on our own reading of the test images."""
     size = len(theirs.batches) // recipe.num_epochs
     epochs = [theirs.batches[i : i + size] for i in range(0, len(theirs.batches), size)]
-    source, found = TheirBatches(head.encoder, items, tests.transform, epochs=iter(epochs)), Recorded(trained(head))
-    found.losses = train(head, source, recipe)
-    found.after, found.logits = trained(head), [read(head, tests, 16)[0]]
+    source = TheirBatches(Photos(items), tests.extract, epochs=iter(epochs))
+    found = Recorded(trained(head))
+    task = Task(head.encoder, MODEL, head.classnames, head.texts, source, None, recipe)
+    found.losses = train(task, head)
+    found.after = trained(head)
+    found.logits = [torch.from_numpy(outputs_of_loader(head, tests, 16).logits)]
     return found
 
 
 def compare(theirs: Recorded, ours: Recorded, after: dict[str, Tensor], labels: Tensor) -> dict[str, Any]:
-    """`after`: their trained parameters under our names. Parameters are apart by the largest difference, in parts of
-    the largest change from the start."""
+    """`after`: their trained parameters under our names. Parameters are apart by the largest difference, in
+    parts of the largest change from the start."""
     losses = (torch.tensor(theirs.losses) - torch.tensor(ours.losses)).abs()
-    own, other = torch.cat(ours.logits), torch.cat(theirs.logits).cpu()
+    own = torch.cat(ours.logits)
+    other = torch.cat(theirs.logits).cpu()
     predicted = own.argmax(-1), other.argmax(-1)
     assert ours.after.keys() == after.keys() == ours.before.keys()
     apart, moved = (
@@ -312,7 +350,7 @@ def compare(theirs: Recorded, ours: Recorded, after: dict[str, Tensor], labels: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=tuple(CONFIGS))
-    parser.add_argument("--authors", type=Path, required=True, help="checkout of CMPA, or of MaPLe's code")
+    parser.add_argument("--authors", type=Path, required=True, help="checkout of the authors' code")
     parser.add_argument("--dassl", type=Path, required=True, help="checkout of Dassl.pytorch")
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
@@ -324,7 +362,7 @@ def main() -> None:
         changes = {name: changes.get(name, []) + FLOAT64.get(name, []) for name in changes.keys() | FLOAT64.keys()}
     split = few_shot(load_split(DATASET, args.data_root), SHOTS, args.seed)
     clip = plain_clip(MODEL)
-    tests = image_source(clip, split.test, once=True)
+    tests = ImageLoader(Photos(split.test), FeatureExtractor(clip))
     with TemporaryDirectory() as name:
         folder = Path(name)
         copied(args.authors, folder / "authors", changes)
@@ -334,9 +372,10 @@ def main() -> None:
         for file in (args.data_root / "caltech-101").iterdir():
             (data / file.name).symlink_to(file.resolve())
         trainer = build_theirs(args.method, args.seed, folder, data.parent, clip.clip)
-        theirs = run_theirs(trainer, iter(tests.batches(trainer.test_loader.batch_size)))
+        theirs = run_theirs(trainer, iter(tests.in_order(trainer.test_loader.batch_size)))
     head, recipe = build_ours(args.method, split.classnames, theirs.before)
-    images, row = data / "101_ObjectCategories", dict[str, Any]()
+    images = data / "101_ObjectCategories"
+    row = dict[str, Any]()
     for which, items, part in (("training", split.train, "train_x"), ("test", split.test, "test")):
         keys = [str(Path(item.impath).relative_to(images)) for item in getattr(trainer.dm.dataset, part)]
         row[f"same {which} images in order"] = keys == [item.key for item in items]

@@ -2,8 +2,8 @@
 
     python benchmarks/pictures.py     draws again those whose sources have changed
 
-`docs/images/sources.json` has the hash of the files that each picture was drawn from. Not among them are screenshots:
-those of hub/walk_pictures.py, hub/demo_picture.py and hub/label_studio/check.py need Chromium.
+`docs/images/sources.json` has the hash of the files that each picture was drawn from. Not among them are
+screenshots: those of hub/walk_pictures.py, hub/demo_picture.py and hub/label_studio/check.py need Chromium.
 """
 
 import hashlib
@@ -29,7 +29,8 @@ from dcp_zoo.zoo.registry import MODELS, WEIGHTS
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 SOURCES = IMAGES / "sources.json"
-HEAD, OTHER = "dcp_mini.caltech101-16shot", "dcp_mini.pacs_photo-16shot"
+HEAD = "dcp_mini.caltech101-16shot"
+OTHER = "dcp_mini.pacs_photo-16shot"
 
 
 SHOWN = {  # in the plot of averages, with their colours
@@ -40,14 +41,15 @@ SHOWN = {  # in the plot of averages, with their colours
 
 
 def save(figure: Figure, name: str) -> None:
-    """Without a date, and with ids that depend on the picture alone: drawn again, the same picture is the same file."""
+    """Without a date, and with ids that depend on the picture alone: drawn again, the same picture is the
+    same file."""
     with rc_context({"svg.hashsalt": name}):
         figure.savefig(IMAGES / name, metadata={"Date": None})
 
 
 def averages() -> None:
-    """Averages over the sets and the draws that all have: over images per class, and at four images per class over the
-    CPU time of training."""
+    """Averages over the sets and the draws that all have: over images per class, and at four images per
+    class over the CPU time of training."""
     found = quote.on_sets()["top1"][[*SHOWN]].dropna()
     figure = Figure((5.4, 6), layout="constrained")  # one above the other: side by side is too small for a phone
     top, bottom = figure.subplots(2)
@@ -68,11 +70,13 @@ def averages() -> None:
     save(figure, "averages.svg")
 
 
-OPEN, EVERY = "MIT or Apache-2.0", "every licence"
+OPEN = "MIT or Apache-2.0"
+EVERY = "every licence"
 
 
 def models() -> None:
-    """Published zero-shot accuracies over the operations of an image, and which models are best for their cost."""
+    """Published zero-shot accuracies over the operations of an image, and which models are best for their
+    cost."""
     figure = Figure((5.4, 7), layout="constrained")
     titles = {"zero_shot": "mean of ten datasets", "imagenet": "ImageNet"}
     for ax, (name, title) in zip(figure.subplots(2, sharex=True), titles.items(), strict=True):
@@ -86,7 +90,8 @@ def models() -> None:
                 ax.plot(
                     spec.gflops, getattr(spec, name), "o", color=color, fillstyle="full" if spec in specs else "none"
                 )
-            costs, values = [s.gflops for s in specs], [getattr(s, name) for s in specs]
+            costs = [s.gflops for s in specs]
+            values = [getattr(s, name) for s in specs]
             ax.step(costs, values, where="post", color=color, label=licence, zorder=licence == OPEN)
             for spec, following in zip(specs, [*costs[1:], math.inf], strict=True):
                 if spec in drawn and following > 1.05 * spec.gflops:  # else its label would be hidden

@@ -1,14 +1,17 @@
-"""What `dcp_zoo.Predictor` costs beside a bare loop, and in the engines that call it: processor time and memory.
+"""What `dcp_zoo.Predictor` costs beside a bare loop, and in the engines that call it: processor time and
+memory.
 
     python benchmarks/predictor.py                        the miniature
     python benchmarks/predictor.py --model dcp_vitb16     with random weights
-    python benchmarks/predictor.py --memory 20000         memory of the command's road, on so many small images
+    python benchmarks/predictor.py --memory 20000         memory of the command's road, on so many small
+    images
 
-Each writes its rows into results/predictor.csv. JPEGs of 500 x 375 pixels are read from files; one thread computes in
-each process. The bare loop decodes a batch of 64, normalises it, and calls the fused head; in one process it takes
-turns with Predictor, batch by batch. An engine runs in processes of its own, with few images and with many: an image
-costs the difference, so that what it takes to start is left out, and stands beside it. All its processes count.
-For the memory, the tower gives every image the same features: what grows is not the model.
+Each writes its rows into results/predictor.csv. JPEGs of 500 x 375 pixels are read from files; one thread
+computes in each process. The bare loop decodes a batch of 64, normalises it, and calls the fused head; in
+one process it takes turns with Predictor, batch by batch. An engine runs in processes of its own, with few
+images and with many: an image costs the difference, so that what it takes to start is left out, and stands
+beside it. All its processes count. For the memory, the tower gives every image the same features: what grows
+is not the model.
 """
 
 import argparse
@@ -42,8 +45,10 @@ def inside(head: str, paths: list[str]) -> dict[str, float]:
 
     from dcp_zoo.prediction.heads import loaded
 
-    fused, predictor = loaded(head, "cpu").fuse(), dcp_zoo.Predictor(head, batch_size=BATCH)
-    transform, spent = dcp_zoo.create_transform(fused), {"bare loop": [], "Predictor": []}
+    fused = loaded(head, "cpu").fuse()
+    predictor = dcp_zoo.Predictor(head, batch_size=BATCH)
+    transform = dcp_zoo.create_transform(fused)
+    spent = {"bare loop": [], "Predictor": []}
 
     @torch.inference_mode()
     def bare(batch: list[str]) -> None:
@@ -86,8 +91,11 @@ def engine(name: str, processes: int, head: str, paths: list[str]) -> None:
 
 
 def measured(command: list[str], folder: str) -> tuple[float, float, float]:
-    """Processor seconds of a process and all that it starts, wall seconds, and the most memory of one of them in MB."""
-    began, seconds, memory = time.monotonic(), dict[int, float](), 0.0
+    """Processor seconds of a process and all that it starts, wall seconds, and the most memory of one of
+    them in MB."""
+    began = time.monotonic()
+    seconds = dict[int, float]()
+    memory = 0.0
     process = psutil.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         for each in [process, *process.children(recursive=True)]:

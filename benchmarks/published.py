@@ -1,10 +1,12 @@
 """Zero-shot accuracies that others have published for the zoo's models: `results/published.csv`.
 
-    python benchmarks/published.py OPEN_CLIP MOBILECLIP     checkouts of mlfoundations/open_clip and apple/ml-mobileclip
+    python benchmarks/published.py OPEN_CLIP MOBILECLIP     checkouts of mlfoundations/open_clip and
+    apple/ml-mobileclip
 
-Top-1 in percent, of Caltech-101, Pets and Flowers the mean over classes, as in open_clip's table, on ten of the zoo's
-11 datasets: no table has UCF101. Nothing here was measured by this project. `date`: of the last change of the table,
-or else of its reading. A model that is in no table is left out. `zoo/models.yaml` has the means.
+Top-1 in percent, of Caltech-101, Pets and Flowers the mean over classes, as in open_clip's table, on ten of
+the zoo's 11 datasets: no table has UCF101. Nothing here was measured by this project. `date`: of the last
+change of the table, or else of its reading. A model that is in no table is left out. `zoo/models.yaml` has
+the means.
 """
 
 import csv
@@ -48,8 +50,8 @@ MOBILECLIP = {"dcp_mobileclip2_b": "mobileclip2_b", "dcp_mobileclip2_l14": "mobi
 
 
 def frontier(figure: str, licenses: Sequence[str] = ()) -> list[ModelSpec]:
-    """The models that are more accurate than every cheaper one by `figure`, "zero_shot" or "imagenet"; the cheapest
-    first. Of the weights with one of these licences, if some are passed."""
+    """The models that are more accurate than every cheaper one by `figure`, "zero_shot" or "imagenet"; the
+    cheapest first. Of the weights with one of these licences, if some are passed."""
     rated = [s for s in MODELS.values() if getattr(s, figure) and (s.license in licenses or not licenses)]
     chosen: list[ModelSpec] = []
     for spec in sorted(rated, key=lambda spec: (spec.gflops, -getattr(spec, figure))):
@@ -62,9 +64,12 @@ def rows(open_clip: Path, mobileclip: Path) -> Iterator[tuple[str | float, ...]]
     with (open_clip / "docs" / "openclip_results.csv").open() as file:
         table = {(row["name"].removesuffix("-quickgelu"), row["pretrained"]): row for row in csv.DictReader(file)}
     for name, spec in MODELS.items():
-        if row := table.get((str(spec.clip), spec.clip_pretrained)):
-            source, found = ("mlfoundations/open_clip docs/openclip_results.csv", "2023-11-22"), row
-        elif file := MOBILECLIP.get(name):
+        row = table.get((str(spec.clip), spec.clip_pretrained))
+        if row:
+            source = ("mlfoundations/open_clip docs/openclip_results.csv", "2023-11-22")
+            found = row
+        elif name in MOBILECLIP:
+            file = MOBILECLIP[name]
             lines = map(json.loads, (mobileclip / "results" / f"{file}.jsonl").read_text().splitlines())
             found = {line["dataset"]: line["metrics"].get("main_metric") for line in lines}
             source = (f"apple/ml-mobileclip results/{file}.jsonl", "2025-08-28")

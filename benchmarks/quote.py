@@ -2,12 +2,13 @@
 
     python benchmarks/quote.py    rewrites them from benchmarks/results and the registry; lists what has none
 
-`quotes.yaml` lists for each page the sentences and cells with values, {{EXPRESSION}} in place of each, of the
-functions below. The digits after the point stay as many as they are. "Better than", "worse than" and "not significantly
-different from" are values, too: they say whether the confidence interval of a paired difference over datasets (of one
-dataset: over seeds) excludes 0. A number that is no measurement of this project has its source in its place, {{from
-arXiv 2305.17903}}, or is in `FACTS`. "table: EXPRESSION" lists a table or a list of names, found by its first line;
-"page: EXPRESSION" a whole page; "needs X: LINE" a code block with this line that tests do not run.
+`quotes.yaml` lists for each page the sentences and cells with values, {{EXPRESSION}} in place of each, of
+the functions below. The digits after the point stay as many as they are. "Better than", "worse than" and
+"not significantly different from" are values, too: they say whether the confidence interval of a paired
+difference over datasets (of one dataset: over seeds) excludes 0. A number that is no measurement of this
+project has its source in its place, {{from arXiv 2305.17903}}, or is in `FACTS`. "table: EXPRESSION" lists a
+table or a list of names, found by its first line; "page: EXPRESSION" a whole page; "needs X: LINE" a code
+block with this line that tests do not run.
 """
 
 import re
@@ -40,6 +41,7 @@ from reads import METHOD, READINGS
 from sets import REPORTING
 
 from dcp_zoo.benchmark import report
+from dcp_zoo.heads.config import COUPLINGS
 from dcp_zoo.training.methods import METHODS  # noqa: F401 - for the pages' expressions
 from dcp_zoo.zoo.registry import MODELS
 
@@ -51,8 +53,12 @@ PAGES = [ROOT / "README.md", MINIATURE, ROOT / "hub" / "README.md", *sorted((ROO
 COMPARING = ("README.md", "results.md")  # pages on which every comparison needs a mark
 
 NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?"
-TABLE, PAGE, NEEDS = "table: ", "page: ", re.compile(r"needs [^:]*: ")  # how entries begin that are no sentences
-FROM, QUOTED = "from ", "\0"  # of a number's source; in place of an accuracy
+# how entries begin that are no sentences
+TABLE = "table: "
+PAGE = "page: "
+NEEDS = re.compile(r"needs [^:]*: ")
+FROM = "from "  # how a number's source begins
+QUOTED = "\0"  # stands in place of an accuracy
 VERDICTS = BETTER, LEVEL, WORSE = ("better than", "not significantly different from", "worse than")
 VALUE = rf"({'|'.join(VERDICTS)}|{NUMBER})".replace(" ", r"\s+")
 HOLE = re.compile(r"\{\{(.*?)\}\}")  # of a listed sentence
@@ -84,7 +90,8 @@ ALLOWED = re.compile(rf"(?<![\d.,])(?:{'|'.join(FACTS)})(?!\w)")
 
 @cache
 def results(file: str) -> pd.DataFrame:
-    """A file of benchmarks/results; one of accuracies has the report's labels, such as "DCP" and "DCP, batch"."""
+    """A file of benchmarks/results; one of accuracies has the report's labels, such as "DCP" and "DCP,
+    batch"."""
     rows = pd.read_csv(RESULTS / f"{file}.csv")
     return report.with_labels(rows) if {"protocol", "stats"} <= {*rows} else rows
 
@@ -93,7 +100,8 @@ def select(file: str, **where: Any) -> pd.DataFrame:
     """The rows whose columns have these values; None is any value."""
     rows = results(file)
     for column, value in where.items():
-        rows = rows if value is None else rows[rows[column] == value]
+        if value is not None:
+            rows = rows[rows[column] == value]
     if rows.empty:
         raise LookupError(f"no row of {file}.csv has {where}")
     return rows
@@ -110,8 +118,9 @@ def top1(label: str, shots: int | None = None, file: str = "few-shot", **where: 
 
 
 def differences(label: str, reference: str, shots: int | None = None, file: str = "few-shot", **where: Any) -> Any:
-    """Top-1 of a label minus that of the reference, paired by test set, shots and seed: the mean of each dataset, or of
-    each seed if there is one dataset. A method without training is paired with all of them."""
+    """Top-1 of a label minus that of the reference, paired by test set, shots and seed: the mean of each
+    dataset, or of each seed if there is one dataset. A method without training is paired with all of
+    them."""
     trained = {x: select(file, label=x).shots.max() > 0 for x in (label, reference)}
     first, second = (select(file, label=x, shots=shots if trained[x] else 0, **where) for x in trained)
     return report.by_sample(report.differences(first, second))
@@ -125,12 +134,15 @@ def versus(*args: Any, **kwargs: Any) -> str:
 def verdict(gaps: pd.Series) -> str:
     """What the interval of paired differences tells."""
     low, high = report.interval(gaps) or (0, 0)
-    return BETTER if low > 0 else WORSE if high < 0 else LEVEL
+    if low > 0:
+        return BETTER
+    return WORSE if high < 0 else LEVEL
 
 
 def titled(method: str) -> str:
     """The title of a method, with its recipe if it has one."""
-    return ",".join([report.title(method.split(",")[0]), *method.split(",")[1:]])
+    name, comma, recipe = method.partition(",")
+    return report.title(name) + comma + recipe
 
 
 NUMBERS = (4, 16)  # images per class with which every method that trains prompts or weights is measured
@@ -141,11 +153,15 @@ PARTS = {"x": "", "stem": " on the stem", "x+stem": " on both", "x,stem": " on b
 
 @cache
 def on_sets(file: str = "many_sets") -> pd.DataFrame:
-    """Top-1, ECE and CPU seconds on the reporting sets of `sets.py`, a column of each for every method and way of
-    reading it; a row for every set, number of images per class and seed. Draws that were measured in part are left
-    out. Of two files, as in "many_sets+baselines", the first counts for what is in both."""
+    """Top-1, ECE and CPU seconds on the reporting sets of `sets.py`, a column of each for every method and
+    way of reading it; a row for every set, number of images per class and seed. Draws that were measured in
+    part are left out. Of two files, as in "many_sets+baselines", the first counts for what is in both."""
     probes = results("reads").replace({"reading": READINGS}).assign(method=METHOD)  # that "baselines" lacks
-    tables = [part for each in file.split("+") for part in (results(each), probes)[: 1 + (each == "baselines")]]
+    tables = []
+    for each in file.split("+"):
+        tables.append(results(each))
+        if each == "baselines":
+            tables.append(probes)
     rows = pd.concat(tables, ignore_index=True).fillna({"reading": ""})
     rows = rows[rows.set.isin(REPORTING)]
     rows["label"] = rows.method.map(titled) + rows.reading.map(PROBES | PARTS)
@@ -158,11 +174,12 @@ def on_sets(file: str = "many_sets") -> pd.DataFrame:
 
 
 def set_gaps(label: str, reference: str = "Text probe", images: int | None = None, file: str = "many_sets") -> Any:
-    """Top-1 minus the reference's, paired by set, images per class and seed: the mean of each set, since only sets are
-    samples of what a reader will use a method on, not their draws and numbers of images."""
+    """Top-1 minus the reference's, paired by set, images per class and seed: the mean of each set, since
+    only sets are samples of what a reader will use a method on, not their draws and numbers of images."""
     found = on_sets(file)["top1"]
     gaps = (found[label] - found[reference]).dropna()
-    gaps = gaps if images is None else gaps.xs(images, level="images_per_class")
+    if images is not None:
+        gaps = gaps.xs(images, level="images_per_class")
     return gaps.groupby("set", sort=False).mean()
 
 
@@ -179,7 +196,9 @@ def set_versus(*args: Any, **kwargs: Any) -> str:
 def set_mean(label: str, images: int | None = None, what: str = "top1", file: str = "many_sets") -> float:
     """The mean over the sets."""
     found = on_sets(file)[what][label]
-    return float((found if images is None else found.xs(images, level="images_per_class")).mean())
+    if images is not None:
+        found = found.xs(images, level="images_per_class")
+    return float(found.mean())
 
 
 def set_count(file: str = "many_sets") -> int:
@@ -193,8 +212,9 @@ def cells_of(label: str, numbers: Sequence[int], file: str) -> list[str]:
 
 
 def many_sets(*labels: str, file: str = "baselines+many_sets") -> str:
-    """Averages of these methods over the reporting sets: top-1 by images per class, the mean paired difference from
-    zero-shot CLIP with its interval over sets, and CPU seconds of training at 4 images per class."""
+    """Averages of these methods over the reporting sets: top-1 by images per class, the mean paired
+    difference from zero-shot CLIP with its interval over sets, and CPU seconds of training at 4 images per
+    class."""
     numbers = sorted({images for _, images, _ in on_sets(file).index})
     lines = []
     for label in labels:
@@ -212,8 +232,9 @@ def few_gaps(label: str, reference: str, file: str = "many_sets+baselines") -> A
 
 
 def prompts_table(*labels: str, file: str = "many_sets+baselines") -> str:
-    """Methods that train prompts or weights, on the reporting sets: alone and minus zero-shot CLIP, and followed by
-    text probes, minus the text probe; CPU seconds of training at 4 images per class, and draws."""
+    """Methods that train prompts or weights, on the reporting sets: alone and minus zero-shot CLIP, and
+    followed by text probes, minus the text probe; CPU seconds of training at 4 images per class, and
+    draws."""
     lines = []
     for label in labels:
         pairs = (label, "Zero-shot"), (f"{label} + text probes", "Text probe")
@@ -225,10 +246,12 @@ def prompts_table(*labels: str, file: str = "many_sets+baselines") -> str:
 
 
 def recipes(images: int = 4) -> str:
-    """DCP's own logits by recipe, on the draws that all have, and minus this project's recipe for the miniature."""
+    """DCP's own logits by recipe, on the draws that all have, and minus this project's recipe for the
+    miniature."""
     labels = {"this project's": "DCP", "`paper`": "DCP, paper", "`release`": "DCP, release"}
     found = on_sets()["top1"].xs(images, level="images_per_class")[[*labels.values()]].dropna()
-    means, lines = found.groupby("set", sort=False).mean(), []
+    means = found.groupby("set", sort=False).mean()
+    lines = []
     for recipe, label in labels.items():
         gaps = report.difference_cell(means[label] - means["DCP"]) if label != "DCP" else ""
         lines.append([recipe, *map("{:.1f}".format, [*means[label], means[label].mean()]), gaps])
@@ -236,9 +259,10 @@ def recipes(images: int = 4) -> str:
 
 
 def features_table(*methods: str, file: str = "baselines") -> str:
-    """Methods on features, on the reporting sets: each on the embedding alone and on both vectors, minus the text probe
-    that reads the same."""
-    numbers, lines = (1, 4, 16), []
+    """Methods on features, on the reporting sets: each on the embedding alone and on both vectors, minus the
+    text probe that reads the same."""
+    numbers = (1, 4, 16)
+    lines = []
     for method in methods:
         alone = f"{method} on the embedding" if method == "Text probe" else method
         line = [method]
@@ -258,9 +282,10 @@ def reads(what: str = "top1") -> pd.DataFrame:
 
 
 def reads_table() -> str:
-    """What each reading adds to the one before, on each reporting set and over all with its interval, by images; empty
-    where it was not measured."""
-    found, lines = reads(), []
+    """What each reading adds to the one before, on each reporting set and over all with its interval, by
+    images; empty where it was not measured."""
+    found = reads()
+    lines = []
     numbers = sorted({images for _, images in found.index})
     for less, more in pairwise(found.columns):
         name = re.split(", | and ", more)[-1]
@@ -306,7 +331,8 @@ def parity() -> str:
 
 
 def labels_of(rows: pd.DataFrame) -> pd.Series:
-    """What tables call a method, with its recipe, if it has another than the default, and how its head is read."""
+    """What tables call a method, with its recipe, if it has another than the default, and how its head is
+    read."""
     titles = rows.method.map(titled)
     probe = titles == report.title("text-probe")
     reading = rows.reading.where(~probe, rows.reading.str.removeprefix("text probes")).replace("", pd.NA)
@@ -314,7 +340,8 @@ def labels_of(rows: pd.DataFrame) -> pd.Series:
 
 
 def transferred(protocol: str, images: int) -> pd.DataFrame:
-    """Rows of `transfer.csv`, with how tables call a method, whether it is tested at home, and the column of a test."""
+    """Rows of `transfer.csv`, with how tables call a method, whether it is tested at home, and the column of
+    a test."""
     rows = results("transfer").fillna({"reading": ""}).query("protocol == @protocol and images_per_class == @images")
     rows = rows.assign(label=labels_of(rows), home=(rows.target == rows.trained_on) | (rows.target == "base"))
     if protocol == "domain-shift":
@@ -333,32 +360,36 @@ def transfer_gaps(label: str, protocol: str = "domain-shift", images: int = 16) 
 
 
 def transfer(protocol: str, images: int = 16, *labels: str) -> str:
-    """Top-1 of other styles, new classes or other sets: means over draws, and the difference from zero-shot CLIP with
-    its interval over what was trained on, or for one set over the tests. What is tested "at home" counts in no
-    difference."""
+    """Top-1 of other styles, new classes or other sets: means over draws, and the difference from zero-shot
+    CLIP with its interval over what was trained on, or for one set over the tests. What is tested "at home"
+    counts in no difference."""
     rows = transferred(protocol, images)
     found = rows.pivot_table("top1", ["label", "column"], "seed", sort=False)
-    lines, columns, away = [], list(dict.fromkeys(rows.column)), list(dict.fromkeys(rows[~rows.home].column))
+    lines = []
+    columns = list(dict.fromkeys(rows.column))
+    away = list(dict.fromkeys(rows[~rows.home].column))
     for label in labels or rows.label.unique():
         own = found.reindex([label], level=0).droplevel(0).dropna(axis=1)
         if len(own) < len(columns):  # it is not measured everywhere yet
             continue
-        means, gaps = own.mean(axis=1), transfer_gaps(label, protocol, images)
+        means = own.mean(axis=1)
+        gaps = transfer_gaps(label, protocol, images)
         cells = [f"{means[c]:.1f}" for c in columns] + [f"{means[away].mean():.1f}"]
         lines.append([label, *cells, report.difference_cell(gaps) if gaps.any() else "", own.shape[1]])
     return as_table(["method", *columns, "mean, not at home", "minus zero-shot", "draws"], lines)
 
 
 def gate_gains(images: int, home: bool = False) -> "pd.Series[float]":
-    """What the gate adds to the text probe on other styles, or at home, in points: means for each style of training."""
+    """What the gate adds to the text probe on other styles, or at home, in points: means for each style of
+    training."""
     rows = select("transfer", protocol="domain-shift", method="text-probe", images_per_class=images)
     means = rows[(rows.target == rows.trained_on) == home].pivot_table("top1", "trained_on", "reading")
     return means["text probes"] - means["text probes, without gate"]
 
 
 def parts() -> str:
-    """The paper's recipe with one change at a time: top-1 on each set, over the draws that all have, and the difference
-    of the change, with its interval over sets."""
+    """The paper's recipe with one change at a time: top-1 on each set, over the draws that all have, and the
+    difference of the change, with its interval over sets."""
     rows = results("parts").fillna({"changes": ""})
     found = rows[rows.stats == "stored"].pivot_table("top1", ["set", "seed"], "changes", sort=False)
     lines = []
@@ -371,10 +402,65 @@ def parts() -> str:
     return as_table(["change", *found.index.unique("set"), "difference", "draws"], lines)
 
 
+UNCOUPLED = ("zero-shot", "coop", "vpt-deep", "ivlp")  # in the order of their tables
+PAPERS_COUPLING = ("dcp", "coupling=bidirectional")
+
+
+@cache
+def coupled(images: int) -> pd.DataFrame:
+    """Top-1 by set and draw, a column for each method and its changes, of `paper.py coupling`; draws that
+    were measured on some of the sets alone are left out."""
+    rows = select("coupling", images_per_class=images).fillna({"changes": ""})
+    found = rows.pivot_table("top1", ["seed", "set"], ["method", "changes"], sort=False)
+    is_complete = found.notna().groupby("seed").transform("sum") == len(REPORTING)
+    return found.where(is_complete).dropna(axis=1, how="all")
+
+
+def coupling_gaps(method: str, changes: str, images: int, base: tuple[str, str] = PAPERS_COUPLING) -> pd.Series:
+    """Top-1 minus the base's, by default the paper's coupling, paired by draw: the mean of each set."""
+    found = coupled(images)
+    gaps = (found[method, changes] - found[base]).dropna()
+    return gaps.groupby("set", sort=False).mean()
+
+
+def coupling_versus(*args: Any, **kwargs: Any) -> str:
+    return verdict(coupling_gaps(*args, **kwargs))
+
+
+def coupling(images: int) -> str:
+    """What CMPA is worth: methods with and without coupled prompts, over the draws that are complete."""
+    found = coupled(images)
+    rows = select("coupling", images_per_class=images).fillna({"changes": ""})
+    columns = [("dcp", f"coupling={name}") for name in COUPLINGS]
+    columns += [column for method in UNCOUPLED for column in found.columns if column[0] == method]
+    lines = []
+    for column in columns:
+        if column not in found.columns:
+            continue
+        method, changes = column
+        own = found[column].dropna()
+        means = own.groupby("set", sort=False).mean()
+        seeds = own.index.unique("seed")
+        costs = rows[(rows.method == method) & (rows.changes == changes) & rows.seed.isin(seeds)]
+        lines.append(
+            [
+                f"{titled(method)}, `{changes}`" if changes else titled(method),
+                *(f"{means[name]:.1f}" for name in REPORTING),
+                f"{means.mean():.1f}",
+                "" if column == PAPERS_COUPLING else report.difference_cell(coupling_gaps(*column, images)),
+                f"{costs.trained_parameters.mean():,.0f}",
+                f"{costs.cpu_seconds.mean():.0f}",
+                len(seeds),
+            ]
+        )
+    return as_table(["prompts", *REPORTING, "mean", "difference", "trained parameters", "CPU s", "draws"], lines)
+
+
 def rejection() -> str:
-    """How well the heads' score tells known images from others: means over sets and seeds, the worst set of the far
-    ones, and what the heads' threshold rejects and accepts."""
-    columns, lines = ["known_refused", "near_passed", "far_passed", "far_passed_estimate"], []
+    """How well the heads' score tells known images from others: means over sets and seeds, the worst set of
+    the far ones, and what the heads' threshold rejects and accepts."""
+    columns = ["known_refused", "near_passed", "far_passed", "far_passed_estimate"]
+    lines = []
     for file, features in (("rejection", "the miniature"), ("rejection_clip", "ViT-B/32")):
         rows = select(file, score="entropy and distance")
         for images, own in rows.groupby("images_per_class"):
@@ -388,14 +474,15 @@ def rejection() -> str:
 
 
 def rejection_gaps(images: int = 1) -> pd.Series:
-    """The share of similar classes that a head's test let pass minus the estimated one, in percentage points, of heads
-    with so many images per class or more."""
+    """The share of similar classes that a head's test let pass minus the estimated one, in percentage
+    points, of heads with so many images per class or more."""
     heads = results("rejection").query("images_per_class >= @images")
     return (heads.near_passed - heads.near_passed_estimate).dropna()
 
 
 def rejection_examples() -> str:
-    """What heads reject and accept that were given so many examples of none of the classes: means over sets."""
+    """What heads reject and accept that were given so many examples of none of the classes: means over
+    sets."""
     rows = results("rejection_examples")
     columns = ["alike_passed", "known_refused", "far_passed"]
     sets = rows.groupby(["part", "examples", "set"], sort=False)[columns].mean()
@@ -421,8 +508,34 @@ def bursts(part: Any = REPORTING) -> str:
     return as_table([*header, "width of the interval"], lines)
 
 
+def told() -> str:
+    """The accuracy that is reported by folds beside that on other images: of all sets, and without
+    groceries."""
+    rows = results("told").rename(columns={"images_per_class": "images"})
+    rows["difference"] = rows["told"] - rows["top1"]
+    rows["worse"] = 100 * (rows["top1"] < rows["low"])
+    rows["better"] = 100 * (rows["top1"] > rows["high"])
+    without = rows[rows["set"] != "groceries"].groupby("images")["worse"].mean()
+    lines = [
+        [f"{images}", *(f"{row[name]:.1f}" for name in ("difference", "worse", "better")), f"{without[images]:.1f}"]
+        for images, row in rows.groupby("images")[["difference", "worse", "better"]].mean().iterrows()
+    ]
+    header = ["images of a class", "reported minus true", "worse than the interval, %", "better, %"]
+    return as_table([*header, "worse, without groceries, %"], lines)
+
+
+def copies(part: Any = REPORTING) -> str:
+    """How many copies of photographs are found, by how they were altered: of all sets, and in the worst."""
+    rows = results("copies").query("set in @part and copy != 'alone'")
+    shares = (100 * rows["found"] / rows["images"]).groupby(rows["copy"])
+    found = pd.DataFrame({"mean": shares.mean(), "worst": shares.min()}).sort_values(["mean", "worst"], ascending=False)
+    lines = [[copy, f"{row['mean']:.0f}", f"{row['worst']:.0f}"] for copy, row in found.iterrows()]
+    return as_table(["a copy that is", "found, %", "in the worst dataset, %"], lines)
+
+
 def whole_image() -> str:
-    """Top-1 as CLIP crops an image, and with the whole of it: means over draws, and what that changes over the sets."""
+    """Top-1 as CLIP crops an image, and with the whole of it: means over draws, and what that changes over
+    the sets."""
     found = results("whole_image").pivot_table("top1", "set", "shown", sort=False)
     lines = [[name, *map("{:.1f}".format, row)] for name, row in found.iterrows()]
     changes = ["", *(report.difference_cell(found[how] - found["cropped"]) for how in found.columns[1:])]
@@ -430,13 +543,16 @@ def whole_image() -> str:
 
 
 def folder(last: bool = False) -> str:
-    """What the rules for a folder as a whole change, in percentage points: on the sets for reporting, or the last."""
+    """What the rules for a folder as a whole change, in percentage points: on the sets for reporting, or the
+    last."""
     rows = results("together")
     rows = rows[rows.set.str.contains("250 more|60 even|60 odd|scenes|hand signs|corn leaves") == last]
     rows = rows.assign(features=rows.set.str.contains("miniature").map({True: "miniature", False: "ViT-B/32"}))
-    few, lines = rows[rows.images_per_class <= 4], []
+    few = rows[rows.images_per_class <= 4]
+    lines = []
     for rule, runs in rows.groupby("rule", sort=False):
-        own, at_16 = few[few.rule == rule].groupby("features").change.mean(), runs[runs.images_per_class == 16]
+        own = few[few.rule == rule].groupby("features").change.mean()
+        at_16 = runs[runs.images_per_class == 16]
         worst = runs.groupby("set").change.apply(lowest_tenth).min()
         cells = [own["ViT-B/32"], own["miniature"], at_16.change.mean()]
         lines.append([rule, *map("{:+.1f}".format, [*cells, lowest_tenth(runs.change), worst, runs.ece_change.mean()])])
@@ -456,7 +572,8 @@ def inspected() -> str:
     header += ["regained without the found", "suggested over random"]
     lines = []
     for name, draws in rows.groupby(level="set", sort=False):
-        means, swapped = draws.mean(), draws["top1 swapped labels"]
+        means = draws.mean()
+        swapped = draws["top1 swapped labels"]
         gains = [
             draws["top1 correct labels"] - swapped,
             draws["top1 without suspects"] - swapped,
@@ -472,7 +589,8 @@ def inspected() -> str:
 
 
 def estimates() -> str:
-    """The accuracy that `inspect` expects, by images per class, and the one on test images: means over draws."""
+    """The accuracy that `inspect` expects, by images per class, and the one on test images: means over
+    draws."""
     rows = results("inspection").query("measure == 'estimates'").pivot_table("value", "name", "set", sort=False)
     numbers = sorted({int(name.split()[1]) for name in rows.index})
     cells = {
@@ -483,7 +601,8 @@ def estimates() -> str:
 
 
 def strangers() -> str:
-    """Images of other sets that `inspect` says to show none of the classes: sums over the other sets and samples."""
+    """Images of other sets that `inspect` says to show none of the classes: sums over the other sets and
+    samples."""
     rows = results("inspection").query("measure == 'strangers'")
     counts = rows.assign(set=rows.set.str.split(" with ").str[0]).pivot_table("value", "set", "name", "sum", sort=False)
     columns = [counts["planted found"] / counts["planted"], counts["others taken for planted"] / counts["images"]]
@@ -526,16 +645,18 @@ def needs(quote: str) -> str:
 
 
 def found(quote: str, text: str) -> re.Match[str]:
-    """Where an entry is; LookupError unless it is on the page once. A sentence may break over lines at a space."""
+    """Where an entry is; LookupError unless it is on the page once. A sentence may break over lines at a
+    space."""
     if quote.startswith(TABLE):  # of a name in a list, the parameters are not looked for
         header = re.escape(evaluated(quote.removeprefix(TABLE)).partition("\n")[0].partition("`(")[0])
         pattern = rf"^{header}.*\n(?:[-| ].*\n?)+"
     elif quote.startswith(PAGE):
         pattern = r"\A[\s\S]*\Z"
-    elif line := needs(quote):
-        pattern = rf"^{re.escape(line)}$"
+    elif needs(quote):
+        pattern = rf"^{re.escape(needs(quote))}$"
     else:
-        pattern = VALUE.join(r"\s+".join(map(re.escape, re.split(r"\s+", part))) for part in HOLE.split(quote)[::2])
+        sentences = [re.split(r"\s+", part) for part in HOLE.split(quote)[::2]]  # between values, as words
+        pattern = VALUE.join(r"\s+".join(map(re.escape, words)) for words in sentences)
     places = list(re.finditer(pattern, text, re.MULTILINE))
     if len(places) != 1:
         raise LookupError(f"{QUOTES.name} lists what is {len(places)} times on the page, not once: {quote}")
@@ -545,7 +666,8 @@ def found(quote: str, text: str) -> re.Match[str]:
 def renewed(text: str, listed: Sequence[str] = ()) -> str:
     """The page with all listed values and tables as they are now; LookupError for what has no result."""
     for quote in listed:
-        place, sources = found(quote, text), HOLE.findall(quote)
+        place = found(quote, text)
+        sources = HOLE.findall(quote)
         values = {i: evaluated(source) for i, source in enumerate(sources, 1) if not source.startswith(FROM)}
         parts = {place.span(i): like(place[i], value) for i, value in values.items()}
         if quote.startswith((TABLE, PAGE)):
@@ -562,7 +684,8 @@ def replaced(text: str, parts: Mapping[tuple[int, int], str]) -> str:
 
 
 def unmarked(text: str, listed: Sequence[str] = (), comparing: bool = False) -> list[str]:
-    """Measured numbers that are not listed; where `comparing`, or in paragraphs that quote accuracies, comparisons."""
+    """Measured numbers that are not listed; where `comparing`, or in paragraphs that quote accuracies,
+    comparisons."""
     places = {quote: found(quote, text) for quote in listed}
     parts = dict[tuple[int, int], str]()
     for quote, place in places.items():
@@ -582,7 +705,8 @@ def unmarked(text: str, listed: Sequence[str] = (), comparing: bool = False) -> 
 def main() -> None:
     for page in PAGES:
         text = page.read_text()
-        if (new := renewed(text, quotes(page))) != text:
+        new = renewed(text, quotes(page))
+        if new != text:
             page.write_text(new)
             print("Renewed:", page.relative_to(ROOT))
 

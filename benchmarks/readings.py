@@ -1,9 +1,10 @@
-"""What it costs to read more than CLIP's embedding: one image through fused heads, random weights, one thread.
+"""What it costs to read more than CLIP's embedding: one image through fused heads, random weights, one
+thread.
 
     python benchmarks/readings.py      writes results/readings.csv; resumes when repeated
 
-The heads are timed in turn: the median over the turns of the processor time, relative to that of CLIP's `encode_image`
-in the same turn. Each fused head is first checked against the head that it was made of.
+The heads are timed in turn: the median over the turns of the processor time, relative to that of CLIP's
+`encode_image` in the same turn. Each fused head is first checked against the head that it was made of.
 """
 
 import statistics
@@ -23,9 +24,12 @@ from dcp_zoo.probe import TextProbe
 from dcp_zoo.zoo.build import plain_clip
 
 RESULTS = Path(__file__).parent / "results" / "readings.csv"
-WITH_PROMPTS, MODELS = "dcp_vitb16", ("dcp_mini", "dcp_vitb32", "dcp_vitb16")
+WITH_PROMPTS = "dcp_vitb16"
+MODELS = ("dcp_mini", "dcp_vitb32", "dcp_vitb16")
 ENCODER = "vit_small_patch14_dinov2"
-CLASSES, TURNS, BATCHES = 100, 7, (1, 4)
+CLASSES = 100
+TURNS = 7
+BATCHES = (1, 4)
 BARE = "encode_image"
 NAMES = [f"thing {i}" for i in range(CLASSES)]
 
@@ -42,7 +46,7 @@ def prompted(clip: FrozenCLIP, images: torch.Tensor, readings: int) -> Head:
     """A DCP with random prompts, whose text probe reads its own features, or also plain CLIP's."""
     head = DCP(clip, NAMES).eval()
     head.store_stats(images)
-    widths = [reading.widths for reading in head.readings[:readings]]
+    widths = [reading.widths for reading in head.readable[:readings]]
     head.text_probe = TextProbe(head.classes, widths, clip.num_features)
     return head
 

@@ -1,17 +1,18 @@
-"""What reading more than CLIP's embedding is worth: the text probe on the embedding, beside the stem, with the inside
-of the stem, and rejection.
+"""What reading more than CLIP's embedding is worth: the text probe on the embedding, beside the stem, with
+the inside of the stem, and rejection.
 
     python benchmarks/reads.py FEATURES      writes results/reads.csv; resumes when repeated
 
-FEATURES is what `baselines.py features` writes; draws and test images are those of `baselines.py`, and the rows are the
-text probe's in tables of it. AUROC is that of test images of every second class against the others', by a probe that
-was fitted to every second class; of two draws.
+FEATURES is what `baselines.py features` writes; draws and test images are those of `baselines.py`, and the
+rows are the text probe's in tables of it. AUROC is that of test images of every second class against the
+others', by a probe that was fitted to every second class; of two draws.
 """
 
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from baselines import Known, measured
 from growing import GrowingTable
@@ -23,11 +24,14 @@ from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.backbone.classes import TEMPLATE
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.data import Split
-from dcp_zoo.training.evaluation import EVAL_BATCH, read
+from dcp_zoo.prediction.heads import outputs_of_loader
+from dcp_zoo.training.evaluation import EVAL_BATCH
 from dcp_zoo.training.methods import METHODS, fit_head
-from dcp_zoo.training.methods.base import Task
+from dcp_zoo.training.task import Task
 
-IMAGES, DRAWS, REJECTED = (4, 16, 1, 2, 8), (1, 2, 3, 4, 5), (1, 2)
+IMAGES = (4, 16, 1, 2, 8)
+DRAWS = (1, 2, 3, 4, 5)
+REJECTED = (1, 2)
 COLUMNS = (
     "weights set classes images_per_class seed reading top1 ece nll test_images train_cpu_seconds auroc_near".split()
 )
@@ -44,14 +48,16 @@ def rejection(known: Known, images: int, seed: int) -> float:
     """AUROC in percent, of a head that knows every second class."""
     train = [item._replace(label=item.label // 2) for item in known.drawn(images, seed).train if item.label % 2 == 0]
     head: Any = fit_head(METHOD, task(known, Split("folder", known.names[::2], train, [], [])))
-    logits, features = read(head, known.test, EVAL_BATCH)
-    scores = in_distribution_score(logits.numpy(), head.distances(features).numpy())
+    outputs = outputs_of_loader(head, known.test, EVAL_BATCH, keep=True)
+    distances = head.distances(torch.from_numpy(outputs.features)).numpy()
+    scores = in_distribution_score(outputs.logits, distances)
     return round(100 * float(roc_auc_score((known.test.labels % 2 == 0).numpy(), scores)), 1)
 
 
 def main(features: Annotated[Path, typer.Argument(help="Folder that baselines.py has written.")]) -> None:
     """Measure what the table does not have for the current weights yet."""
-    table, weights = GrowingTable(RESULTS / "reads.csv", COLUMNS, COLUMNS[:6]), weights_id(MODEL)
+    table = GrowingTable(RESULTS / "reads.csv", COLUMNS, COLUMNS[:6])
+    weights = weights_id(MODEL)
     for seed, name, (reading, parts) in product(DRAWS, REPORTING, READINGS.items()):
         known = Known(features / f"{name}.npz", parts)
         for images in IMAGES:

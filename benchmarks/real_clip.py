@@ -9,10 +9,10 @@
         python benchmarks/given_features.py FEATURES/imagenet-K --model dcp_vitb32 --output SWEEPS/imagenet-K
     python benchmarks/real_clip.py join SWEEPS          writes results/real_clip.csv
 
-`all` holds the four datasets without text features, `named` the classes of Caltech-101, SUN397 and Food-101 whose name
-has a text vector, `imagenet-K` all of ImageNet with K images per class: training images of one draw, tested on those of
-the other two. There are no validation images. The text probe was chosen on these sets, and on validation images with
-the miniature: here, they are selection sets.
+`all` holds the four datasets without text features, `named` the classes of Caltech-101, SUN397 and Food-101
+whose name has a text vector, `imagenet-K` all of ImageNet with K images per class: training images of one
+draw, tested on those of the other two. There are no validation images. The text probe was chosen on these
+sets, and on validation images with the miniature: here, they are selection sets.
 """
 
 from pathlib import Path
@@ -31,7 +31,8 @@ RESULTS = Path(__file__).parent / "results" / "real_clip.csv"
 
 
 def named_classes(arrays: dict[str, np.ndarray], text: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of the classes whose name has a text vector, "a photo of a X" before "a X", and these vectors."""
+    """The arrays of the classes whose name has a text vector, "a photo of a X" before "a X", and these
+    vectors."""
     vectors = {}
     for name, vector, prompt in zip(text["name"], text["vector"], text["prompt"], strict=True):
         if name.lower() not in vectors or prompt.startswith("a photo"):

@@ -1,10 +1,12 @@
-"""The table that the miniature cannot give: a real CLIP on public datasets, by several methods, three draws each.
+"""The table that the miniature cannot give: a real CLIP on public datasets, by several methods, three draws
+each.
 
     python benchmarks/real_table.py --model small --data-root DATA --output TABLE --dry-run     what it takes
     python benchmarks/real_table.py --model small --data-root DATA --output TABLE
 
-It downloads the datasets that are missing, resumes when repeated, and writes TABLE/submission.csv, which `submit.py`
-checks; `dcp-zoo report TABLE` has more of each trial. All methods have the recipes of this package.
+It downloads the datasets that are missing, resumes when repeated, and writes TABLE/submission.csv, which
+`submit.py` checks; `dcp-zoo report TABLE` has more of each trial. All methods have the recipes of this
+package.
 """
 
 import json
@@ -31,10 +33,11 @@ from dcp_zoo.files import check_writable
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.training.methods.base import Method, Task
+from dcp_zoo.training.methods.base import Method
 from dcp_zoo.training.methods.table import GROUP
 from dcp_zoo.training.methods.text_probe import TextProbeRecipe
 from dcp_zoo.training.methods.zero_shot import fit as zero_shot
+from dcp_zoo.training.task import Task
 from dcp_zoo.zoo.registry import get_spec
 
 sys.path.append(str(Path(__file__).parents[1] / "hub"))
@@ -56,8 +59,9 @@ TITLES = {
 class EmbeddingHead(LinearHead):
     """A head that reads CLIP's embedding, and not what the image tower has before it."""
 
-    def _own_reading(self) -> Any:
-        return super()._own_reading().only()
+    @property
+    def readable(self) -> Any:
+        return [reading.only() for reading in super().readable]
 
 
 def fit_embedding(task: Task) -> LinearHead:
@@ -90,20 +94,31 @@ def real_table(
     [dim]python benchmarks/real_table.py --data-root DATA --output TABLE --dry-run[/]
     """
     METHODS.places[EMBEDDING] = EntryPoint(EMBEDDING, "real_table:EMBEDDING_PROBE", GROUP)
-    spec, names, methods = get_spec(model), split_commas([datasets]), [name for name in TITLES if "," not in name]
-    numbered = numbers([shots], "--shots"), numbers([seeds], "--seeds")
-    trials = plan_trials("few-shot", [spec.name], methods, names, *numbered)
-    left = [trial for trial in trials if trial.key not in store.done(output_dir)]
+    spec = get_spec(model)
+    names = split_commas([datasets])
+    trials = plan_trials(
+        "few-shot",
+        [spec.name],
+        [name for name in TITLES if "," not in name],
+        names,
+        numbers([shots], "--shots"),
+        numbers([seeds], "--seeds"),
+    )
+    done = store.done(output_dir)
+    left = [trial for trial in trials if trial.key not in done]
     missing = downloads.missing(names, data_root)
-    images = "of unknown size" if (size := gigabytes(missing)) is None else f"{size:.1f} GB"
-    output.print(f"Downloads: datasets {images}; {spec.name} {spec.download or '0 GB'}, if it is not in the cache.")
+    size = gigabytes(missing)
+    images = "of unknown size" if size is None else f"{size:.1f} GB"
+    weights = spec.download or "0 GB"
+    output.print(f"Downloads: datasets {images}; {spec.name} {weights}, if it is not in the cache.")
     if left:
         output.print(hours_text(spec.name, left, device, precision), soft_wrap=True)
     if dry_run:
         return
     check_writable(output_dir)
     use_threads()
-    if absent := download_all(missing, data_root, agree):
+    absent = download_all(missing, data_root, agree)
+    if absent:
         raise ZooError(f"Not complete: {', '.join(absent)}. Repeat the command to resume.")
     failed = sweep(trials, Settings(output_dir, data_root, device, precision), show=show_events)
     results = store.results(output_dir)
@@ -116,31 +131,59 @@ def real_table(
 
 
 def measured(results: Iterable[Values]) -> pd.DataFrame:
-    """Top-1 of each draw, without batch statistics, in the order of `TITLES`, and what a `Submission` says of it."""
+    """Top-1 of each draw, without batch statistics, in the order of `TITLES`, and what a `Submission` says
+    of it."""
+    order = list(TITLES)
     rows = []
     for result in results:
         trial = result["trial"]
         for entry in result["results"]:
             name = f"{trial['method']}, {entry['stats']}".removesuffix(", ").removesuffix(", stored")
-            if name in TITLES:
-                said = {name: result[name] for name in ("split_sha256", "recipe", "selection")} | trial
-                said |= {"reference": METHODS[trial["method"]].reference, "order": [*TITLES].index(name)}
-                rows.append(said | {"method": TITLES[name], "top1": entry["top1"]})
+            if name not in TITLES:
+                continue
+            row = {
+                **trial,
+                "split_sha256": result["split_sha256"],
+                "recipe": result["recipe"],
+                "selection": result["selection"],
+                "reference": METHODS[trial["method"]].reference,
+                "order": order.index(name),
+                "method": TITLES[name],
+                "top1": entry["top1"],
+            }
+            rows.append(row)
     return pd.DataFrame(rows).sort_values(["shots", "order"], kind="stable")
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """The fields of a `Submission` as columns, each value as JSON: the mean over the draws of a method, dataset and
-    number of images. Not of zero-shot CLIP, which trains on none, and of datasets of no leaderboard."""
-    fixed = {"test_images_used": False, "test_time_optimisation": False, "deterministic": True, "license": "apache-2.0"}
-    rows, fixed["by"], fixed["where"] = [], "not stated", "https://github.com/dcp-zoo/dcp_zoo"
-    table = table[table.dataset.isin(list_datasets()) & (table.shots > 0)]
-    for _, draws in table.groupby(["method", "dataset", "shots"], sort=False):
-        row, spec = draws.iloc[0], get_spec(draws.model.iloc[0])
-        weights = {"model": f"{spec.clip} {spec.clip_pretrained}", "pretraining_data": "that of the model"}
-        same = {name: row[name] for name in ("method", "reference", "dataset", "split_sha256", "recipe", "selection")}
-        drawn = {"shots": int(row.shots), "seeds": draws.seed.tolist(), "reported": round(draws.top1.mean(), 2)}
-        rows.append({name: json.dumps(value) for name, value in (fixed | weights | same | drawn).items()})
+    """The fields of a `Submission` as columns, each value as JSON: the mean over the draws of a method,
+    dataset and number of images. Not of zero-shot CLIP, which trains on none, and of datasets of no
+    leaderboard."""
+    listed = table[table.dataset.isin(list_datasets()) & (table.shots > 0)]
+    rows = []
+    for _, draws in listed.groupby(["method", "dataset", "shots"], sort=False):
+        first = draws.iloc[0]
+        spec = get_spec(first.model)
+        row = {
+            "by": "not stated",
+            "where": "https://github.com/dcp-zoo/dcp_zoo",
+            "method": first.method,
+            "reference": first.reference,
+            "model": f"{spec.clip} {spec.clip_pretrained}",
+            "pretraining_data": "that of the model",
+            "dataset": first.dataset,
+            "shots": int(first.shots),
+            "seeds": draws.seed.tolist(),
+            "split_sha256": first.split_sha256,
+            "recipe": first.recipe,
+            "selection": first.selection,
+            "test_images_used": False,
+            "test_time_optimisation": False,
+            "deterministic": True,
+            "license": "apache-2.0",
+            "reported": round(draws.top1.mean(), 2),
+        }
+        rows.append({name: json.dumps(value) for name, value in row.items()})
     pd.DataFrame(rows).to_csv(path, index=False)
     log(f"Wrote {path}, {len(rows)} rows: check it with python benchmarks/submit.py.")
 

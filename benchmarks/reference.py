@@ -1,7 +1,7 @@
 """A plain, slow implementation of DCP's complete forward pass, against which all fast paths are tested.
 
-Every class runs all tokens of the text context through every block, as in the authors' release; nothing is shared,
-packed, cached or skipped. It uses the weights of a `DCP` and computes its `stats="batch"`.
+Every class runs all tokens of the text context through every block, as in the authors' release; nothing is
+shared, packed, cached or skipped. It uses the weights of a `DCP` and computes its `stats="batch"`.
 """
 
 from typing import Any
@@ -16,8 +16,10 @@ from dcp_zoo.heads.dcp import DCP, PromptAttention
 
 def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
     """images (B, 3, H, W), one batch -> logits (B, C)."""
-    text, config = model.encoder.text, model.config
-    m, prompts = config.n_ctx, model.prompts
+    text = model.encoder.text
+    config = model.config
+    m = config.n_ctx
+    prompts = model.prompts
 
     x, rope = embed_images(model.encoder.visual, images, prompts["vision"])
     y, start, end, mask = embed_names(model)
@@ -25,16 +27,20 @@ def forward(model: DCP, images: torch.Tensor) -> torch.Tensor:
     first = (prompts["text"] + text.positional_embedding[inside]).expand(len(y), -1, -1)
     y = torch.cat([y[:, :start], first, y[:, start + m :]], 1)
 
-    vision_blocks, text_blocks = vision_blocks_of(model), list(text.transformer.resblocks)
+    vision_blocks = vision_blocks_of(model)
+    text_blocks = list(text.transformer.resblocks)
     for i in range(max(len(vision_blocks), len(text_blocks))):
-        if 1 <= i <= min(config.depth, len(vision_blocks) - 1, len(text_blocks) - 1):
+        is_coupled = 1 <= i <= min(config.depth, len(vision_blocks) - 1, len(text_blocks) - 1)
+        if is_coupled and config.coupling != "none":
             cmpa: Any = model.cmpa[0 if config.share_cmpa else i - 1]
             v = pool_prompts(x[:, -m:], config.pooling)  # (M, Dv)
             t = pool_prompts(y[:, inside], config.pooling)  # (M, Dt)
-            x = torch.cat([x[:, :-m], rewrite(cmpa.to_vision, v, t).expand(len(x), -1, -1)], 1)
-            if config.coupling == "bidirectional":
-                new_t = rewrite(cmpa.to_text, t, v).expand(len(y), -1, -1)
-                y = torch.cat([y[:, :start], new_t, y[:, start + m :]], 1)
+            if config.coupling in ("bidirectional", "text_to_vision", "self"):
+                new_v = rewrite(cmpa.to_vision, v, v if config.coupling == "self" else t)
+                x = torch.cat([x[:, :-m], new_v.expand(len(x), -1, -1)], 1)
+            if config.coupling in ("bidirectional", "vision_to_text", "self"):
+                new_t = rewrite(cmpa.to_text, t, t if config.coupling == "self" else v)
+                y = torch.cat([y[:, :start], new_t.expand(len(y), -1, -1), y[:, start + m :]], 1)
         if i < len(vision_blocks):
             x = vision_blocks[i](x) if rope is None else vision_blocks[i](x, rope=rope)
         if i < len(text_blocks):
@@ -54,11 +60,13 @@ def vision_blocks_of(model: DCP) -> list[Any]:
 
 
 def embed_images(visual: Any, images: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Tokens (B, N + M, Dv) that enter block 0, prompts at the end, and rotary positions (patches + M, ..), if any."""
+    """Tokens (B, N + M, Dv) that enter block 0, prompts at the end, and rotary positions (patches + M, ..),
+    if any."""
     prompts = prompts.expand(len(images), -1, -1)
     if hasattr(visual, "trunk"):
         trunk = visual.trunk
-        x, rope = trunk._pos_embed(trunk.patch_embed(images)), None
+        x = trunk._pos_embed(trunk.patch_embed(images))
+        rope = None
         if isinstance(x, tuple):
             x, rope = x
         if rope is not None:  # prompts are not turned: sine 0, cosine 1
@@ -79,24 +87,26 @@ def pool_images(visual: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def embed_names(model: DCP) -> tuple[torch.Tensor, int, torch.Tensor, Any]:
-    """Embedded class names (C, L, Dt), with any tokens in place of the prompts, the position of the first prompt, the
-    position (C,) that is pooled, and the attention mask."""
+    """Embedded class names (C, L, Dt), with any tokens in place of the prompts, the position of the first
+    prompt, the position (C,) that is pooled, and the attention mask."""
     text = model.encoder.text
     if model.encoder.text_tower.shares_prefix:
         ids, end = tokenize(model)
         return text.token_embedding(ids) + text.positional_embedding, 1, end, text.attn_mask
     ids = torch.cat([chunk.ids for chunk in model.name_tokens])
-    end, start = torch.cat([chunk.ends for chunk in model.name_tokens]), model.name_tokens.inside.start
+    end = torch.cat([chunk.ends for chunk in model.name_tokens])
+    start = model.name_tokens.prompts.start
     if hasattr(text, "_embeds"):  # with CoCa's class token and mask
         y, mask = text._embeds(ids)
     else:
-        y, mask = text.token_embedding(ids) + text.positional_embedding, text.attn_mask
+        y = text.token_embedding(ids) + text.positional_embedding
+        mask = text.attn_mask
     return y, start, end, mask
 
 
 def tokenize(model: DCP) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (C, context) of `[SOS] X .. X name . [EOT]`, with M times X in place of the prompts, and ends (C,).
-    The rest of a phrase precedes the name."""
+    """Token ids (C, context) of `[SOS] X .. X name . [EOT]`, with M times X in place of the prompts, and
+    ends (C,). The rest of a phrase precedes the name."""
     prompts = "X " * model.config.n_ctx
     sentences = [prompts + model.template.format(name.replace("_", " ")) for name in model.classnames]
     ids = model.encoder.tokenizer(sentences, context_length=len(model.encoder.text.positional_embedding))
@@ -114,10 +124,13 @@ def rewrite(block: PromptAttention, own: torch.Tensor, other: torch.Tensor) -> t
     """One direction of CMPA: own (M, D), other (M, D_other) -> (M, D)."""
     w_q, w_k, w_v = block.attn.in_proj_weight.chunk(3)
     b_q, b_k, b_v = block.attn.in_proj_bias.chunk(3)
-    query, key = block.norm1(block.query(other)), block.norm1(own)
+    query = block.norm1(block.query(other))
+    key = block.norm1(own)
     heads = []
     for rows in torch.arange(len(w_q)).split(64):
-        q, k, v = query @ w_q[rows].T + b_q[rows], key @ w_k[rows].T + b_k[rows], key @ w_v[rows].T + b_v[rows]
+        q = query @ w_q[rows].T + b_q[rows]
+        k = key @ w_k[rows].T + b_k[rows]
+        v = key @ w_v[rows].T + b_v[rows]
         heads.append((q @ k.T / 8).softmax(-1) @ v)  # 8 = sqrt(64)
     mlp: Any = block.mlp
     own = own + block.attn.out_proj(torch.cat(heads, -1))

@@ -1,22 +1,25 @@
-"""How well heads tell images of none of their classes from those of their classes, on features of the miniature.
+"""How well heads tell images of none of their classes from those of their classes, on features of the
+miniature.
 
     python benchmarks/rejection.py --data-root DATA              writes results/rejection.csv
     python benchmarks/rejection.py --data-root DATA --choose     writes results/rejection_choice.csv
     python benchmarks/rejection.py --real-clip CLIP_FOLDER       writes results/rejection_clip.csv
-    python benchmarks/rejection.py --data-root DATA --real-clip CLIP_FOLDER --examples   writes rejection_examples.csv
+    python benchmarks/rejection.py --data-root DATA --real-clip CLIP_FOLDER --examples   writes
+    rejection_examples.csv
 
-Each resumes when repeated. DATA: see `sets.py`. A text probe is trained on a few images of half of the classes of a
-set, another half for every seed. Its known test images are compared with test images of the other half ("near"), and of
-all other sets ("far"; PACS's domains, which share their classes, are not far from each other). The threshold comes from
-the training images.
---choose compares scores on the sets for choosing. (The one that heads use was chosen on PACS art paintings and cartoons
-and 40 classes of Tiny ImageNet.) --real-clip takes features of
-the real CLIP ViT-B/32, see `real_clip.py`, without its text, of which only parts are known; these sets took part in
-the choice. Of two sets that share a kind of thing neither is far from the other.
+Each resumes when repeated. DATA: see `sets.py`. A text probe is trained on a few images of half of the
+classes of a set, another half for every seed. Its known test images are compared with test images of the
+other half ("near"), and of all other sets ("far"; PACS's domains, which share their classes, are not far
+from each other). The threshold comes from the training images.
+--choose compares scores on the sets for choosing. (The one that heads use was chosen on PACS art paintings
+and cartoons and 40 classes of Tiny ImageNet.) --real-clip takes features of
+the real CLIP ViT-B/32, see `real_clip.py`, without its text, of which only parts are known; these sets took
+part in the choice. Of two sets that share a kind of thing neither is far from the other.
 
---examples gives a head of at most 20 classes images of up to three look-alikes, of the classes of the other half whose
-training images it accepts most. The rule, and that its margin rejects 2 % of known images, was chosen on the features
-of the real CLIP; nothing was chosen on the reporting sets, whose features are the miniature's.
+--examples gives a head of at most 20 classes images of up to three look-alikes, of the classes of the other
+half whose training images it accepts most. The rule, and that its margin rejects 2 % of known images, was
+chosen on the features of the real CLIP; nothing was chosen on the reporting sets, whose features are the
+miniature's.
 """
 
 import random
@@ -39,15 +42,20 @@ from dcp_zoo.answers import DISTANCE_WEIGHT
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
+from dcp_zoo.features.extract import FeatureExtractor
+from dcp_zoo.features.photos import Photos
+from dcp_zoo.features.views import MIRRORED, PLAIN
 from dcp_zoo.probe.fit import ReadingFeatures, fit_on_features
 from dcp_zoo.probe.folds import within_class
 from dcp_zoo.probe.model import nearest
 from dcp_zoo.training.methods.text_probe import on_cpu
-from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.build import plain_clip
 
 RESULTS = Path(__file__).parent / "results"
-MODEL, IMAGES, SEEDS, FAR = "dcp_mini", (1, 2, 6, 16), (1, 2), 200
+MODEL = "dcp_mini"
+IMAGES = (1, 2, 6, 16)
+SEEDS = (1, 2)
+FAR = 200
 CLIP_IMAGES = 2, 4, 8  # images per class of the real CLIP
 COLUMNS = "set images_per_class seed score auroc_near auroc_far known_refused near_passed far_passed".split()
 COLUMNS += ["near_passed_estimate", "far_passed_estimate"]
@@ -61,9 +69,9 @@ Linear = tuple[Tensor, Tensor]
 
 
 class RealFeatures:
-    """Those of the real CLIP for one set, without text: of its 16 training images per class, half of which are the test
-    images here. The set's own test images will not do: a training image's features are a mean over ten augmented views,
-    a test image's those of one."""
+    """Those of the real CLIP for one set, without text: of its 16 training images per class, half of which
+    are the test images here. The set's own test images will not do: a training image's features are a mean
+    over ten augmented views, a test image's those of one."""
 
     def __init__(self, path: Path) -> None:
         arrays = np.load(path)
@@ -71,30 +79,40 @@ class RealFeatures:
         labels = torch.from_numpy(arrays["train16_label"]).long()
         vectors = F.normalize(torch.from_numpy(arrays["train16_vector"]).float(), dim=-1)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        vectors, labels = vectors[order], labels[order]
+        vectors = vectors[order]
+        labels = labels[order]
         first = within_class(labels) < 8
-        self.train, self.labels = vectors[None, first], labels[first]
-        self.test, self.test_labels = vectors[~first], labels[~first]
+        self.train = vectors[None, first]
+        self.labels = labels[first]
+        self.test = vectors[~first]
+        self.test_labels = labels[~first]
         self.text = torch.zeros(len(self.names), vectors.shape[1]), torch.zeros(len(self.names))
         self.widths = vectors.shape[1:]
         self.everyday = None
 
 
 class Features:
-    """Those of the miniature for one set: of its training images and their mirror images, and of its test images."""
+    """Those of the miniature for one set: of its training images and their mirror images, and of its test
+    images."""
 
     def __init__(self, make: Callable[[Path, Path], Any], data: Path, folder: Path, few: bool = False) -> None:
-        clip, pool = plain_clip(MODEL), make(data, folder)
+        clip = plain_clip(MODEL)
+        pool = make(data, folder)
         self.names, train, test = pool
         if few:
             train, test = (self.drawn(items, *most) for items, most in ((train, (60, 1200)), (test, (40, 1000))))
-        sources = [image_source(clip, items, "flip", 0, progress_bar, True) for items in (train, test)]
-        self.widths, scale = clip.widths, len(clip.widths) ** -0.5
-        self.train, self.labels = sources[0].read(2, progress_bar) * scale, sources[0].labels
-        self.test, self.test_labels = sources[1].read(1, progress_bar)[0] * scale, sources[1].labels
+        extract = FeatureExtractor(clip, progress=progress_bar)
+        trained = extract(Photos(train), views=(PLAIN, MIRRORED))
+        tested = extract(Photos(test))
+        self.widths = clip.widths
+        scale = len(clip.widths) ** -0.5
+        self.train = trained.rows(PLAIN, MIRRORED) * scale
+        self.labels = trained.labels
+        self.test = tested.joined
+        self.test_labels = tested.labels
         self.text = on_cpu(clip.scaled(clip.zero_shot_classifier(self.names)))
         pictures = [Item(picture, "", 0) for picture in everyday_pictures()]
-        self.everyday = image_source(clip, pictures).read(1)[0] * scale
+        self.everyday = extract(Photos(pictures)).joined
 
     def drawn(self, items: Sequence[Item], each: int, most: int) -> list[Item]:
         """So many of each class, and about `most` in all."""
@@ -104,8 +122,8 @@ class Features:
 
 
 def fitted(own: Any, rows: Sequence[int], classes: Sequence[int], examples: Sequence[int] = ()) -> tuple[Any, Any]:
-    """A text probe for these of a set's classes on these of its training images, and how it was fitted; `examples` are
-    those of none of the classes."""
+    """A text probe for these of a set's classes on these of its training images, and how it was fitted;
+    `examples` are those of none of the classes."""
     labels = torch.tensor([classes.index(label) for label in own.labels[rows].tolist()])
     text = own.text[0][classes], own.text[1][classes]
     views = own.train[:, rows] * len(own.widths) ** 0.5
@@ -116,7 +134,8 @@ def fitted(own: Any, rows: Sequence[int], classes: Sequence[int], examples: Sequ
 
 def whole(own: Any, classes: Sequence[int]) -> Linear:
     """The text logits of these classes as a function of all features, of which the first part reads text."""
-    weight, bias = own.text[0][classes], own.text[1][classes]
+    weight = own.text[0][classes]
+    bias = own.text[1][classes]
     return F.pad(weight * len(own.widths) ** 0.5, (0, sum(own.widths[1:]))), bias
 
 
@@ -124,7 +143,8 @@ def scores(views: Tensor, text: Linear, probe: Any, f: Tensor) -> dict[str, Tens
     """What different scores say of features f (m, F): higher for images of the classes."""
     z = F.linear(f, *probe.linear(text, probe.classes))
     logs = z.log_softmax(-1)
-    entropy, distance = -(logs.exp() * logs).sum(-1), probe.measure(probe.classes)(f)
+    entropy = -(logs.exp() * logs).sum(-1)
+    distance = probe.measure(probe.classes)(f)
     unit = probe.measure(probe.classes).unit
     found = {
         HEADS_OWN: -entropy - DISTANCE_WEIGHT * distance,
@@ -149,11 +169,14 @@ def measured(
     name: str, sets: Mapping[str, Features | RealFeatures], images: int, seed: int
 ) -> Iterator[dict[str, Any]]:
     """A row for each score: AUROC against near and far images, and what the head's own threshold refuses."""
-    own, rng = sets[name], random.Random(seed)
+    own = sets[name]
+    rng = random.Random(seed)
     classes = sorted(rng.sample(range(len(own.names)), len(own.names) // 2))
     of_each = [(own.labels == label).nonzero().flatten().tolist() for label in classes]
     rows = [row for found in of_each for row in rng.sample(found, min(images, len(found)))]
-    views, text, (probe, info) = own.train[:, rows], whole(own, classes), fitted(own, rows, classes)
+    views = own.train[:, rows]
+    text = whole(own, classes)
+    (probe, info) = fitted(own, rows, classes)
     known = torch.isin(own.test_labels, torch.tensor(classes))
     others = torch.cat([each.test[:FAR] for other, each in sets.items() if is_far(name, other)])
     parts = own.test[known], own.test[~known], others
@@ -175,11 +198,14 @@ def measured(
 
 
 def with_examples(part: str, name: str, sets: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:
-    """A row for each number of examples of look-alikes: the percentages of images that are refused or accepted."""
-    own, rng = sets[name], random.Random(seed)
+    """A row for each number of examples of look-alikes: the percentages of images that are refused or
+    accepted."""
+    own = sets[name]
+    rng = random.Random(seed)
     classes = sorted(rng.sample(range(len(own.names)), min(20, len(own.names) // 2)))
     of_each = [rng.sample((own.labels == label).nonzero().flatten().tolist(), EXAMPLES[0]) for label in classes]
-    rows, text = [row for found in of_each for row in found], whole(own, classes)
+    rows = [row for found in of_each for row in found]
+    text = whole(own, classes)
 
     def accepted(probe: Any, f: Tensor) -> float:
         found = scores(own.train[:, rows], text, probe, f)[HEADS_OWN]

@@ -1,11 +1,12 @@
 """The sets of images on which methods are compared, and what each has influenced.
 
-No method is chosen, and no recipe, on a set of `REPORTING`; `CHOOSING` are for that. `MINIATURES` are neither: the
-miniature was trained on other images of these classes, with their labels, so that they say nothing of new classes.
+No method is chosen, and no recipe, on a set of `REPORTING`; `CHOOSING` are for that. `MINIATURES` are
+neither: the miniature was trained on other images of these classes, with their labels, so that they say
+nothing of new classes.
 
-DATA holds `caltech-101` in CoOp's layout, `pacs`, `tiny-imagenet-200` (parquet), and folders with an `images.parquet`
-(columns image, label, use) of the others. PACS and Tiny ImageNet have no test images of their own: so many of each
-class, drawn once, are. Of Tiny ImageNet only validation images are read.
+DATA holds `caltech-101` in CoOp's layout, `pacs`, `tiny-imagenet-200` (parquet), and folders with an
+`images.parquet` (columns image, label, use) of the others. PACS and Tiny ImageNet have no test images of
+their own: so many of each class, drawn once, are. Of Tiny ImageNet only validation images are read.
 """
 
 import json
@@ -19,7 +20,8 @@ import pyarrow.parquet as pq
 
 from dcp_zoo.data import Item, load_split
 
-TRAIN, TEST = 50, 70  # images of each class of PACS
+TRAIN = 50  # images of each class of PACS
+TEST = 70
 TINY_TRAIN = 16  # of the 25 of Tiny ImageNet
 TINY_CLASSES = 40
 Pool = tuple[list[str], list[Item], list[Item]]  # class names, images to draw from, test images
@@ -52,7 +54,8 @@ def caltech(data: Path, folder: Path) -> Pool:
 
 def pacs(domain: str, data: Path, folder: Path) -> Pool:
     split = load_split(f"pacs_{domain}", data)
-    items, rng = sorted(split.train + split.test), random.Random(0)
+    items = sorted(split.train + split.test)
+    rng = random.Random(0)
     of_each = [of_class(items, label) for label in range(len(split.classnames))]
     shuffled = [rng.sample(own, len(own)) for own in of_each]
     train = [item for own in shuffled for item in own[:TRAIN]]
@@ -81,7 +84,8 @@ def parquet(name: str, data: Path, folder: Path) -> Pool:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """What makes a set's pool from DATA and a folder for files, and what the set has influenced, in words."""
+    """What makes a set's pool from DATA and a folder for files, and what the set has influenced, in
+    words."""
 
     pool: Callable[[Path, Path], Pool]
     influenced: str

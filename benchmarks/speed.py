@@ -1,10 +1,12 @@
 """Speed and memory of the method as in its release, of this package's implementations, and of CLIP alone.
 
-    python benchmarks/speed.py      writes results/speed.csv and speed.json: every figure of speed in docs/deploy.md
+    python benchmarks/speed.py      writes results/speed.csv and speed.json: every figure of speed in
+    docs/deploy.md
 
-Every variant runs in its own process. The processes of one comparison take turns, one call each, so that other load on
-the machine affects all of them equally; ratios are those of medians. All start from the same weights, and their logits
-are compared before anything is timed. CLIP's weights are random here: speed does not depend on them.
+Every variant runs in its own process. The processes of one comparison take turns, one call each, so that
+other load on the machine affects all of them equally; ratios are those of medians. All start from the same
+weights, and their logits are compared before anything is timed. CLIP's weights are random here: speed does
+not depend on them.
 """
 
 import argparse
@@ -24,7 +26,8 @@ from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = "task model classes batch variant seconds cpu_seconds repeats peak_mb file_mb difference".split()
-REPEATS, SPEND = 5, 12.0  # calls per variant; no further turns once they have taken this many seconds in total
+REPEATS = 5  # calls per variant
+SPEND = 12.0  # seconds in total, after which there are no further turns
 LONG = 20.0  # seconds; the first call counts if it takes this long, as the warm-up is then negligible
 TOLERANCE = 1e-3  # in logits, relative to the largest
 COARSE = {"ours-bfloat16": 0.1}  # tolerance of low precision; the CSV has the actual difference
@@ -76,7 +79,8 @@ def make_images(case: Case, batch: int) -> Any:
 
 
 def prepare(case: Case, folder: Path) -> None:
-    """Write the files of the deployed variants. The model is calibrated on the images, so that all contexts agree."""
+    """Write the files of the deployed variants. The model is calibrated on the images, so that all contexts
+    agree."""
     import torch
 
     from dcp_zoo.release.onnx import export
@@ -97,9 +101,12 @@ def cache_clip(cache: Path, name: str) -> None:
     from dcp_zoo import create_model
     from dcp_zoo.zoo.registry import get_spec
 
-    weights, spec = create_model(name).encoder.clip.state_dict(), get_spec(name)
-    repo, revision = cache / f"models--{spec.clip_repo.replace('/', '--')}", spec.clip_revision or "0" * 40
-    (folder := repo / "snapshots" / revision).mkdir(parents=True)
+    weights = create_model(name).encoder.clip.state_dict()
+    spec = get_spec(name)
+    repo = cache / f"models--{spec.clip_repo.replace('/', '--')}"
+    revision = spec.clip_revision or "0" * 40
+    folder = repo / "snapshots" / revision
+    folder.mkdir(parents=True)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(revision)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "open_clip_model.safetensors")
@@ -124,15 +131,19 @@ def inference(case: Case, variant: str, folder: Path) -> Call:
 
 
 def training(case: Case, variant: str, folder: Path) -> Call:
-    """A complete training step with a learning rate of 0: the same work, and all variants keep equal weights."""
+    """A complete training step with a learning rate of 0: the same work, and all variants keep equal
+    weights."""
     import reference
     import torch
     from torch.nn import functional as F
 
-    from dcp_zoo.training.device import autocast, cast_frozen
+    from dcp_zoo.features.device import autocast
 
-    model, precision = build_model(case).train(), "bfloat16" if variant == "ours-bfloat16" else "float32"
-    cast_frozen(model, precision)
+    model = build_model(case).train()
+    precision = "bfloat16" if variant == "ours-bfloat16" else "float32"
+    for p in model.encoder.clip.parameters():
+        if p.numel() > 1:
+            p.data = p.data.to(getattr(torch, precision))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0, momentum=0.9)
 
     def step(images: Any) -> Any:
@@ -166,11 +177,16 @@ def work(pipe: Any, case: Case, variant: str, folder: Path, threads: int) -> Non
         return
     call = (inference if case.task == "inference" else training)(case, variant, folder)
     with torch.inference_mode(case.task == "inference"):
-        while batch := pipe.recv():
+        while True:
+            batch = pipe.recv()
+            if not batch:
+                break
             images = make_images(case, batch)
-            wall, cpu = time.perf_counter(), time.process_time()
+            wall = time.perf_counter()
+            cpu = time.process_time()
             output = call(images)
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            wall = time.perf_counter() - wall
+            cpu = time.process_time() - cpu
             pipe.send(Timing(output.float().numpy(), wall, cpu, peak_mb()))
 
 
@@ -221,7 +237,8 @@ def compare(case: Case, threads: int, repeats: int = REPEATS) -> Iterator[dict[s
 
 
 def measure(batch: int, workers: dict[str, Worker], repeats: int) -> dict[str, tuple[list[Timing], str | None]]:
-    """Calls of all variants in turns, and the difference of the first one's logits from the first variant's."""
+    """Calls of all variants in turns, and the difference of the first one's logits from the first
+    variant's."""
     results: dict[str, tuple[list[Timing], str | None]] = {}
     expected = None
     for variant, worker in workers.items():

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import yaml
 from typer import Argument, Typer
 
@@ -18,15 +19,16 @@ from dcp_zoo.cli.heads import test_images, trained_on
 from dcp_zoo.data import list_datasets, load_labelled
 from dcp_zoo.data.splits import split_sha256
 from dcp_zoo.errors import ZooError, as_zoo_error
+from dcp_zoo.features.extract import FeatureExtractor
+from dcp_zoo.features.loader import ImageLoader
+from dcp_zoo.features.photos import Photos
 from dcp_zoo.fields import Checked, Values, check, problems
 from dcp_zoo.files import read_plain
 from dcp_zoo.heads.config import PERCENT, is_checkpoint
-from dcp_zoo.prediction.heads import loaded
+from dcp_zoo.prediction.heads import loaded, outputs_of_loader
 from dcp_zoo.release import holds
-from dcp_zoo.training.device import decoders
-from dcp_zoo.training.evaluation import read, top1
+from dcp_zoo.training.evaluation import top1
 from dcp_zoo.training.recipes import CROSS_VALIDATION, VALIDATION
-from dcp_zoo.training.sources import image_source
 
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 SUBMISSION = "submission.yaml"
@@ -57,8 +59,8 @@ class Submission(Checked):
 
 
 def read_submissions(path: Path) -> list[Submission]:
-    """Those of a `submission.yaml`, or of a .csv with a row for each and values as JSON, as `real_table.py` writes it.
-    ZooError for fields that are missing, unknown or wrong."""
+    """Those of a `submission.yaml`, or of a .csv with a row for each and values as JSON, as `real_table.py`
+    writes it. ZooError for fields that are missing, unknown or wrong."""
     names = [part.name for part in fields(Submission)]
     with as_zoo_error(f"{path} cannot be read ({{}}). It needs the fields {', '.join(names)}.", Exception):
         if path.suffix == ".csv":
@@ -85,17 +87,18 @@ def _checked(where: str, values: Any) -> Submission:
 
 
 def check_submission(folder: Path, data_root: Path | None, device: str = "auto") -> Submission:
-    """The submission in a folder's `submission.yaml`, with `measured` if the folder holds a checkpoint. ZooError as of
-    `read_submissions`, and for an accuracy that is not what is reported."""
+    """The submission in a folder's `submission.yaml`, with `measured` if the folder holds a checkpoint.
+    ZooError as of `read_submissions`, and for an accuracy that is not what is reported."""
     (submission,) = read_submissions(folder / SUBMISSION)
     if not is_checkpoint(folder):
         return submission
-    model, name = loaded(f"local-dir:{folder}", device), str(folder)
+    model = loaded(f"local-dir:{folder}", device)
+    name = str(folder)
     check_same(submission, model.info, folder)
-    images = load_labelled(trained_on(name, model, data_root), data_root)
-    items, _ = test_images(images, model, name, True)
-    source = image_source(model.frozen, items, "none", decoders(model.device, len(items)), progress_bar)
-    measured = top1(read(model, source, 1, progress_bar)[0], source.labels)
+    split = load_labelled(trained_on(name, model, data_root), data_root)
+    items, _ = test_images(split, model, name, True)
+    images = ImageLoader(Photos(items), FeatureExtractor(model.frozen, progress=progress_bar))
+    measured = top1(torch.from_numpy(outputs_of_loader(model, images, 1).logits), images.labels)
     if not holds(submission.reported, measured):
         raise ZooError(f"{folder} reports {submission.reported:.2f} %, but {measured:.2f} % was measured here.")
     return replace(submission, measured=measured)

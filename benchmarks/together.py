@@ -1,18 +1,20 @@
-"""How much the images of a folder help each other, on folders that are complete, long-tailed, or hold few classes.
+"""How much the images of a folder help each other, on folders that are complete, long-tailed, or hold few
+classes.
 
     python benchmarks/together.py features DATA FEATURES     features of the miniature, kept in a folder
     python benchmarks/together.py choose CLIP FEATURES       writes results/together_choice.csv
     python benchmarks/together.py measure CLIP FEATURES      writes results/together.csv
 
-DATA: see `sets.py`; `PARTS` says which sets chose here. CLIP: features of the real CLIP ViT-B/32, see `real_clip.py`. A
-text probe is fitted to K images per class, other ones in each draw; a folder is a part of the test images.
+DATA: see `sets.py`; `PARTS` says which sets chose here. CLIP: features of the real CLIP ViT-B/32, see
+`real_clip.py`. A text probe is fitted to K images per class, other ones in each draw; a folder is a part of
+the test images.
 
-How `dcp_zoo.prediction.together` was chosen. Its form, `CONFIDENT`, and what is listed below, come from the sets for
-choosing alone, four draws. The constants that came with it (`SHARES` 2) lost 1.3 points in the worst tenth of all runs
-on the other sets, 4.9 on one of them. The constants of `GRID` were therefore chosen on all 18 sets, each left out in
-turn: those that lose no more than `LOSS` on the 17 others, and of these the ones that gain most. The same come out for
-each set but the groceries. The sets of `LAST` had no part in any of this. (What neighbours do on flowers, UCF-101,
-SUN397 and ImageNet was known before, from earlier rules.)
+How `dcp_zoo.prediction.together` was chosen. Its form, `CONFIDENT`, and what is listed below, come from the
+sets for choosing alone, four draws. The constants that came with it (`SHARES` 2) lost 1.3 points in the
+worst tenth of all runs on the other sets, 4.9 on one of them. The constants of `GRID` were therefore chosen
+on all 18 sets, each left out in turn: those that lose no more than `LOSS` on the 17 others, and of these the
+ones that gain most. The same come out for each set but the groceries. The sets of `LAST` had no part in any
+of this. (What neighbours do on flowers, UCF-101, SUN397 and ImageNet was known before, from earlier rules.)
 """
 
 import math
@@ -37,13 +39,14 @@ from torch.nn import functional as F
 
 from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.cli.console import progress_bar
-from dcp_zoo.data.images import no_progress
+from dcp_zoo.features.extract import FeatureExtractor
+from dcp_zoo.features.photos import Photos
 from dcp_zoo.prediction import together as rule
 from dcp_zoo.prediction.together import together
 from dcp_zoo.probe import ReadingFeatures, fit_on_features
+from dcp_zoo.progress import no_progress
 from dcp_zoo.training.evaluation import expected_calibration_error, top1
 from dcp_zoo.training.methods.text_probe import on_cpu
-from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.build import plain_clip
 
 RESULTS = Path(__file__).parent / "results"
@@ -56,7 +59,10 @@ REPORTING = tuple(name for name in SETS if name not in CHOOSING + LAST)
 PARTS = {"choosing": (CLIP_CHOOSING, CHOOSING), "reporting": (CLIP_REPORTING, REPORTING), "last": (CLIP_LAST, LAST)}
 GRID = {"FEW": (0.5, 0.6, 0.7), "SHARES": (1.0, 1.5, 2.0), "AGREEMENT": (0.25, 0.5)}
 LOSS = 0.4  # in percentage points, allowed in the worst tenth of the runs of each set, in the mean over sets
-IMAGES, DRAWS, POOL, SMALLEST = (1, 2, 4, 16), range(1, 11), 50, 20  # the last: of a folder that is counted
+IMAGES = (1, 2, 4, 16)
+DRAWS = range(1, 11)
+POOL = 50
+SMALLEST = 20  # images of a folder that is counted
 COLUMNS = ("set", "images_per_class", "draw", "composition", "images", "rule", "top1", "change", "ece", "ece_change")
 CHOICES = ("set", *GRID, "runs", "change", "worst_tenth")
 COMPOSITIONS = ("all", "long-tailed", "few classes", "one class", "10 % foreign", "Dirichlet 0.1", "Dirichlet 1")
@@ -65,8 +71,8 @@ app = typer.Typer()
 
 
 class Set(NamedTuple):
-    """Features, of length 1, with labels: those that training images are drawn from, those of test images, and the text
-    logits as a linear function, zero where no text is known."""
+    """Features, of length 1, with labels: those that training images are drawn from, those of test images,
+    and the text logits as a linear function, zero where no text is known."""
 
     train: Tensor
     train_labels: Tensor
@@ -80,22 +86,24 @@ class Set(NamedTuple):
 
 @app.command()
 def features(data: Path, output: Path, images: int = POOL) -> None:
-    """Keep the miniature's features of all sets: of so many training images per class, at most, and of the test
-    images."""
+    """Keep the miniature's features of all sets: of so many training images per class, at most, and of the
+    test images."""
     clip = plain_clip(MODEL)
     output.mkdir(parents=True, exist_ok=True)
     for name, make in SETS.items():
-        if (file := output / f"{name}.npz").exists():
+        file = output / f"{name}.npz"
+        if file.exists():
             continue
         with TemporaryDirectory() as folder:
             names, train, test = make(data, Path(folder))
             of_each = [of_class(train, label) for label in range(len(names))]
             pool = [item for own in of_each for item in random.Random(1).sample(own, min(images, len(own)))]
-            sources = [image_source(clip, items, "none", 0, progress_bar, True) for items in (pool, test)]
+            extract = FeatureExtractor(clip, progress=progress_bar)
+            tables = [extract(Photos(items)).first_parts(1) for items in (pool, test)]
             weight, bias = on_cpu(clip.scaled(clip.zero_shot_classifier(names)))
             arrays = {"text_weight": weight.detach(), "text_bias": bias.detach()}
-            for part, source in zip(("train", "test"), sources, strict=True):
-                arrays |= {part: source.features(1, progress_bar)[0], f"{part}_labels": source.labels}
+            for part, table in zip(("train", "test"), tables, strict=True):
+                arrays |= {part: table.rows()[0], f"{part}_labels": table.labels}
         np.savez(file, **arrays)
 
 
@@ -128,8 +136,10 @@ def real_clip(name: str, folder: Path) -> Set:
 
 
 def compose(data: Set, composition: str, others: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
-    """A folder: features and labels of some of the test images, -1 for foreign ones, which are from `others`."""
-    classes, total = len(data.text[0]), len(data.labels)
+    """A folder: features and labels of some of the test images, -1 for foreign ones, which are from
+    `others`."""
+    classes = len(data.text[0])
+    total = len(data.labels)
     own = [(data.labels == label).nonzero().flatten().tolist() for label in range(classes)]
     counts = np.array(list(map(len, own)))
     order = np.array(rng.sample(range(classes), classes))  # each class's place
@@ -142,10 +152,12 @@ def compose(data: Set, composition: str, others: Tensor, rng: random.Random) -> 
         draw = np.random.default_rng(rng.randrange(2**31)).dirichlet([float(composition.split()[1])] * classes)
         counts = np.minimum(counts, np.round(draw * total / 3))
     rows = [row for found, count in zip(own, counts, strict=True) for row in rng.sample(found, int(count))]
-    features, labels = data.test[rows], data.labels[rows]
+    features = data.test[rows]
+    labels = data.labels[rows]
     if composition == "10 % foreign":
         foreign = others[rng.sample(range(len(others)), min(len(others), round(len(rows) / 9)))]
-        features, labels = torch.cat([features, foreign]), F.pad(labels, (0, len(foreign)), value=-1)
+        features = torch.cat([features, foreign])
+        labels = F.pad(labels, (0, len(foreign)), value=-1)
     return features, labels
 
 
@@ -161,7 +173,9 @@ def neighbours(p: Tensor, f: Tensor, nearest: int = 8) -> Tensor:
     """Nearest images with a fixed weight."""
     cosines = (f @ f.T).fill_diagonal_(-2)
     values, columns = cosines.topk(min(nearest, len(cosines) - 1))
-    w, logs, z = torch.zeros_like(cosines).scatter_(1, columns, values.clamp(min=0)), p.clamp(min=1e-9).log(), p
+    w = torch.zeros_like(cosines).scatter_(1, columns, values.clamp(min=0))
+    logs = p.clamp(min=1e-9).log()
+    z = p
     for _ in range(10):
         z = (logs + 0.5 * math.log(z.shape[1]) * (w @ z) / w.sum(1, keepdim=True).clamp(min=1e-9)).softmax(1)
     return z
@@ -206,7 +220,8 @@ def measure(clip: Path, kept: Path, draws: int = len(DRAWS)) -> None:
     """Measure what the table does not have yet, on sets for reporting and on the last ones."""
     table = GrowingTable(RESULTS / "together.csv", COLUMNS, (*COLUMNS[:3], "rule"))
     for head in (head for part in ("reporting", "last") for head in heads(clip, kept, part, draws)):
-        if rules := [rule for rule in RULES if (*head[:3], rule) not in table]:
+        rules = [rule for rule in RULES if (*head[:3], rule) not in table]
+        if rules:
             table.add((*head[:3], *row) for row in measured(head, rules))
 
 
@@ -224,8 +239,8 @@ def measured(head: Head, rules: list[str]) -> Iterator[tuple[Any, ...]]:
 
 @app.command()
 def choose(clip: Path, kept: Path, draws: int = len(DRAWS)) -> None:
-    """Measure all constants on the sets that the table does not have yet; then show, for each set, which constants the
-    others choose, and what they bring there."""
+    """Measure all constants on the sets that the table does not have yet; then show, for each set, which
+    constants the others choose, and what they bring there."""
     table = GrowingTable(RESULTS / "together_choice.csv", CHOICES, ("set",))
     for part in ("choosing", "reporting"):
         changes: dict[str, dict[tuple[float, ...], list[tuple[int, float]]]] = {}
@@ -244,7 +259,8 @@ def choose(clip: Path, kept: Path, draws: int = len(DRAWS)) -> None:
 def changes_by_constants(head: Head) -> Iterator[tuple[tuple[float, ...], float]]:
     """How the accuracy changes in each folder with each of the constants."""
     for _, f, labels, logits in folders(head.data, head.images, head.draw, head.others):
-        known, p = (labels >= 0).numpy(), logits.softmax(1).numpy()
+        known = (labels >= 0).numpy()
+        p = logits.softmax(1).numpy()
         average = rule._average(f.numpy(), min(rule.NEAREST, len(f) - 1), no_progress)
         right = (p.argmax(1) == labels.numpy())[known].mean()
         for each in product(*GRID.values()):
@@ -255,7 +271,8 @@ def changes_by_constants(head: Head) -> Iterator[tuple[tuple[float, ...], float]
 
 
 def summary(runs: list[tuple[int, float]]) -> tuple[float, ...]:
-    """Of a set's runs: how many, the mean change with few images per class, and the mean of the worst tenth."""
+    """Of a set's runs: how many, the mean change with few images per class, and the mean of the worst
+    tenth."""
     few = [change for images, change in runs if images < 16]
     worst = sorted(change for _, change in runs)[: len(runs) // 10]
     return len(runs), *(round(float(np.mean(each)), 3) for each in (few, worst))
@@ -269,10 +286,12 @@ def chosen(rows: pd.DataFrame) -> tuple[float, ...]:
 
 def folders(data: Set, images: int, draw: int, others: Tensor) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     """Each composition with its features, labels and logits by a head."""
-    rng, classes = random.Random(draw), len(data.text[0])
+    rng = random.Random(draw)
+    classes = len(data.text[0])
     of_each = [(data.train_labels == label).nonzero().flatten().tolist() for label in range(classes)]
     rows = [row for own in of_each for row in rng.sample(own, min(images, len(own)))]
-    x, y = data.train[rows], data.train_labels[rows]
+    x = data.train[rows]
+    y = data.train_labels[rows]
     probe, _ = fit_on_features(list(map(str, range(classes))), y, [ReadingFeatures(x[None], data.text)])
     weight, bias = probe.linear(data.text, probe.classes)
     for composition in COMPOSITIONS:

@@ -1,4 +1,5 @@
-"""Processor time and memory of `dcp-zoo train`, from process start to the saved head, on a folder of photographs.
+"""Processor time and memory of `dcp-zoo train`, from process start to the saved head, on a folder of
+photographs.
 
     python benchmarks/train_time.py --data-root DATA                        the miniature
     python benchmarks/train_time.py --data-root DATA --model dcp_vitb16     real sizes, with random weights
@@ -6,9 +7,9 @@
 `--code CHECKOUT` runs the package of another commit. Of real sizes DCP trains
 for one epoch and for three, from which the time of all epochs follows.
 
-Each writes its rows into results/train_time.csv, and resumes when repeated. DATA holds `pacs`, of which 5 classes with
-20 photographs each are trained on, with all defaults, the test on held-out images included; time is user plus system
-time of the process and of those it starts.
+Each writes its rows into results/train_time.csv, and resumes when repeated. DATA holds `pacs`, of which 5
+classes with 20 photographs each are trained on, with all defaults, the test on held-out images included;
+time is user plus system time of the process and of those it starts.
 """
 
 import json
@@ -27,7 +28,9 @@ from dcp_zoo.data import load_split
 from dcp_zoo.training.recipes import batch_sizes
 
 RESULTS = Path(__file__).parent / "results" / "train_time.csv"
-DATASET, CLASSES, IMAGES = "pacs_photo", 5, 20
+DATASET = "pacs_photo"
+CLASSES = 5
+IMAGES = 20
 RUNS = {
     "text-probe": (),
     "dcp": ("--method", "dcp"),
@@ -58,7 +61,8 @@ def main(
 
 
 def cost(folder: Path, code: Path, model: str, method: str, threads: int) -> tuple[float, int, float | None]:
-    """Processor seconds and peak memory in MB of a run, see above, and processor seconds of a step of real sizes."""
+    """Processor seconds and peak memory in MB of a run, see above, and processor seconds of a step of real
+    sizes."""
     head = folder / "head"
 
     def trained(*changes: str) -> tuple[float, int]:
@@ -78,7 +82,8 @@ def cost(folder: Path, code: Path, model: str, method: str, threads: int) -> tup
     first, memory = trained("--set", "stop_epoch=1")
     per_epoch = (trained("--set", "stop_epoch=3")[0] - first) / 2
     info = json.loads((head / "config.json").read_text())["dcp"]
-    recipe, images = info["recipe"], sum(info["class_images"].values())
+    recipe = info["recipe"]
+    images = sum(info["class_images"].values())
     steps = len(batch_sizes(images, recipe["batch_size"], recipe["drop_last"]))
     return first + (recipe["epochs"] - 1) * per_epoch, memory, per_epoch / steps
 

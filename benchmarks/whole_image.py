@@ -2,8 +2,9 @@
 
     python benchmarks/whole_image.py DATA      writes results/whole_image.csv; resumes when repeated
 
-DATA: see `sets.py`, of which those are measured whose images are not square. The default classifier is trained on four
-images per class, and tested, as CLIP crops them, squashed to a square, and padded to one with grey.
+DATA: see `sets.py`, of which those are measured whose images are not square. The default classifier is
+trained on four images per class, and tested, as CLIP crops them, squashed to a square, and padded to one
+with grey.
 """
 
 from itertools import product
@@ -20,7 +21,9 @@ from dcp_zoo import FewShotClassifier
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.data import Item, load_image
 
-NAMES, IMAGES, DRAWS = ("flowers", "scenes", "groceries"), 4, (1, 2, 3)
+NAMES = ("flowers", "scenes", "groceries")
+IMAGES = 4
+DRAWS = (1, 2, 3)
 COLUMNS = "weights set images_per_class seed shown top1 test_images".split()
 
 
@@ -34,11 +37,13 @@ def shown(item: Item, how: str) -> Image.Image:
 
 def main(data: Path) -> None:
     """Measure what the table does not have for the current weights yet."""
-    table, weights = GrowingTable(RESULTS / "whole_image.csv", COLUMNS, COLUMNS[:5]), weights_id(MODEL)
+    table = GrowingTable(RESULTS / "whole_image.csv", COLUMNS, COLUMNS[:5])
+    weights = weights_id(MODEL)
     with TemporaryDirectory() as folder:
         pools = {name: SETS[name](data, Path(folder)) for name in NAMES}
         for seed, name, how in product(DRAWS, NAMES, ("cropped", "squashed", "padded")):
-            if (key := (weights, name, IMAGES, seed, how)) in table:
+            key = (weights, name, IMAGES, seed, how)
+            if key in table:
                 continue
             split = draw(pools[name], IMAGES, seed)
             model = FewShotClassifier(MODEL)

@@ -1,6 +1,6 @@
-"""A timm-style model zoo for DCP, Deeply Coupled Cross-Modal Prompt Learning (ACL Findings 2023): a frozen CLIP becomes
-an image classifier from 1 to 16 images per class. The public names are in `__init__.pyi` and imported on first use; the
-models register with timm as soon as timm is imported."""
+"""A timm-style model zoo for DCP, Deeply Coupled Cross-Modal Prompt Learning (ACL Findings 2023): a frozen
+CLIP becomes an image classifier from 1 to 16 images per class. The public names are in `__init__.pyi` and
+imported on first use; the models register with timm as soon as timm is imported."""
 
 import lazy_loader
 import wrapt

@@ -7,9 +7,9 @@ from .api.inputs import list_labelled_images as list_labelled_images
 from .data.packaged import list_datasets as list_datasets
 from .errors import UnreadableImages as UnreadableImages
 from .errors import ZooError as ZooError
-from .heads.checkpoint import load_head as load_head
 from .heads.config import DCPConfig as DCPConfig
 from .heads.dcp import DCP as DCP
+from .heads.head import load_head as load_head
 from .inspection.inspection import inspect as inspect
 from .inspection.search import search as search
 from .inspection.search import suggest as suggest

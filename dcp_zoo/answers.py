@@ -1,4 +1,4 @@
-"""From logits to answers: probabilities, the best classes, whether an image is of none; in NumPy, without torch."""
+"""From logits to answers: probabilities, the best classes, rejection; in NumPy, without torch."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,8 +9,9 @@ from dcp_zoo.fields import Values
 from dcp_zoo.tables import NONE
 
 DISTANCE_WEIGHT = 4.0  # of the distance in `in_distribution_score`, beside the entropy in nats
-# "predictions", as of `top_classes`; "rejected", if that was asked for. Of an image in a file also "image", its name,
-# and "error" alone if it cannot be read; with --together "alone", the class without the other images
+# "predictions", as of `top_classes`; "rejected", if that was asked for. Of an image in a file also "image",
+# its name, and "error" alone if it cannot be read; with --together "alone", the class without the other
+# images
 Row = Values
 
 
@@ -21,10 +22,11 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def in_distribution_score(logits: np.ndarray, distances: np.ndarray) -> np.ndarray:
-    """Logits (n, C), and distances (n,) as of `TextProbe.distance` -> a score (n,) that is lower for images of none of
-    the classes: minus the entropy of the probabilities - `DISTANCE_WEIGHT` distances. A classifier alone is sure of
-    things that it has never seen; the distance to what it has seen tells them apart, and the entropy those that are
-    much like the classes. Chosen on the sets that `benchmarks/rejection.py` names for choosing."""
+    """Logits (n, C), and distances (n,) as of `TextProbe.distance` -> a score (n,) that is lower for
+    images of none of the classes: minus the entropy of the probabilities - `DISTANCE_WEIGHT` distances. A
+    classifier alone is sure of things that it has never seen; the distance to what it has seen tells them
+    apart, and the entropy those that are much like the classes. Chosen on the sets that
+    `benchmarks/rejection.py` names for choosing."""
     logs = log_softmax(logits)
     return (np.exp(logs) * logs).sum(1) - DISTANCE_WEIGHT * distances
 
@@ -36,14 +38,21 @@ class Prediction(NamedTuple):
     probability: float
 
 
+def most_probable(probabilities: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities (n, C) -> the positions (n, k) of the `top_k` most probable classes and their
+    probabilities (n, k), best first, or in the order of the classes if equally probable."""
+    positions = np.argsort(-probabilities, 1, kind="stable")[:, :top_k]
+    return positions, np.take_along_axis(probabilities, positions, 1)
+
+
 def best(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[list[Prediction]]:
-    """Probabilities (n, C) -> the `top_k` classes of each image, best first, or in their order if equally probable."""
-    order = np.argsort(-probabilities, 1, kind="stable")[:, :top_k]
-    values = np.take_along_axis(probabilities, order, 1)
-    return [
-        [Prediction(classnames[i], p) for i, p in zip(*pair, strict=True)]
-        for pair in zip(order.tolist(), values.tolist(), strict=True)
-    ]
+    """`most_probable` with the names of the classes, for each of n images."""
+    positions, values = most_probable(probabilities, top_k)
+    ranked = []
+    for classes, of_classes in zip(positions.tolist(), values.tolist(), strict=True):
+        names = [classnames[i] for i in classes]
+        ranked.append([Prediction(*pair) for pair in zip(names, of_classes, strict=True)])
+    return ranked
 
 
 def top_classes(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[list[Values]]:
@@ -52,9 +61,8 @@ def top_classes(probabilities: np.ndarray, classnames: Sequence[str], top_k: int
     return [[{"class": name, "probability": round(p, 6)} for name, p in row] for row in ranked]
 
 
-def is_rejected(logits: np.ndarray, distances: np.ndarray | None, threshold: float) -> np.ndarray:
-    """Whether each of n images (n,) belongs to none of the classes: its `in_distribution_score` is too low."""
-    assert distances is not None
+def is_rejected(logits: np.ndarray, distances: np.ndarray, threshold: float) -> np.ndarray:
+    """Whether each image (n,) belongs to none of the classes: its `in_distribution_score` is too low."""
     return in_distribution_score(logits, distances) < threshold
 
 
@@ -69,21 +77,30 @@ class Outputs(NamedTuple):
         """Of the images at these positions, as arrays of NumPy take them."""
         return Outputs._make(None if part is None else part[rows] for part in self)
 
-    def among(self, sound: Sequence[bool]) -> "Outputs":
-        """Rows for all images: these for the `sound` ones, in order, and NaN, not rejected, for the rest."""
-        if all(sound):
+    def among(self, readable: Sequence[bool]) -> "Outputs":
+        """Rows for all images: these for the `readable` ones, in order; NaN, not rejected, for the rest."""
+        if all(readable):
             return self
-        parts = list[Any](self)
-        for i, part in enumerate(self):
-            if part is not None:
-                parts[i] = np.full((len(sound), *part.shape[1:]), np.nan if part.dtype.kind == "f" else 0, part.dtype)
-                parts[i][np.asarray(sound)] = part[: sum(sound)]
-        return Outputs._make(parts)
+        positions = np.flatnonzero(readable)
+
+        def spread(part: np.ndarray | None) -> np.ndarray | None:
+            if part is None:
+                return None
+            missing = np.nan if part.dtype.kind == "f" else False
+            rows = np.full((len(readable), *part.shape[1:]), missing, part.dtype)
+            rows[positions] = part[: len(positions)]
+            return rows
+
+        return Outputs._make(map(spread, self))
 
     @classmethod
     def joined(cls, outputs: Sequence["Outputs"]) -> "Outputs":
-        """Of the images of several outputs, of which each has the same parts."""
-        return cls._make(None if part[0] is None else np.concatenate(part) for part in zip(*outputs, strict=True))
+        """Of the images of several outputs: the parts that all of these have."""
+        parts = []
+        for arrays in zip(*outputs, strict=True):
+            is_partial = any(array is None for array in arrays)
+            parts.append(None if is_partial else np.concatenate(arrays))
+        return cls._make(parts)
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -92,22 +109,28 @@ class Outputs(NamedTuple):
 
     def columns(self, classnames: Sequence[str], top_k: int) -> Values:
         """The answers as columns of a table, of the same types in each: see `dcp_zoo.Predictor`."""
-        probabilities, n = self.probabilities, len(self.logits)
-        order = np.argsort(-probabilities, 1, kind="stable")[:, :top_k]
-        values = np.take_along_axis(probabilities, order, 1).astype(np.float32)
-        rejected = np.zeros(n, bool) if self.rejected is None else self.rejected
-        order[np.isnan(values)], order[rejected, 0] = len(classnames) + 1, len(classnames)
-        names, columns = np.array([*classnames, NONE, ""])[order], Values()
-        for rank in range(order.shape[1]):
+        positions, probabilities = most_probable(self.probabilities, top_k)
+        rejected = np.zeros(len(positions), bool) if self.rejected is None else self.rejected
+        names = np.array([*classnames, NONE, ""])
+        positions[rejected, 0] = len(classnames)  # NONE
+        positions[np.isnan(probabilities)] = len(classnames) + 1  # "": it cannot be read
+        columns: Values = {}
+        for rank in range(positions.shape[1]):
             suffix = f"_{rank + 1}" if rank else ""
-            columns |= {f"class{suffix}": names[:, rank], f"probability{suffix}": values[:, rank]}
-        return columns | {"rejected": rejected} | ({} if self.features is None else {"features": self.features})
+            columns[f"class{suffix}"] = names[positions[:, rank]]
+            columns[f"probability{suffix}"] = probabilities[:, rank].astype(np.float32)
+        columns["rejected"] = rejected
+        if self.features is not None:
+            columns["features"] = self.features
+        return columns
 
     def rows(self, classnames: Sequence[str], top_k: int) -> list[Row]:
+        """The answers as rows, see `Row`."""
         rows: list[Row] = [{"predictions": row} for row in top_classes(self.probabilities, classnames, top_k)]
-        if self.rejected is None:
-            return rows
-        return [row | {"rejected": no} for row, no in zip(rows, self.rejected.tolist(), strict=True)]
+        if self.rejected is not None:
+            for row, rejected in zip(rows, self.rejected.tolist(), strict=True):
+                row["rejected"] = rejected
+        return rows
 
 
 def label(row: Row) -> str:
@@ -117,7 +140,9 @@ def label(row: Row) -> str:
 
 def written(row: Row) -> Row:
     """An answer as tables and --json have it: `class` is what was decided, a class or `NONE`."""
-    return row if "error" in row else {"image": row["image"], "class": label(row)} | row
+    if "error" in row:
+        return row
+    return {"image": row["image"], "class": label(row)} | row
 
 
 def is_changed(row: Row) -> bool:

@@ -1,4 +1,4 @@
-"""The one exception for bad input, and helpers for its messages."""
+"""The one exception for bad input, the category of all warnings, and helpers for messages."""
 
 import difflib
 import importlib
@@ -7,11 +7,20 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from textwrap import shorten as shorten_text
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+MUTED = ContextVar("MUTED", default=False)  # see `without_warnings`
 PACKAGE = os.path.join(os.path.dirname(__file__), "")  # noqa: PTH118, PTH120  as frames have it
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, RecursionError)  # of a file that is not what it should be
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RecursionError,
+)  # of a file that is not what it should be
 
 
 class ZooError(ValueError):
@@ -30,39 +39,61 @@ class ZooError(ValueError):
 
 
 class UnreadableImages(ZooError):
-    """Images that cannot be read. `reasons` says why of each, by its path; of one in memory by its place among the
-    images, such as "image 3", counted from 0."""
+    """Images that cannot be read. `reasons` says why of each, by its path; of one in memory by its place
+    among the images, such as "image 3", counted from 0."""
 
     def __init__(self, message: str = "", reasons: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.reasons = dict(reasons or {})
 
 
+class ZooWarning(UserWarning):
+    """Every warning of this package, so that one filter finds them."""
+
+
 def attempted(function: Callable[..., T], *arguments: Any) -> T | ZooError:
-    """What a function returns, or the ZooError that it raises, without a traceback, which would hold the arguments."""
+    """What a function returns, or the ZooError that it raises, without a traceback, which would hold the
+    arguments."""
     try:
         return function(*arguments)
     except ZooError as error:
         return error.with_traceback(None)
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """A context without this package's warnings, where work is repeated of which they have been shown."""
+    token = MUTED.set(True)
+    try:
+        yield
+    finally:
+        MUTED.reset(token)
+
+
 def warn(text: str) -> None:
     """A warning at the line of the user's code that called this package, also through decorators."""
-    frame, level = sys._getframe(1), 2
+    if MUTED.get():
+        return
+    frame = sys._getframe(1)
+    level = 2
+    # the second are the standard library's and torch's, of context managers that decorate functions
     while frame.f_back and (
         frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_filename.endswith("contextlib.py")
-    ):  # the second are the standard library's and torch's, of context managers that decorate functions
-        frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level)
+    ):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(text, ZooWarning, stacklevel=level)
 
 
 def shorten(names: Sequence[str], n: int = 10) -> str:
-    """The first `n` names, and the number of further ones."""
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+    """The first `n` names, and how many more there are."""
+    text = ", ".join(names[:n])
+    return f"{text} and {len(names) - n} more" if len(names) > n else text
 
 
 def by_reason(reasons: Mapping[str, str]) -> str:
-    """Names with the reason of each, such as "a.jpg, b.jpg (it is a video), c.jpg (truncated)"; ten of both at most."""
+    """Names with the reason of each, such as "a.jpg, b.jpg (it is a video), c.jpg (truncated)"; ten of both
+    at most."""
     names: dict[str, list[str]] = {}
     for name, reason in sorted(reasons.items()):
         names.setdefault(reason, []).append(name)
@@ -83,20 +114,25 @@ def nearest_hint(name: str, valid: Iterable[str]) -> str:
 def check_choice(what: str, value: object, valid: Sequence[object]) -> None:
     """Raise ZooError, naming the valid choices, unless `value` is one of them."""
     if value not in valid:
-        raise ZooError(f"Unknown {what} {value!r}: choose from {', '.join(map(str, valid))}.")
+        choices = ", ".join(str(choice) for choice in valid if choice is not None)
+        raise ZooError(f"Unknown {what} {value!r}: choose from {choices}.")
 
 
 def beyond(value: float, least: float | None = None, most: float | None = None) -> str:
     """The limits that a value is outside of, in words; "" if it is not."""
     if (least is None or value >= least) and (most is None or value <= most):
         return ""
-    if least is None or most is None:
-        return f"at least {least}" if most is None else f"at most {most}"
+    if most is None:
+        return f"at least {least}"
+    if least is None:
+        return f"at most {most}"
     return f"from {least} to {most}"
 
 
 def check_range(what: str, value: float, least: float, most: float | None = None) -> None:
-    if limits := beyond(value, least, most):
+    """Raise ZooError, naming the limits, unless `value` is within them."""
+    limits = beyond(value, least, most)
+    if limits:
         raise ZooError(f"{what} must be {limits}, not {value}.")
 
 
@@ -109,8 +145,8 @@ def as_zoo_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
     except ZooError:
         raise
     except kinds as error:
-        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-        raise ZooError(message.replace("{}", reason, 1)) from error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ZooError(message.replace("{}", shorten_text(reason, 500), 1)) from error
 
 
 def writing_to(path: str | os.PathLike, otherwise: str = "choose another --output") -> AbstractContextManager[None]:

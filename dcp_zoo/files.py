@@ -1,4 +1,4 @@
-"""Atomic file writes, page templates, locks between processes, hashes, and the user's cache."""
+"""Atomic file writes, locks between processes, hashes, and the user's cache."""
 
 import hashlib
 import os
@@ -10,7 +10,6 @@ from contextvars import ContextVar
 from mimetypes import guess_type
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import Any
 from uuid import uuid4
 
 from dcp_zoo.errors import ZooError, writing_to
@@ -28,12 +27,14 @@ Content = Callable[[str], object] | str | bytes  # of a file, or what writes one
 def write_file(
     path: Path, write: Content, otherwise: str = "choose another --output", folder: Path | None = None
 ) -> None:
-    """Call `write` with the name of a temporary file, next to `path` or in another `folder` of the same file system, or
-    put this content there; then move it to `path`: a crash leaves the old file or the new one. Modes and symbolic links
-    stay. ZooError, with the advice `otherwise`, if that is not possible, or if `path` is a folder, pipe or device."""
+    """Call `write` with the name of a temporary file, next to `path` or in another `folder` of the same file
+    system, or put this content there; then move it to `path`: a crash leaves the old file or the new one.
+    Modes and symbolic links stay. ZooError, with the advice `otherwise`, if that is not possible, or if
+    `path` is a folder, pipe or device."""
     with writing_to(path, otherwise):
         if path.is_symlink():
-            path, folder = Path(os.path.realpath(path)), None
+            path = Path(os.path.realpath(path))
+            folder = None
         if path.exists():
             check_regular(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,28 +55,34 @@ def write_file(
 
 
 def check_writable(folder: Path, otherwise: str = "choose another --output") -> None:
-    """Raise ZooError unless files can be created in `folder`, or in its nearest parent if it does not exist yet."""
+    """Raise ZooError unless files can be created in `folder`, or in its nearest parent if it does not exist
+    yet."""
     with writing_to(folder, otherwise):
-        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        TemporaryFile(dir=place).close()
+        existing = folder.absolute()
+        while not existing.exists():
+            existing = existing.parent
+        TemporaryFile(dir=existing).close()
 
 
 def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:
-    """ZooError for an output file that cannot be written, or that exists, unless `overwrite` and no image or video."""
+    """ZooError for an output file that cannot be written, or that exists, unless `overwrite` and no image or
+    video."""
     advice = f"choose another {option}"
     if os.path.lexists(file):
         with writing_to(file, advice), suppress(FileNotFoundError):  # a link to nothing
             check_regular(file)
-        precious = (guess_type(os.path.realpath(file))[0] or "").startswith(("image/", "video/"))
-        if precious or not overwrite:
-            raise ZooError(f"{file} exists already: {advice}{'' if precious else ', or pass --overwrite'}.")
+        kind, _ = guess_type(os.path.realpath(file))
+        if kind and kind.startswith(("image/", "video/")):
+            raise ZooError(f"{file} exists already: {advice}.")
+        if not overwrite:
+            raise ZooError(f"{file} exists already: {advice}, or pass --overwrite.")
     check_writable(file.parent, advice)
 
 
-def check_outside(place: Path, images: str | Path) -> None:
+def check_outside(folder: Path, images: str | Path) -> None:
     """ZooError for an output folder in a folder of images: the next run would find the copies there."""
-    if Path(images).is_dir() and place.resolve().is_relative_to(Path(images).resolve()):
-        raise ZooError(f"{place} is among the images of {images}: choose a folder elsewhere for --output.")
+    if Path(images).is_dir() and folder.resolve().is_relative_to(Path(images).resolve()):
+        raise ZooError(f"{folder} is among the images of {images}: choose a folder elsewhere for --output.")
 
 
 def check_empty(folder: Path) -> None:
@@ -103,21 +110,23 @@ def read_plain(path: str | Path, most: int = MAX_BYTES) -> bytes:
 
 @contextmanager
 def locked(file: Path, seconds: float = 0.1) -> Iterator[bool]:
-    """Whether this process has the lock of this file, for which it waits so long, until the context or process ends.
-    The Hub client's lock also works where the file system has none. ZooError if the folder is not writable."""
+    """A context in which this process has the lock of this file, if True, or another one, if False after
+    that many seconds. The Hub client's lock also works where the file system has none. ZooError if the
+    folder is not writable."""
     from huggingface_hub.utils import WeakFileLock  # slow to import
 
-    free, made = False, not file.parent.exists()
+    is_ours = False
+    is_new = not file.parent.exists()
     with ExitStack() as stack:
         with writing_to(file.parent), suppress(TimeoutError):
-            while not free:
+            while not is_ours:
                 with suppress(FileNotFoundError):  # whoever had the lock has just removed the folder
                     file.parent.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(WeakFileLock(file, timeout=seconds))
-                    free = True
-        if free:
-            stack.callback(_remove, file, made)
-        yield free
+                    is_ours = True
+        if is_ours:
+            stack.callback(_remove, file, is_new)
+        yield is_ours
 
 
 _alone: ContextVar[frozenset[Path]] = ContextVar("_alone", default=frozenset())  # folders whose lock this thread has
@@ -125,30 +134,32 @@ _alone: ContextVar[frozenset[Path]] = ContextVar("_alone", default=frozenset()) 
 
 @contextmanager
 def alone_in(directory: Path, seconds: float = 0.1) -> Iterator[None]:
-    """Hold a folder's lock, to write a head there, for which it waits so long; again within. ZooError if taken."""
-    place, held = directory.absolute(), _alone.get()
-    if place in held:
+    """A context with the lock of a folder, to write a head there. It waits for the lock for so many seconds,
+    and may be entered again within itself. ZooError if another process has the lock."""
+    folder = directory.absolute()
+    if folder in _alone.get():
         yield
         return
-    with locked(directory / LOCK, seconds) as free:
-        if not free:
+    with locked(directory / LOCK, seconds) as is_ours:
+        if not is_ours:
             raise ZooError(f"Another process trains or saves a head in {directory}: wait, or choose another --output.")
-        token = _alone.set(held | {place})
+        token = _alone.set(_alone.get() | {folder})
         try:
             yield
         finally:
             _alone.reset(token)
 
 
-def _remove(file: Path, made: bool) -> None:
-    """Remove a lock's file, and its folder if that was made for it and is still empty."""
+def _remove(file: Path, is_new: bool) -> None:
+    """Remove a lock's file, and its folder if that is new and still empty."""
     with suppress(OSError):  # Windows keeps a file that is open
         file.unlink()
-        if made:
+        if is_new:
             file.parent.rmdir()
 
 
-# control characters, which a terminal obeys; marks that reverse the direction of writing; bytes that are no UTF-8
+# control characters, which a terminal obeys; marks that reverse the direction of writing; bytes that are no
+# UTF-8
 HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -162,35 +173,9 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
-def format_duration(seconds: float) -> str:
-    """90 -> "2 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def file_name(text: str) -> str:
     """A text as the name of a file: anything but letters, digits and `_.,=+-` becomes `_`."""
     return re.sub(r"[^\w.,=+-]", "_", text)
-
-
-def templates(package: str) -> Any:
-    """The page templates in a package's folder, and shared ones; HTML is escaped, names are shown as by `printable`."""
-    import jinja2  # here, as most commands make no page
-
-    def shown(value: object) -> object:
-        return printable_lines(value) if type(value) is str else value  # not HTML, whose parts have been here
-
-    here = Path(__file__).parent
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader([here.joinpath(*package.split(".")[1:]), here / "pages"]),
-        autoescape=jinja2.select_autoescape(["html", "html.jinja"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=shown,
-    )
 
 
 def packed(files: Iterable[Path]) -> dict[str, bytes]:
@@ -206,12 +191,28 @@ def unpacked(files: dict[str, bytes]) -> Iterator[str]:
         yield folder
 
 
+def file_state(path: str | Path) -> list[int] | None:
+    """When a file was changed, in nanoseconds, and its size in bytes: a file that was replaced has others,
+    and its old results are not its own. None if there is none."""
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except (OSError, ValueError):  # ValueError: of a name that no system has
+        return None
+    return [status.st_mtime_ns, status.st_size]
+
+
 def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def text_sha256(text: str) -> str:
+    """A hash of a text, in which names of files need not be UTF-8."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
 def cache_folder(name: str) -> Path:
-    """A folder in DCP_ZOO_CACHE or in the user's cache; if it cannot be made, whoever writes there gets the error."""
+    """A folder in DCP_ZOO_CACHE or in the user's cache; if it cannot be made, whoever writes there gets the
+    error."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dcp_zoo")
     folder = Path(os.environ.get("DCP_ZOO_CACHE") or base).expanduser() / name
     with suppress(OSError):

@@ -10,9 +10,11 @@ from pathlib import Path
 from dcp_zoo.errors import warn
 from dcp_zoo.files import read_plain
 
-NONE, LEAVE_OUT = "none of these", "leave out"  # what stands in tables in place of a class
-REFUSED = 0.05  # the share of images of the head's classes that are called `NONE`, unless asked otherwise
-INSPECTION_PAGE, INSPECTION_TABLE = "inspection.html", "inspection.csv"
+# what stands in tables in place of a class
+NONE = "none of these"
+LEAVE_OUT = "leave out"
+INSPECTION_PAGE = "inspection.html"
+INSPECTION_TABLE = "inspection.csv"
 _FORMULA = r"'*[=+\-@\t\r]"  # with which a spreadsheet's formula may begin, also after the mark of `inert`
 # an entry of a list, in quotes or with braces in it, and what ends it
 _ENTRY = re.compile(r'\s*("(?:[^"]|"")*"|(?:\{[^{}\n]*\}|[^,\n])*)\s*[,\n]')
@@ -41,7 +43,7 @@ def active(cell: str) -> str:
 
 
 def write_csv(path: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Write a table that `read_csv` reads back, with the mark without which Excel would not take it for UTF-8."""
+    """Write a table that `read_csv` reads back, with the byte order mark by which Excel knows UTF-8."""
     with open(path, "w", newline="", encoding="utf-8-sig", errors="surrogateescape") as file:  # noqa: PTH123
         writer = csv.writer(file)
         writer.writerow(columns)
@@ -49,8 +51,8 @@ def write_csv(path: str, columns: Iterable[str], rows: Iterable[Iterable[object]
 
 
 def read_csv(file: Path) -> list[list[str]]:
-    """The rows of a CSV file, but for empty ones, filled up: of `write_csv`, or as spreadsheets save them, with commas,
-    semicolons or tabs. OSError or ValueError for what is no such file."""
+    """The rows of a CSV file, but for empty ones, filled up: of `write_csv`, or as spreadsheets save
+    them, with commas, semicolons or tabs. OSError or ValueError for what is no such file."""
     text = read_text(file)
     first = text.partition("\n")[0]
     try:
@@ -64,8 +66,9 @@ def read_csv(file: Path) -> list[list[str]]:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file in UTF-8, in UTF-16 with its mark, or otherwise, with a warning, in Windows-1252. Where a mark
-    says that it is UTF-8, other bytes are those of a file name. OSError or ValueError if it cannot be read."""
+    """The text of a file in UTF-8, in UTF-16 with its mark, or otherwise, with a warning, in
+    Windows-1252. Where a mark says that it is UTF-8, other bytes are those of a file name. OSError or
+    ValueError if it cannot be read."""
     data = read_plain(file)
     if data.startswith(codecs.BOM_UTF8):
         return data.decode("utf-8-sig", "surrogateescape")
@@ -80,7 +83,7 @@ def read_text(file: Path) -> str:
 
 
 def split_list(text: str) -> list[str]:
-    """The entries of a list with commas or line breaks between them, but for those in double quotes or braces."""
+    """The entries of a list, separated by commas or line breaks outside of double quotes and braces."""
     entries = []
     for match in _ENTRY.finditer(f"{text.strip()}\n"):
         entry = match[1].strip()
@@ -91,4 +94,7 @@ def split_list(text: str) -> list[str]:
 
 def quoted(name: str) -> str:
     """A name as an entry for `split_list`, in quotes if it needs them."""
-    return '"{}"'.format(name.replace('"', '""')) if re.search(r'[",{}\n]|\A\s|\s\Z', name) else name
+    if not re.search(r'[",{}\n]|\A\s|\s\Z', name):
+        return name
+    doubled = name.replace('"', '""')
+    return f'"{doubled}"'

@@ -10,8 +10,8 @@ PASSIVE = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 
 
 def wait_passively() -> None:
-    """Let waiting threads sleep, not spin, which would keep a core busy; OpenMP reads this when torch is imported. For
-    the package's own processes: what is set stays set."""
+    """Let waiting threads sleep, not spin, which would keep a core busy; OpenMP reads this when torch is
+    imported. For the package's own processes: what is set stays set."""
     for name, value in PASSIVE.items():
         os.environ.setdefault(name, value)
 
@@ -24,7 +24,8 @@ def use_threads() -> None:
 
 
 def available_cores() -> int:
-    """Cores that this process may use: those that OMP_NUM_THREADS grants, or its affinity and its container's quota."""
+    """Cores that this process may use: those that OMP_NUM_THREADS grants, or its affinity and its
+    container's quota."""
     granted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     if granted.isdecimal() and int(granted):
         return int(granted)
@@ -35,7 +36,8 @@ def available_cores() -> int:
 
 @contextmanager
 def fair_threads(threads: int | None = None) -> Iterator[None]:
-    """Inside this context torch computes with as many threads as `use_threads` sets, but in this thread alone."""
+    """Inside this context torch computes with as many threads as `use_threads` sets, but in this thread
+    alone."""
     import torch
 
     with _openmp().limit(limits=threads or min(torch.get_num_threads(), available_cores())):

@@ -68,15 +68,16 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
 
 
 def on_post_page(output: str, **kwargs: Any) -> str:
-    """What screen readers miss: a name of the theme's search, and headings of columns that are no empty ones."""
+    """What screen readers miss: a name of the theme's search, and headings of columns that are no empty
+    ones."""
     named = output.replace('class="md-search"', 'class="md-search" aria-label="Search"')
     return re.sub(r"<th([^>]*)></th>", r"<td\1></td>", named)
 
 
 @cache
 def run_notebook(path: Path) -> tuple[str, dict[str, bytes]]:
-    """The notebook, run from top to bottom in an empty folder, as a page and its pictures. A cell that fails raises, as
-    does one that shows something else than when it was committed."""
+    """The notebook, run from top to bottom in an empty folder, as a page and its pictures. A cell that fails
+    raises, as does one that shows something else than when it was committed."""
     notebook = nbformat.read(path, as_version=4)
     committed = [shape(cell) for cell in notebook.cells]
     execute(notebook)
@@ -97,12 +98,14 @@ def execute(notebook: nbformat.NotebookNode) -> None:
 
 
 def shape(cell: nbformat.NotebookNode) -> list[str]:
-    """What a cell shows, without figures and words that depend on the machine: lines of text, and kinds of output."""
-    lines, kinds = 0, []
+    """What a cell shows, without figures and words that depend on the machine: lines of text, and kinds of
+    output."""
+    text = ""
+    kinds = []
     for output in cell.get("outputs", []):
-        lines += len(output.get("text", "").splitlines())
+        text += output.get("text", "")  # one stream may come in pieces that end within a line
         kinds += sorted(output.get("data", {}))
-    return [f"{lines} lines", *kinds]
+    return [f"{len(text.splitlines())} lines", *kinds]
 
 
 if __name__ == "__main__":

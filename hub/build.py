@@ -1,14 +1,14 @@
-"""Fill the zoo: train heads in a sweep, check them, publish those that pass, and pin them. A build resumes from the
-store of `dcp-zoo benchmark`, the checkpoints in OUTPUT/heads, and HEAD.json in OUTPUT/refused and OUTPUT/published.
+"""Fill the zoo: train heads in a sweep, check them, publish those that pass, and pin them. A build resumes
+from the store of `dcp-zoo benchmark`, the checkpoints in OUTPUT/heads, and HEAD.json in OUTPUT/refused and
+OUTPUT/published.
 
     python hub/build.py --models dcp_vitb16 --data-root DATA --output BUILD --dry-run
     python hub/build.py --preset smoke --data-root DATA --output BUILD
 
-Figures of other protocols in the same build, with heads of their own that are not published, go into the card and the
-manifest beside the accuracy of the head of the same model, dataset, shots and seed.
+Figures of other protocols in the same build, with heads of their own that are not published, go into the
+card and the manifest beside the accuracy of the head of the same model, dataset, shots and seed.
 """
 
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from typing import Any
 
 import publish
 from pace import gigabytes, hours_text
-from publish import Release
+from publish import BASELINE, HEADS
 from rich.markup import escape
 from typer import Option, Typer
 
@@ -48,18 +48,16 @@ from dcp_zoo.threads import use_threads
 from dcp_zoo.zoo.registry import HUB_ORG, get_spec
 
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
-CARD_INFO = ("dataset", "shots", "seed", "recipe", "split_sha256", "subset_sha256")  # what no card may lack
-METHOD, BASELINE = "dcp", "zero-shot"
-HEADS, OTHERS = "few-shot", ("base-to-new", "domain-shift")  # protocols: whose heads are published, and what is added
+METHOD = "dcp"
+OTHERS = ("base-to-new", "domain-shift")  # protocols whose figures are added to those of the heads' own
 # two small datasets and the smallest of the paper's models, to see that everything works
 PRESETS = {"smoke": {"models": ["dcp_vitb32"], "datasets": ["caltech101", "eurosat"], "shots": ["1"], "seeds": ["1"]}}
-BELOW_ZERO_SHOT = 2.0  # points that a head may lose against zero-shot CLIP, besides chance
-STATS_APART = 1.0  # points between stored and batch statistics, besides chance
 
 
 @dataclass(frozen=True)
 class HeadState:
-    """A head of a build: "planned", "failed" and "refused" with the reason, "trained", or "published" with the repo."""
+    """A head of a build: "planned", "failed" and "refused" with the reason, "trained", or "published" with
+    the repo."""
 
     name: str
     trial: Trial
@@ -87,8 +85,8 @@ def states(output: Path, trials: Sequence[Trial]) -> list[HeadState]:
 
 
 def other_figures(head: HeadState, trials: Sequence[Trial], results: Mapping[str, Any]) -> dict[str, float]:
-    """Top-1 by protocol, and target or part of the classes, of the other trials with this head's training images; by
-    stored statistics, if there are two."""
+    """Top-1 by protocol, and target or part of the classes, of the other trials with this head's training
+    images; by stored statistics, if there are two."""
     found = {}
     for trial in trials:
         same = replace(trial, protocol=HEADS, targets=()) == head.trial
@@ -103,8 +101,8 @@ def other_figures(head: HeadState, trials: Sequence[Trial], results: Mapping[str
 def build_heads(
     trials: Sequence[Trial], settings: Settings, org: str | None, *, log: Callable[[str], object], **backend: Any
 ) -> None:
-    """Train, check and, with `org` on the Hub, publish the heads of the trials that are not published yet. `log`
-    receives a line for every head; `backend` is `run` and `show` of `sweep`."""
+    """Train, check and, with `org` on the Hub, publish the heads of the trials that are not published yet.
+    `log` receives a line for every head; `backend` is `run` and `show` of `sweep`."""
     sweep(trials, replace(settings, save_heads=METHOD), **backend)
     output, results = settings.output, store.results(settings.output)
     plain_trials = [trial for trial in trials if (trial.method, trial.protocol) == (BASELINE, HEADS)]
@@ -120,7 +118,7 @@ def build_heads(
         try:
             others = other_figures(head, trials, results)
             release = publish.prepare(output / SAVED_HEADS / head.name, org or HUB_ORG, others=others)
-            reasons = refusals(results[trial.key], results[plain], release, note)
+            reasons = publish.refusals(results[trial.key], results[plain], release, note)
         except ZooError as error:  # the checkpoint does not load
             reasons = [str(error)]
         if reasons:
@@ -133,41 +131,6 @@ def build_heads(
             record = {"repo_id": release.repo_id, "entry": entry}
             store.write_json(output / "published" / f"{head.name}.json", record)
             log(f"{head.name}: published as {release.repo_id}")
-
-
-def refusals(result: Mapping[str, Any], zero_shot: Mapping[str, Any], release: Release, split_note: str) -> list[str]:
-    """Why a head must not be published; [] if it may. `result` and `zero_shot` are the result files of its trial and of
-    zero-shot CLIP on the same images; `split_note` is what is wrong with the dataset's split, or ""."""
-    found, (first, last) = [], (result["info"].get(name, math.nan) for name in ("first_loss", "last_loss"))
-    if not (math.isfinite(first) and math.isfinite(last)):
-        found.append("its losses are missing or not finite")
-    elif last > first:
-        found.append(f"its loss rose from {first:.3f} to {last:.3f}")
-    if release.sha256 != result["head_sha256"]:
-        found.append("the checkpoint is not the one that was measured")
-    images, (plain,) = result["results"][0]["images"], zero_shot["results"]
-    if (result["split_sha256"], images) != (zero_shot["split_sha256"], plain["images"]):
-        found.append("it and zero-shot CLIP were tested on other images")
-    missing = [name for name in CARD_INFO if not release.info.get(name)]
-    if missing:
-        found.append(f"its card lacks {', '.join(missing)}")
-    top1 = {entry["stats"]: entry["top1"] for entry in result["results"]}
-    if {"stored", "batch"} <= top1.keys():
-        stored, batch, clip = top1["stored"], top1["batch"], plain["top1"]
-        below, apart = BELOW_ZERO_SHOT + chance(clip, images), STATS_APART + chance(batch, images)
-        if stored < clip - below:
-            found.append(f"top-1 {stored:.2f} is over {below:.1f} percentage points below zero-shot CLIP's {clip:.2f}")
-        if abs(stored - batch) > apart:
-            found.append(f"stored {stored:.2f} and batch {batch:.2f} are over {apart:.1f} percentage points apart")
-    else:
-        found.append("its accuracy was not measured with both kinds of statistics")
-    return [*found, split_note] if split_note else found
-
-
-def chance(percent: float, images: int) -> float:
-    """Two standard errors, in points, of an accuracy measured on that many images."""
-    share = min(max(percent / 100, 0.5 / images), 1 - 0.5 / images)  # at least half an image away from 0 and 1
-    return 200 * math.sqrt(share * (1 - share) / images)
 
 
 def build_trials(
@@ -205,12 +168,14 @@ def build(
     ray: Ray = None,
     per_trial: PerTrial = None,
 ) -> None:
-    """Fill the zoo: download the datasets, train the heads, check them, publish those that pass, and pin them.
+    """Fill the zoo: download the datasets, train the heads, check them, publish those that pass, and pin
+    them.
 
     Repeat the command to resume a stopped build; heads that are already published are left alone.
 
     [dim]python hub/build.py --models dcp_vitb16 --data-root DATA --output BUILD --dry-run[/]
-    [dim]python hub/build.py --models dcp_vitb16 --data-root DATA --output BUILD --ray auto --per-trial gpus=0.5[/]
+    [dim]python hub/build.py --models dcp_vitb16 --data-root DATA --output BUILD --ray auto --per-trial
+    gpus=0.5[/]
     """
     chosen = {"models": models, "datasets": datasets, "shots": shots, "seeds": seeds}
     if preset is not None:

@@ -2,9 +2,10 @@
 
     python hub/bundle_heads.py --data-root DATA
 
-DATA holds `caltech-101` in CoOp's layout, `pacs/photo` with one folder per class, and the images of `eurosat_small` and
-`oxford_flowers50` in `eurosat/images.parquet` and `oxford_flowers/images.parquet` (columns image, file). Each head is
-trained as by `dcp-zoo train`; its hash and measured accuracy are written to the manifest.
+DATA holds `caltech-101` in CoOp's layout, `pacs/photo` with one folder per class, and the images of
+`eurosat_small` and `oxford_flowers50` in `eurosat/images.parquet` and `oxford_flowers/images.parquet`
+(columns image, file). Each head is trained as by `dcp-zoo train`; its hash and measured accuracy are written
+to the manifest.
 """
 
 import json
@@ -15,13 +16,18 @@ from typing import Annotated
 
 import pyarrow.parquet as pq
 import typer
+from safetensors.torch import save_file
 
 from dcp_zoo.cli.console import log, progress_bar
-from dcp_zoo.data import find_spec, load_for_training
+from dcp_zoo.data import Item, find_spec, load_for_training
+from dcp_zoo.data.packaged import everyday_file, everyday_pictures
+from dcp_zoo.features.extract import FeatureExtractor
+from dcp_zoo.features.photos import Photos
 from dcp_zoo.files import sha256_of
-from dcp_zoo.heads.checkpoint import WEIGHTS_NAME
-from dcp_zoo.heads.config import read_config
+from dcp_zoo.heads.config import WEIGHTS_NAME, read_config
+from dcp_zoo.training.methods.text_probe import origin
 from dcp_zoo.training.run import Run, RunOptions, plan, train_head
+from dcp_zoo.zoo.build import plain_clip
 from dcp_zoo.zoo.registry import MANIFEST, WEIGHTS
 
 LICENSE = "apache-2.0"
@@ -36,7 +42,9 @@ def main(
         Path | None, typer.Option(help="The heads folder that `hub/build.py` filled; heads that it lacks are trained.")
     ] = None,
 ) -> None:
-    """Train and bundle dcp_mini's heads: Caltech-101 at 1 to 16 shots, PACS photo, EuroSAT, flowers at 16; seed 1."""
+    """Train and bundle dcp_mini's heads: Caltech-101 at 1 to 16 shots, PACS photo, EuroSAT, flowers at 16;
+    seed 1."""
+    bundle_everyday()
     with tempfile.TemporaryDirectory() as images:
         for run in planned(data_root, Path(images)):
             name = f"{run.model}.{run.split.name}-{run.shots}shot"
@@ -44,6 +52,13 @@ def main(
                 log(name)
                 built = trained and trained / name
                 bundle(run, name, built if built and built.is_dir() else None)
+
+
+def bundle_everyday() -> None:
+    """Write the miniature's features of the everyday pictures, which no training needs to compute then."""
+    clip = plain_clip("dcp_mini")
+    table = FeatureExtractor(clip)(Photos([Item(picture, "", 0) for picture in everyday_pictures()]))
+    save_file({"features": table.rows()[0].half()}, everyday_file(clip.architecture), origin(clip))
 
 
 def planned(data_root: Path, images: Path) -> list[Run]:

@@ -1,9 +1,10 @@
-"""A checkpoint of the DCP authors' released code (CMPA), `MultiModalPromptLearner/model.pth.tar-N`, to a checkpoint
-folder, see `python hub/convert.py --help`; in Python by `convert_cmpa_checkpoint`.
+"""A checkpoint of the DCP authors' released code (CMPA), `MultiModalPromptLearner/model.pth.tar-N`, to a
+checkpoint folder, see `python hub/convert.py --help`; in Python by `convert_cmpa_checkpoint`.
 
-They are pickles, read with `weights_only=True`: that builds tensors and plain values, and executes nothing. A file
-holds the prompts, CMPA, the complete frozen CLIP, and states of optimizer and schedule. CLIP is compared with the
-model's, as prompts do not work on another. CMPA's text half, which never reaches the release's logits, is dropped.
+They are pickles, read with `weights_only=True`: that builds tensors and plain values, and executes nothing.
+A file holds the prompts, CMPA, the complete frozen CLIP, and states of optimizer and schedule. CLIP is
+compared with the model's, as prompts do not work on another. CMPA's text half, which never reaches the
+release's logits, is dropped.
 """
 
 import re
@@ -23,13 +24,16 @@ from dcp_zoo.data import Item
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.errors import ZooError
+from dcp_zoo.features.device import pick_device
+from dcp_zoo.features.extract import FeatureExtractor
+from dcp_zoo.features.loader import ImageLoader
+from dcp_zoo.features.photos import Photos
 from dcp_zoo.fields import Values
-from dcp_zoo.heads.checkpoint import check_finite, check_fits
-from dcp_zoo.heads.config import PHRASE, check_free
+from dcp_zoo.heads.config import PHRASE
 from dcp_zoo.heads.dcp import DCP
-from dcp_zoo.training.device import pick_device
+from dcp_zoo.heads.file import check_finite
+from dcp_zoo.training.folder import check_free
 from dcp_zoo.training.methods.dcp import round_and_store_stats
-from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo.factory import create_model
 
 # the release's names -> ours; CLIP's parts are prefixed with their tower
@@ -50,8 +54,9 @@ NAMES = {
 }
 DROPPED = r"prompt_learner\.token_prefix|.*\.prompt_attn\.(proj_v2t|ln_pa_\d_text|promt_attention_text|mlp_pa_text)\..+"
 
-# Dassl stores its warm-up schedule with the schedule that follows, an object, and the optimizer in that. Empty classes
-# take their place: torch compares names, so that nothing of theirs is called. It fills dicts, but no defaultdict.
+# Dassl stores its warm-up schedule with the schedule that follows, an object, and the optimizer in that.
+# Empty classes take their place: torch compares names, so that nothing of theirs is called. It fills dicts,
+# but no defaultdict.
 STAND_INS: list[Any] = [
     type("SGD", (), {"__module__": "torch.optim.sgd"}),
     type("CosineAnnealingLR", (), {"__module__": "torch.optim.lr_scheduler"}),
@@ -69,20 +74,24 @@ def convert_cmpa_checkpoint(
     depth: int = 9,
     pooling: str = "mean",
 ) -> DCP:
-    """A model in eval mode with the weights of a checkpoint of the authors' code, `coupling="text_to_vision"`.
+    """A model in eval mode with the weights of a checkpoint of the authors' code,
+    `coupling="text_to_vision"`.
 
-    It has no stored statistics: call `model.store_stats(images)` with the images the checkpoint was trained on.
+    It has no stored statistics: call `model.store_stats(images)` with the images the checkpoint was trained
+    on.
 
     Args:
         path: `model.pth.tar-N`.
         classnames: the classes it was trained for, in label order; they are compared with those in the file.
-        model: the zoo's model whose CLIP it was trained on, such as "dcp_vitb16"; its weights are downloaded.
+        model: the zoo's model whose CLIP it was trained on, such as "dcp_vitb16"; its weights are
+            downloaded.
         clip: instead of `model`, that CLIP itself.
-        depth, pooling: what it was trained with; not stored in the file. The defaults are the release's, as is the
-            phrase whose first words up to four prompts start from.
+        depth, pooling: what it was trained with; not stored in the file. The defaults are the release's, as
+            is the phrase whose first words up to four prompts start from.
 
     Raises:
-        ZooError: no such checkpoint, a different CLIP or class names, or tensors of another shape or not finite.
+        ZooError: no such checkpoint, a different CLIP or class names, or tensors of another shape or not
+            finite.
     """
     if (model is None) == (clip is None):
         raise ZooError('Give either a model, such as model="dcp_vitb16", or a clip.')
@@ -190,7 +199,7 @@ def load_trained(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path)
         prefix = f"block.{k + 1}."  # module k acts before block k + 1
         found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         state |= {f"cmpa.{k}.to_vision.{name}": t for name, t in found.items()}
-    check_fits(model, state, path)
+    model.check_fits(state, path)
     state = {name: t.float() for name, t in state.items()}
     check_finite(state, f"{path} is damaged")
     model.load_state_dict(state, strict=False)  # the frozen CLIP is compared, not loaded
@@ -223,8 +232,8 @@ def convert(
     dcp.to(pick_device(device))
     if images is not None:
         items = [Item(image, image, 0) for image in find_images([str(images)])]
-        round_and_store_stats(dcp, image_source(dcp.encoder, items, progress=progress_bar))
-    dcp.save_pretrained(output_dir)
+        round_and_store_stats(dcp, ImageLoader(Photos(items), FeatureExtractor(dcp.encoder, progress=progress_bar)))
+    dcp.save_pretrained(output_dir, overwrite=overwrite)
     hint = "" if images else " It has no stored statistics: logits depend on the batch. Pass --images to store them."
     output.print(f"Saved in {output_dir}.{hint}")
 

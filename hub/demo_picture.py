@@ -1,4 +1,5 @@
-"""Create `docs/images/demo_train.webp`, the demo's trained example, and `demo.webp`, its photographs, in Chromium.
+"""Create `docs/images/demo_train.webp`, the demo's trained example, and `demo.webp`, its photographs, in
+Chromium.
 
 pip install '.[dev,docs]' && python hub/demo_picture.py
 """

@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
+from dcp_zoo.backbone._torch import seeded
 from dcp_zoo.benchmark import PROTOCOLS, Trial
 from dcp_zoo.data import DatasetSpec, find_spec
 from dcp_zoo.data.download import AGENT
 from dcp_zoo.data.packaged import Archive
 from dcp_zoo.errors import ZooError
+from dcp_zoo.features.device import autocast, pick_device, pick_precision
 from dcp_zoo.heads.dcp import DCP
-from dcp_zoo.training.device import autocast, pick_device, pick_precision
 from dcp_zoo.training.loop import build_optimizer
 from dcp_zoo.training.recipes import batch_sizes, default_recipe
-from dcp_zoo.training.sources import seeded
 from dcp_zoo.zoo.build import plain_clip
 
 
@@ -31,7 +31,8 @@ class Pace(NamedTuple):
 
 
 def pace(model: str, device: str = "auto", precision: str = "float32") -> Pace:
-    """The pace of a model with random weights, measured in seconds: nothing but some tokenizers is downloaded."""
+    """The pace of a model with random weights, measured in seconds: nothing but some tokenizers is
+    downloaded."""
     place = pick_device(device)
     precision, recipe = pick_precision(precision, model, place), default_recipe(model)
     few, many = 4, 44  # class names
@@ -72,7 +73,8 @@ def pace(model: str, device: str = "auto", precision: str = "float32") -> Pace:
 
 
 def estimated_seconds(trial: Trial, pace: Pace) -> float:
-    """What a trial on a dataset of the table takes at this pace; other methods that train by steps count as DCP."""
+    """What a trial on a dataset of the table takes at this pace; other methods that train by steps count as
+    DCP."""
     spec, parts = find_spec(trial.dataset), len(PROTOCOLS[trial.protocol].parts)
     classes = -(-(spec.num_classes or 0) // parts)
     images, tests = (

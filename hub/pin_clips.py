@@ -1,4 +1,5 @@
-"""The weights of all CLIPs with a name, pinned to the Hub's commits of today; for maintainers, before a release."""
+"""The weights of all CLIPs with a name, pinned to the Hub's commits of today; for maintainers, before a
+release."""
 
 import re
 from contextlib import suppress
@@ -23,12 +24,13 @@ REPO = re.compile(r"^  clip_repo: (?!null\n)(\S+)\n(?:  clip_revision: (\S+)\n)?
 
 @app.command(cls=Command)
 def pin_clips() -> None:
-    """Ask the Hub for the newest commit of the repo of every CLIP in models.yaml, and write all of them there as
-    `clip_revision`; nothing is written if one cannot be had.
+    """Ask the Hub for the newest commit of the repo of every CLIP in models.yaml, and write all of them
+    there as `clip_revision`; nothing is written if one cannot be had.
 
     [dim]python hub/pin_clips.py[/]
 
-    Then try each model that changed: heads that were trained on other weights of it are refused from then on.
+    Then try each model that changed: heads that were trained on other weights of it are refused from then
+    on.
     """
     text = MODELS_FILE.read_text()
     repos = dict(match.groups() for match in REPO.finditer(text))
@@ -41,7 +43,8 @@ def pin_clips() -> None:
 
 
 def newest_commit(repo: str) -> str:
-    """The newest commit of a Hub repo; ZooError if there is none, or it has no weights as they are loaded here."""
+    """The newest commit of a Hub repo; ZooError if there is none, or it has no weights as they are loaded
+    here."""
     for name in CLIP_WEIGHTS_NAMES:
         with explained(repo, name), suppress(EntryNotFoundError):
             return str(get_hf_file_metadata(hf_hub_url(repo, name)).commit_hash)

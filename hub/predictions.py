@@ -1,4 +1,5 @@
-"""Create `docs/images/predictions.webp`, of `docs/reject.md`: photographs with the predictions of bundled heads.
+"""Create `docs/images/predictions.webp`, of `docs/reject.md`: photographs with the predictions of bundled
+heads.
 
 pip install '.[docs]' && python hub/predictions.py
 """
@@ -22,8 +23,8 @@ COLUMNS = 3  # narrow enough to be read on a phone
 
 
 def main() -> None:
-    """Two rows of photographs; below each the predictions for twelve class names, and those of a head for other things,
-    which may reject."""
+    """Two rows of photographs; below each the predictions for twelve class names, and those of a head for
+    other things, which may reject."""
     heads = create_model("dcp_mini", HEAD, classnames=SAMPLE_CLASSES).eval(), create_model("dcp_mini", OTHER).eval()
     titles = "twelve classes named by hand", f"trained on {', '.join(heads[1].classnames)}"
     fig, axes = plt.subplots(6, COLUMNS, figsize=(7.5, 8), height_ratios=(2.2, 1, 0.4) * 2, layout="constrained")

@@ -1,10 +1,12 @@
 """Heads of the zoo to the Hub, see `python hub/publish.py --help`; `hub/build.py` publishes many."""
 
 import json
+import math
 import os
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -14,13 +16,17 @@ from huggingface_hub.errors import EntryNotFoundError
 from typer import Argument, Option, Typer
 
 from dcp_zoo.backbone._torch import skip_init
+from dcp_zoo.benchmark import Settings, plan_trials, store
+from dcp_zoo.benchmark.plan import read_split
+from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.cli import main
+from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
-from dcp_zoo.cli.options import Command
+from dcp_zoo.data import DATASETS
 from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.files import sha256_of, write_file
-from dcp_zoo.heads.checkpoint import load_head
-from dcp_zoo.heads.config import WEIGHTS_NAME
+from dcp_zoo.heads.config import WEIGHTS_NAME, weights_file
+from dcp_zoo.heads.head import load_head
 from dcp_zoo.hub import HTTP_ERRORS, HUB_LIBRARY, INDEX_NAME, INDEX_REPO, explained, forget_index, is_offline
 from dcp_zoo.release import CARD_NAME, LICENSE, ONNX_FILE, make_card, not_of_dataset, upload
 from dcp_zoo.zoo.factory import create_model
@@ -31,6 +37,10 @@ app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 WAITS = (2, 10, 30, 120)  # seconds before another attempt
 PASSING = (408, 412, 429, 500, 502, 503, 504)  # a rate limit, a server in trouble, or another commit
 T = TypeVar("T")
+CARD_INFO = ("dataset", "shots", "seed", "recipe", "split_sha256", "subset_sha256")  # what no card may lack
+HEADS, BASELINE = "few-shot", "zero-shot"  # the protocol whose heads are published, and the method that they must match
+BELOW_ZERO_SHOT = 2.0  # points that a head may lose against zero-shot CLIP, besides chance
+STATS_APART = 1.0  # points between stored and batch statistics, besides chance
 ANY_HEAD = "Upload other heads with dcp_zoo.push_to_hub(model, 'ORG/NAME')."
 
 
@@ -60,9 +70,10 @@ class Release:
 
 
 def prepare(folder: str | Path, org: str, license: str = LICENSE, others: dict[str, float] | None = None) -> Release:
-    """Check a checkpoint folder, written by training for one of the registry's heads, as strictly as loading does, and
-    build its card in memory. `org` is an organisation or user on the Hub, `license` that of the trained weights, and
-    `others` top-1 accuracies that the card and the manifest have besides, by protocol."""
+    """Check a checkpoint folder, written by training for one of the registry's heads, as strictly as loading
+    does, and build its card in memory. `org` is an organisation or user on the Hub, `license` that of the
+    trained weights, and `others` top-1 accuracies that the card and the manifest have besides, by
+    protocol."""
     folder, name = Path(folder), f"local-dir:{folder}"
     source = resolve(name)
     assert source.config is not None
@@ -75,8 +86,71 @@ def prepare(folder: str | Path, org: str, license: str = LICENSE, others: dict[s
     if problem := not_of_dataset(model):
         raise ZooError(f"{folder} cannot be published. {problem}")
     repo_id, weights = f"{org}/{head.name}", folder / WEIGHTS_NAME
+    if weights_file(folder) != weights:  # loading reads it, and nobody else would
+        raise ZooError(f"The last save of {folder} was killed: load the head, save it again, then publish it.")
     card = make_card(model, repo_id, license, weights.stat().st_size, (folder / ONNX_FILE).exists(), others)
     return Release(folder, head, repo_id, sha256_of(weights), card, model.info, license, others or {})
+
+
+def measured(release: Release) -> dict[str, Any]:
+    """What the checkpoint says was measured of it, as a sweep stores it."""
+    info, counts = release.info, DATASETS[release.head.dataset].counts
+    images = info.get("test_images", counts and counts[2])  # a sweep leaves it out of a head: there it is the whole
+    top1 = {stats: info.get("metrics", {}).get(f"top1_{stats}") for stats in ("stored", "batch")}
+    entries = [{"stats": stats, "top1": value, "images": images} for stats, value in top1.items()]
+    return {
+        "results": [entry for entry in entries if entry["top1"] is not None],
+        "info": info,
+        "split_sha256": info.get("split_sha256"),
+        "head_sha256": release.sha256,
+    }
+
+
+def zero_shot(head: HeadEntry, settings: Settings) -> tuple[dict[str, Any], str]:
+    """What a sweep stores of zero-shot CLIP on the test images of a head's dataset, which is measured unless
+    its folder has it, and the note of the dataset's split. ZooError if that fails."""
+    (trial,) = plan_trials(HEADS, [head.model], [BASELINE], [head.dataset], [head.shots], [head.seed])
+    if failed := sweep([trial], settings):
+        raise ZooError(f"Zero-shot CLIP cannot be measured on {head.dataset}: {failed[trial]}")
+    return store.results(settings.output)[trial.key], read_split(head.dataset, settings.data_root).note
+
+
+def refusals(result: Mapping[str, Any], zero_shot: Mapping[str, Any], release: Release, split_note: str) -> list[str]:
+    """Why a head must not be published; [] if it may. `result` and `zero_shot` are what was measured of it
+    and of zero-shot CLIP, as a sweep stores it; `split_note` is what is wrong with the dataset's split, or
+    ""."""
+    found, (first, last) = [], (result["info"].get(name, math.nan) for name in ("first_loss", "last_loss"))
+    if not (math.isfinite(first) and math.isfinite(last)):
+        found.append("its losses are missing or not finite")
+    elif last > first:
+        found.append(f"its loss rose from {first:.3f} to {last:.3f}")
+    if release.sha256 != result["head_sha256"]:
+        found.append("the checkpoint is not the one that was measured")
+    (plain,) = zero_shot["results"]
+    images = plain["images"]
+    tested = {(result["split_sha256"], entry["images"]) for entry in result["results"]}
+    if tested - {(zero_shot["split_sha256"], images)}:
+        found.append("it and zero-shot CLIP were tested on other images")
+    missing = [name for name in CARD_INFO if not release.info.get(name)]
+    if missing:
+        found.append(f"its card lacks {', '.join(missing)}")
+    top1 = {entry["stats"]: entry["top1"] for entry in result["results"]}
+    if {"stored", "batch"} <= top1.keys():
+        stored, batch, clip = top1["stored"], top1["batch"], plain["top1"]
+        below, apart = BELOW_ZERO_SHOT + chance(clip, images), STATS_APART + chance(batch, images)
+        if stored < clip - below:
+            found.append(f"top-1 {stored:.2f} is over {below:.1f} percentage points below zero-shot CLIP's {clip:.2f}")
+        if abs(stored - batch) > apart:
+            found.append(f"stored {stored:.2f} and batch {batch:.2f} are over {apart:.1f} percentage points apart")
+    else:
+        found.append("its accuracy was not measured with both kinds of statistics")
+    return [*found, split_note] if split_note else found
+
+
+def chance(percent: float, images: int) -> float:
+    """Two standard errors, in points, of an accuracy measured on that many images."""
+    share = min(max(percent / 100, 0.5 / images), 1 - 0.5 / images)  # at least half an image away from 0 and 1
+    return 200 * math.sqrt(share * (1 - share) / images)
 
 
 def entry_of(source: Source) -> HeadEntry:
@@ -93,8 +167,8 @@ def entry_of(source: Source) -> HeadEntry:
 
 
 def publish(release: Release) -> str:
-    """Write the card into the folder, upload it with the checkpoint, list it in the organisation's index, and return
-    the commit."""
+    """Write the card into the folder, upload it with the checkpoint, list it in the organisation's index,
+    and return the commit."""
     release.card.save(release.folder / CARD_NAME)
     revision = retried(lambda: upload(release.folder, release.repo_id))
     entries = {release.head.name: release.entry(revision)}
@@ -103,8 +177,8 @@ def publish(release: Release) -> str:
 
 
 def retried(call: Callable[[], T]) -> T:
-    """The result of `call`, tried again after a pause, with a warning, if the Hub is busy or a connection is lost, or
-    another commit came first: the client tries again what it downloads, and not what it commits."""
+    """The result of `call`, tried again after a pause, with a warning, if the Hub is busy or a connection is
+    lost, or another commit came first: the client tries again what it downloads, and not what it commits."""
     for attempt, wait in enumerate(WAITS, 2):
         try:
             return call()
@@ -122,8 +196,8 @@ def retried(call: Callable[[], T]) -> T:
 
 
 def add_to_index(org: str, entries: dict[str, dict[str, Any]]) -> None:
-    """Add heads' entries, by name, to the index that `dcp_zoo.list_pretrained` reads; others' rows stay. ZooError for
-    what the Hub refuses, such as a commit after another one."""
+    """Add heads' entries, by name, to the index that `dcp_zoo.list_pretrained` reads; others' rows stay.
+    ZooError for what the Hub refuses, such as a commit after another one."""
     repo, api = f"{org}/{INDEX_REPO}", HfApi(library_name=HUB_LIBRARY)
     rows = {name: {key: entry[key] for key in IndexRow.__annotations__} for name, entry in entries.items()}
     with explained(repo, INDEX_NAME):
@@ -140,7 +214,8 @@ def add_to_index(org: str, entries: dict[str, dict[str, Any]]) -> None:
 
 
 def pin(entries: dict[str, dict[str, Any]]) -> bool:
-    """Write heads' entries, by name, into the manifest of a source checkout; False for an installed package."""
+    """Write heads' entries, by name, into the manifest of a source checkout; False for an installed
+    package."""
     if not (MANIFEST.parents[2] / "setup.cfg").is_file() or not os.access(MANIFEST.parent, os.W_OK):
         return False
     write_file(MANIFEST, json.dumps(json.loads(MANIFEST.read_text()) | entries, indent=1) + "\n", "")
@@ -149,22 +224,29 @@ def pin(entries: dict[str, dict[str, Any]]) -> bool:
     return True
 
 
-@app.command(cls=Command)
+@app.command(cls=opt.Command)
 def publish_head(
     folder: Annotated[
         Path, Argument(metavar="FOLDER", help="Checkpoint folder of one of the zoo's heads, written by training.")
     ],
     org: Annotated[str, Option(help="Organisation or user on the Hub.")],
+    data_root: Annotated[Path, Option(help="Folder with the datasets, for zero-shot CLIP's accuracy.")],
+    device: opt.Device = "auto",
     license: Annotated[str, Option(help="Licence of the trained weights.")] = LICENSE,
     dry_run: Annotated[bool, Option("--dry-run", help="Check the folder and show the card; upload nothing.")] = False,
 ) -> None:
-    """Check a trained head, write its model card, upload it to the Hub, and pin it in the manifest.
+    """Check a trained head as a build does, write its model card, upload it to the Hub, and pin it in the
+    manifest.
 
-    [dim]python hub/publish.py dcp_vitb16.imagenet-16shot --org MY_ORG --dry-run[/]
+    [dim]python hub/publish.py dcp_vitb16.imagenet-16shot --org MY_ORG --data-root DATA --dry-run[/]
 
     Log in first with `hf auth login`, or set HF_TOKEN.
     """
     release = prepare(folder, org, license)
+    with tempfile.TemporaryDirectory() as sweep_folder:
+        plain, note = zero_shot(release.head, Settings(Path(sweep_folder), data_root, device))
+    if reasons := refusals(measured(release), plain, release, note):
+        raise ZooError(f"{folder} is refused: {'; '.join(reasons)}.")
     if dry_run:
         print(release.card.content)
         log(f"The checkpoint is valid. It would be uploaded to {release.repo_id}; nothing was sent.")

@@ -1,6 +1,6 @@
-"""Create `docs/images/walk_sheet.webp` and `inspection.webp` in Chromium. The first is what the commands of "From an
-unsorted folder" in `docs/train.md` make of parts of the package's photographs, of which otters are not labelled; the
-second is of another folder, with two wrong labels and two copies.
+"""Create `docs/images/walk_sheet.webp` and `inspection.webp` in Chromium. The first is what the commands of
+"From an unsorted folder" in `docs/train.md` make of parts of the package's photographs, of which otters are
+not labelled; the second is of another folder, with two wrong labels and two copies.
 
 pip install '.[dev]' && python hub/walk_pictures.py
 """

@@ -1,4 +1,5 @@
-"""Shared by several test files: comparisons, and models whose trained parameters differ from their initial values."""
+"""Shared by several test files: comparisons, and models whose trained parameters differ from their initial
+values."""
 
 import copy
 import csv
@@ -19,11 +20,9 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import huggingface_hub
 import numpy as np
@@ -32,20 +31,71 @@ import torch
 from PIL import Image, ImageFile
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dcp_zoo.answers import in_distribution_score
-from dcp_zoo.benchmark import Settings, Trial, plan
+from dcp_zoo.benchmark import Trial, plan
 from dcp_zoo.data import Split, load_for_training, load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.files import sha256_of
 from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.prediction import Backend, Predictor, job
 from dcp_zoo.prediction.job import Batch
-from dcp_zoo.probe import ReadingFeatures, fit_on_features
+from dcp_zoo.probe import ReadingFeatures, TextProbe, fit_on_features
+from dcp_zoo.training.loop import train as train_task
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.training.state import TrainingState
+from dcp_zoo.training.task import Task
 from dcp_zoo.zoo.factory import create_transform
+
+FEW_STEPS = pytest.mark.filterwarnings("ignore:Training has not converged")  # of tests that train for a few steps
+
+
+@contextmanager
+def training_steps(stop_after: int | None = None) -> Iterator[list[None]]:
+    """A list that gets an entry for each step of an optimizer inside. After so many, what runs is stopped as
+    by Ctrl-C, in the forward pass of the next one."""
+    steps: list[None] = []
+
+    def stop(*_: Any) -> None:
+        if len(steps) == stop_after:
+            raise KeyboardInterrupt
+
+    hooks = [
+        register_optimizer_step_post_hook(lambda *_: steps.append(None)),
+        register_module_forward_pre_hook(stop),
+    ]
+    try:
+        yield steps
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def stopped_in_image_tower(after: int = 0) -> Iterator[None]:
+    """Inside, what encodes images is stopped as by Ctrl-C, once so many are encoded."""
+    encoded = 0
+
+    def stop(layer: nn.Module, inputs: Any) -> None:
+        nonlocal encoded
+        if isinstance(layer, nn.Conv2d) and layer.in_channels == 3:
+            if encoded >= after:
+                raise KeyboardInterrupt
+            encoded += len(inputs[0])
+
+    hook = register_module_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def train(model: Any, images: Any, recipe: Any, **options: Any) -> list[float]:
+    """Train a model as the methods do; the losses."""
+    return train_task(Task(model.encoder, "", model.classnames, model.texts, images, None, recipe, **options), model)
 
 
 class StoppedState(TrainingState):
@@ -87,6 +137,12 @@ def write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     (folder / CONFIG_NAME).write_text(json.dumps(config))
 
 
+def empty_probe(head: Any, parts: int | None = None) -> TextProbe:
+    """A text probe of zeros that reads so many parts of each reading; default: all."""
+    widths = [reading.widths[:parts] for reading in head.readable]
+    return TextProbe(head.classes, widths, widths[0][0] if head.has_own_features else 0)
+
+
 @torch.no_grad()
 def in_distribution(head: Any, images: torch.Tensor) -> torch.Tensor:
     """The `in_distribution_score` (n,) of images (n, 3, H, W)."""
@@ -96,8 +152,8 @@ def in_distribution(head: Any, images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def rejecting(head: Any) -> Any:
-    """A copy of a head of four classes that rejects one of the package's first two photographs and the last of those
-    that it accepts, which is an example of none of the classes."""
+    """A copy of a head of four classes that rejects one of the package's first two photographs and the last
+    of those that it accepts, which is an example of none of the classes."""
     head = copy.deepcopy(head)
     images = torch.stack([create_transform(head)(load_image(path)) for path in sample_images()])
     views, labels = head.encode_image(images)[None], torch.arange(len(images)) % 4
@@ -116,21 +172,20 @@ def gradients(model: nn.Module, logits: torch.Tensor) -> dict[str, torch.Tensor]
     return dict(zip(parameters, torch.autograd.grad(logits.logsumexp(-1).sum(), parameters.values()), strict=True))
 
 
-@cache
-def no_images(dataset: str, data_root: Path | None) -> Split:
-    """In place of `plan.read_split`, for results that nobody measured."""
-    return Split(dataset, [])
-
-
 def made_up_result(trial: Trial, *entries: tuple[str, str, str, float], **changes: Any) -> dict[str, Any]:
-    """The content of a trial's file, with (target, classes, stats, top1) entries: nothing in it was measured."""
-    names, others = ("target", "classes", "stats", "top1"), {"ece": 4.0, "nll": 0.456, "images": 10}
+    """The content of a trial's file, with (target, classes, stats, top1) entries: nothing in it was
+    measured."""
+    names = ("target", "classes", "stats", "top1")
+    others = {"ece": 4.0, "nll": 0.456, "images": 10}
     entries = entries or ((trial.dataset, "all", "", 50.0 + trial.seed),)
-    with mock.patch.object(plan, "read_split", no_images):
-        conditions = Settings(Path()).conditions(trial)
     return {
         "trial": asdict(trial),
-        **conditions,
+        "split_sha256": "of no images",
+        "images": dict.fromkeys((trial.dataset, *trial.targets), "none"),
+        "made_by": plan.made_by(),
+        "weights": plan.weights_id(trial.model),
+        "precision": "float32",
+        "recipe": trial.recipe.as_dict(),
         "selection": VALIDATION if METHODS[trial.method].chooses else "none",
         "results": [dict(zip(names, entry, strict=True)) | others for entry in entries],
         "train_seconds": 10.0 * trial.shots,
@@ -139,7 +194,8 @@ def made_up_result(trial: Trial, *entries: tuple[str, str, str, float], **change
 
 
 def three_digits() -> Split:
-    """Three classes of the ten of scikit-learn's digits, and five test images: enough for a run that takes seconds."""
+    """Three classes of the ten of scikit-learn's digits, and five test images: enough for a run that takes
+    seconds."""
     digits = load_for_training("digits", None)
     train, val, test = ([item for item in part if item.label < 3] for part in (digits.train, digits.val, digits.test))
     return replace(digits, classnames=digits.classnames[:3], train=train, val=val, test=test[:5])
@@ -216,6 +272,9 @@ def use_endpoint(monkeypatch, url: str, cache: Path) -> None:
         template = url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    by_https = huggingface_hub.utils._http.REPO_API_REGEX  # whose 401 may stand for a repo that does not exist
+    by_both = re.compile(re.sub("https?://", "https?://", by_https.pattern), by_https.flags)
+    monkeypatch.setattr(huggingface_hub.utils._http, "REPO_API_REGEX", by_both)
     monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)  # between the client's retries
 
 
@@ -265,13 +324,21 @@ def photo(path: Path, number: int = 0) -> Path:
     return path
 
 
+def noisy_picture(path: Path, color: tuple[int, int, int], rng: np.random.Generator) -> str:
+    """Write a picture of one colour and noise; its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = rng.normal(0, 25, (140, 150, 3)) + color
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+    return str(path)
+
+
 def vision_blocks(model: Any) -> list[nn.Module]:
     """The modules of a head's vision blocks."""
     return [block.module for block in model.encoder.vision_tower.blocks]
 
 
-def told(run: Any, head: Path, paths: list[str]) -> list[list[tuple[str, float]]]:
-    """The answers of the command line: of each image, the pairs (class, probability)."""
+def predicted_by_command(run: Any, head: Path, paths: list[str]) -> list[list[tuple[str, float]]]:
+    """The answers of `dcp-zoo predict`: of each image, the pairs (class, probability)."""
     answers = json.loads(run.ok("predict", *paths, "--head", head, "--json"))
     return [[(p["class"], p["probability"]) for p in answer["predictions"]] for answer in answers]
 

@@ -1,13 +1,16 @@
 """Fixtures for all tests."""
 
 import json
-import math
 import os
 import re
 import shutil
+import sys
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import huggingface_hub
@@ -17,8 +20,10 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers import loud, photo, process_unchanged, rejecting, use_endpoint, write_weights
-from PIL import Image
-from safetensors.torch import load_file
+from PIL import Image, ImageFile
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from typer import Typer
 from upload_hub import TOKEN, UploadHub, serve_uploads
 
@@ -27,9 +32,10 @@ from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.tokens import default_tokenizer
 from dcp_zoo.cli import app, main
 from dcp_zoo.data import Item
-from dcp_zoo.probe import candidates, evidence
+from dcp_zoo.hub import CLIP_WEIGHTS_NAME
 from dcp_zoo.release import onnx
 from dcp_zoo.training.methods import promptsrc
+from dcp_zoo.zoo.build import build_open_clip
 from dcp_zoo.zoo.registry import WEIGHTS
 
 BUNDLED = "dcp_mini.caltech101-1shot"
@@ -45,8 +51,17 @@ CFG = {
 }
 
 
+@contextmanager
+def printed_warnings() -> Iterator[None]:
+    """Warnings that are errors in tests are none in a command, which prints them."""
+    with warnings.catch_warnings():
+        warnings.filters[:] = [("always" if action == "error" else action, *rest) for action, *rest in warnings.filters]
+        yield
+
+
 class CommandLine:
-    """Calls `dcp-zoo` or a script in this process: exit code, stdout and stderr, without colours and line breaks."""
+    """Calls `dcp-zoo` or a script in this process: exit code, stdout and stderr, without colours and line
+    breaks."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, program: Typer = app) -> None:
         self.monkeypatch, self.capsys, self.program = monkeypatch, capsys, program
@@ -55,7 +70,7 @@ class CommandLine:
         self.monkeypatch.setattr("sys.argv", ["dcp-zoo", *map(str, args)])
         self.monkeypatch.setenv("COLUMNS", "250")
         self.capsys.readouterr()  # what was printed before, as by torch's exporter, is not the command's
-        with pytest.raises(SystemExit) as stop:
+        with printed_warnings(), pytest.raises(SystemExit) as stop:
             main(self.program)
         out, err = self.capsys.readouterr()
         return stop.value.code or 0, re.sub(r"\x1b\[[0-9;]*m", "", out), re.sub(r"\s+", " ", err)
@@ -74,8 +89,8 @@ class CommandLine:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that mostly wait come first: one process runs them all, while the others compute, and starts Ray and
-    Chromium once."""
+    """Tests that mostly wait come first: one process runs them all, while the others compute, and starts Ray
+    and Chromium once."""
     first = ["test_build.py", "test_ray.py", "test_pages.py"]
     items.sort(key=lambda item: [*first, item.path.name].index(item.path.name))
 
@@ -87,7 +102,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Comma
 
 @pytest.fixture
 def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
-    """A Hub that takes uploads. This process's client uses it, is logged in, and starts with an empty cache."""
+    """A Hub that takes uploads. This process's client uses it, is logged in, and starts with an empty
+    cache."""
     with serve_uploads() as hub:
         use_endpoint(monkeypatch, hub.url, tmp_path / "cache")
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -115,7 +131,8 @@ def golden() -> dict:
 
 @pytest.fixture
 def tiny_clip(golden: dict) -> open_clip.CLIP:
-    """The golden vectors' small CLIP: 4 + 4 blocks, widths 128 (vision) and 64 (text), images of 32 pixels."""
+    """The golden vectors' small CLIP: 4 + 4 blocks, widths 128 (vision) and 64 (text), images of 32
+    pixels."""
     return build_tiny_clip(golden)
 
 
@@ -123,8 +140,8 @@ BUILT: dict[str, tuple[open_clip.CLIP, torch.Tensor]] = {}
 
 
 def build_tiny_clip(golden: dict, **changes: dict) -> open_clip.CLIP:
-    """A copy of the golden CLIP; with changes such as `vision_cfg={"layers": 6}` it keeps random weights. The random
-    state is as if it had just been built from seed 0."""
+    """A copy of the golden CLIP; with changes such as `vision_cfg={"layers": 6}` it keeps random weights.
+    The random state is as if it had just been built from seed 0."""
     key = json.dumps(changes, sort_keys=True)
     if key not in BUILT:
         torch.manual_seed(0)
@@ -139,6 +156,27 @@ def build_tiny_clip(golden: dict, **changes: dict) -> open_clip.CLIP:
     clip, state = BUILT[key]
     torch.set_rng_state(state)
     return deepcopy(clip)
+
+
+SMALL_CLIP = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 64, "head_width": 32, "layers": 3},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3},
+}
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name of a model in a folder: a CLIP of few and narrow blocks with random weights, for images of 32
+    pixels. It trains and answers in a tenth of the miniature's time."""
+    folder = tmp_path_factory.mktemp("small") / "clip"
+    folder.mkdir()
+    torch.manual_seed(0)
+    state = build_open_clip(SMALL_CLIP, quick_gelu=False).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / CLIP_WEIGHTS_NAME)
+    described = {"model_cfg": SMALL_CLIP, "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(described))
+    return f"open_clip:local-dir:{folder}"
 
 
 @pytest.fixture
@@ -174,16 +212,14 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_head(golden: dict) -> DCP:
-    """A calibrated DCP of four classes on a CLIP of few blocks, as an export takes seconds. It rejects images, and its
-    parameters are perturbed so that answers differ."""
+    """A calibrated DCP of four classes on a CLIP of few blocks, as an export takes seconds. It rejects
+    images, and its parameters are perturbed so that answers differ."""
     small = build_tiny_clip(golden, vision_cfg={"layers": 2}, text_cfg={"layers": 2})
     clip = FrozenCLIP(small, pretrained_cfg=CFG)
     torch.manual_seed(3)
     model = loud(DCP(clip, ["ant", "wild_cat", "crocodile head", "emu"], n_ctx=3, depth=2))
     model.store_stats(torch.randn(6, *CFG["input_size"], generator=torch.Generator().manual_seed(0)))
-    # every worker's head is the same, as they share an export: some tests fit quickly, others do not
-    with quick_fits():
-        return rejecting(model.eval())
+    return rejecting(model.eval())
 
 
 @pytest.fixture(scope="session")
@@ -227,24 +263,6 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def quick_probe() -> Iterator[None]:
-    """`quick_fits`, in tests that are not about their accuracy."""
-    with quick_fits():
-        yield
-
-
-@contextmanager
-def quick_fits() -> Iterator[None]:
-    """Text probes of few candidates and half of the folds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(candidates, "TEXTS", (1.0, 0.0))
-        for module in (candidates, evidence):
-            patch.setattr(module, "PENALTIES", (math.inf, 1.0, 0.01))
-        patch.setattr("dcp_zoo.probe.folds.FOLDS", 2)
-        yield
-
-
 @pytest.fixture
 def flowers(tmp_path, monkeypatch) -> Path:
     """The working folder, with MY_PHOTOS in it: two classes of six photographs."""
@@ -268,6 +286,68 @@ def my_head(tmp_path, monkeypatch) -> Path:
     tensors = load_file(tmp_path / "my_head" / "model.safetensors")
     write_weights(path.parent, {name: t for name, t in tensors.items() if "classifier" not in name})  # of other classes
     return tmp_path / "my_head"
+
+
+@dataclass
+class ImageWork:
+    """What was done with images since the last `reset`: files that were opened, by their paths, and how many
+    images were decoded and encoded by CLIP."""
+
+    opened: Counter[str] = field(default_factory=Counter)
+    decoded: int = 0
+    encoded: int = 0
+
+    def reset(self) -> None:
+        self.opened.clear()
+        self.decoded = 0
+        self.encoded = 0
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        return sum(self.opened.values()), self.decoded, self.encoded
+
+
+WATCHING: list[ImageWork] = []  # Python cannot remove an audit hook: without an entry, it does nothing
+
+
+def note_opened(event: str, arguments: tuple) -> None:
+    if WATCHING and event == "open" and str(arguments[0]).endswith((".jpg", ".png")):
+        WATCHING[0].opened[str(arguments[0])] += 1
+
+
+sys.addaudithook(note_opened)
+
+
+@pytest.fixture
+def image_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[ImageWork]:
+    """Counts images that are opened, decoded and encoded: by the system, by PIL, and by the first layer of a
+    tower."""
+    work = ImageWork()
+    load = ImageFile.ImageFile.load
+
+    def count_decoded(image: ImageFile.ImageFile) -> object:
+        if image.tile:  # what is left to decode
+            work.decoded += 1
+        return load(image)
+
+    def count_encoded(layer: nn.Module, inputs: tuple) -> None:
+        if isinstance(layer, nn.Conv2d) and layer.in_channels == 3:
+            work.encoded += len(inputs[0])
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", count_decoded)
+    hook = register_module_forward_pre_hook(count_encoded)
+    WATCHING.append(work)
+    yield work
+    WATCHING.remove(work)
+    hook.remove()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Commands keep features here, not in the cache of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DCP_ZOO_CACHE", str(tmp_path_factory.mktemp("kept")))
+        yield
 
 
 @pytest.fixture

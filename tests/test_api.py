@@ -1,40 +1,33 @@
-"""`FewShotClassifier` and the functions under it, on coloured pictures that a small DCP learns in seconds."""
+"""`FewShotClassifier` and the functions under it, on coloured pictures that a small DCP learns in
+seconds."""
 
 import copy
 import inspect
-import os
 import pickle
 import random
-import shutil
-import warnings
-from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
 import sklearn
 import torch
 from given_features import GivenSettings, run_given
-from helpers import Count, in_distribution, process_unchanged
+from helpers import FEW_STEPS, copied, in_distribution, process_unchanged
 from PIL import Image
 from publish import prepare
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_score
+from sklearn.model_selection import GridSearchCV, GroupKFold, cross_validate
 from sklearn.pipeline import make_pipeline
 
 import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError
 from dcp_zoo.api.estimator import seed_of
-from dcp_zoo.backbone import mini
-from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.benchmark.plan import Trial
 from dcp_zoo.benchmark.sweep import sweep
-from dcp_zoo.training import cache
-from dcp_zoo.training.methods import text_probe
 from dcp_zoo.zoo.registry import get_head
 
-pytestmark = pytest.mark.usefixtures("quick_probe")
+pytestmark = FEW_STEPS
 QUICK = {"epochs": 4, "batch_size": 4, "n_ctx": 2, "depth": 2}
 NAMES = ["blue", "red"]
 
@@ -45,7 +38,7 @@ def pictures(folder):
 
 
 @pytest.fixture(scope="module")
-def fitted(folder, quick_probe):
+def fitted(folder):
     return FewShotClassifier(method="dcp", recipe=QUICK).fit(folder)
 
 
@@ -62,7 +55,7 @@ def test_every_form_of_an_image_gives_the_same_answer(pictures, fitted):
         fitted.predict(tensor)  # one image, or three grey ones
 
 
-def test_labels_are_checked(folder, pictures):
+def test_labels_are_checked(folder, pictures, fitted):
     paths, labels = pictures
     for args, message in (
         ((paths,), "Pass labels"),
@@ -70,16 +63,40 @@ def test_labels_are_checked(folder, pictures):
         ((paths, ["red"] * 8), "at least two classes"),
         ((folder, labels), "omit labels"),
         ((paths, [float("nan"), *labels[1:]]), "no label"),
+        (
+            (np.ones((8, 20)), labels),
+            r"\(8, 20\) is one grey image, not 8: reshape flat pixels .* fit features with another",
+        ),
+        ((paths, [0.5, *[1.0] * 7]), "Labels name classes, by text or whole numbers: 0.5 is a measurement"),
+        ((np.full((8, 9, 9, 3), 300, np.uint16), labels), "^An array of uint16 is not an image: an image is a path"),
+        ((np.linspace(0, 255, 8 * 243).reshape(8, 9, 9, 3), labels), "^An array of float64 with numbers above 1 is"),
         (([*paths, paths[0]], [*labels, "red"]), r"0.png has two labels, 'blue' and 'red': keep one of them"),
     ):
         with pytest.raises(ZooError, match=message):
             FewShotClassifier(method="zero-shot").fit(*args)
+    with pytest.raises(ZooError, match="is one grey image, not 8"):
+        fitted.score(np.ones((8, 20)), labels)
     for names, message in ((["a", "b", "c"], "3 class names for 2 classes"), ({"red": "red"}, "no name for blue")):
         with pytest.raises(ZooError, match=message):
             FewShotClassifier(classnames=names).fit(paths, labels)
     twice = FewShotClassifier(method="gda", classnames={1: "red", 0: "blue"})  # as a bootstrap draws
     twice.fit([*paths, paths[0]], [int(label == "red") for label in [*labels, labels[0]]])
     assert (twice.model_.classnames, twice.classes_.tolist()) == (NAMES, [0, 1])
+
+
+def test_warnings_point_at_the_line_of_the_user(pictures, fitted):
+    """Not into this package, or the context managers that decorate its functions."""
+    paths, labels = pictures
+    numbers = [int(name == "red") for name in labels]
+    head = copied(fitted.model_)
+    for call, about in (
+        (lambda: FewShotClassifier().fit(paths, numbers), "CLIP reads the class names"),
+        (lambda: dcp_zoo.create_model("dcp_mini", "clip", classnames=["a", "a"]), "Repeated class names"),
+        (lambda: head.set_classnames(["a", "a"]), "Repeated class names"),
+    ):
+        with pytest.warns(UserWarning, match=about) as caught:
+            call()
+        assert {warning.filename for warning in caught if about in str(warning.message)} == {__file__}
 
 
 def test_train_evaluate_predict(folder, pictures, fitted, tmp_path):
@@ -208,7 +225,7 @@ def test_rejected_images_and_labels_of_other_classes(pictures, tmp_path):
     loaded = FewShotClassifier.load(tmp_path)
     assert (loaded.model_.classnames, loaded.classes_.tolist()) == (["blue", "red"], [0, 10])
     model.set_classnames(["red", "teal"])
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, overwrite=True)
     with pytest.raises(ZooError, match="No label is stored for teal"):
         FewShotClassifier.load(tmp_path)
 
@@ -243,106 +260,21 @@ def test_weights_of_images_in_the_text_probe(pictures):
             FewShotClassifier().fit(paths, labels, weights)
 
 
-def test_features_are_kept_from_fit_to_fit(folder, pictures, tmp_path, monkeypatch):
-    """By image: a changed file is read again. In a folder for other processes, as far as it is not damaged."""
-    place = shutil.copytree(folder, tmp_path / "photos")
-    paths, labels = dcp_zoo.list_labelled_images(place)
-    runs = Count(monkeypatch, mini.Stem, "read")
-    features = FewShotClassifier(method="gda", memory=tmp_path / "kept")
-    expected = features.fit(paths[1:], labels[1:]).predict_proba(paths)
-    first = runs.calls
-    again = clone(features).fit(paths[1:], labels[1:])
-    assert np.array_equal(again.predict_proba(paths), expected)
-    assert runs.calls == first  # not even for the image that was only predicted
-    assert np.array_equal(clone(features).fit(paths[1:], labels[1:]).predict_proba(paths), expected)
-    assert runs.calls == first
-    Image.open(paths[-1]).save(paths[0])
-    os.utime(paths[0], (1, 1))
-    for file in (tmp_path / "kept").rglob("*.safetensors"):
-        file.write_bytes(b"damaged")
-    assert not np.array_equal(clone(features).fit(paths[1:], labels[1:]).predict_proba(paths), expected)
-    assert runs.calls > first
-
-
-def test_the_cache_gives_what_was_put_there_or_nothing(tmp_path):
-    """Damaged files are passed over; the oldest go when a folder is opened, or memory is full."""
-    values = {str(i): torch.full((2, 1000), float(i)) for i in range(5)}
-    kept = cache.FeatureCache(tmp_path)
-    for key, value in values.items():
-        kept.put("tower", {key: value})
-    assert all(torch.equal(value, values[key]) for key, value in kept.get("tower", set(values)).items())
-    assert not kept.get("other tower", set(values))
-    for path, size in zip(sorted(tmp_path.rglob("*.safetensors")), (0, 100, -100), strict=False):
-        path.write_bytes(path.read_bytes()[:size])
-    assert len(kept.get("tower", set(values))) == 2
-    in_memory = cache.FeatureCache(limit=10_000)
-    in_memory.put("tower", values)
-    assert in_memory.get("tower", set(values)).keys() == {"4"}
-    assert not cache.FeatureCache(tmp_path, limit=1).get("tower", set(values))
-
-
-def test_a_cache_that_cannot_be_written_is_gone_around(tmp_path):
-    (tmp_path / "file").write_bytes(b"")
-    kept = cache.FeatureCache(tmp_path / "file")
-    with pytest.warns(UserWarning, match="not cached for the next run. Cannot write to .* Choose another DCP_ZOO"):
-        kept.put("tower", {"1": torch.ones(1, 3)})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        kept.put("tower", {"1": torch.ones(1, 3)})
-        assert kept.get("tower", {"1"}) == {}
-
-
-def test_features_are_kept_by_what_an_image_shows(tmp_path):
-    """Not by how it is stored: a palette gives the same indices other colours, EXIF turns an image."""
-
-    def in_palette(color):
-        image = Image.new("P", (8, 6))
-        image.putpalette(color)
-        return image
-
-    red, blue = in_palette((255, 0, 0)), in_palette((0, 0, 255))
-    assert cache.image_key(red) != cache.image_key(blue)
-    assert cache.image_key(red) == cache.image_key(red.convert("RGB"))
-    turned, upright = red.convert("RGB"), red.convert("RGB").transpose(Image.Transpose.ROTATE_270)
-    turned.getexif()[0x112] = 6  # by a quarter
-    turned.save(tmp_path / "1.png", exif=turned.getexif())
-    assert cache.image_key(Image.open(tmp_path / "1.png")) == cache.image_key(upright)
-
-
-def test_features_are_kept_as_they_come(pictures, tmp_path, monkeypatch):
-    """A fit that was stopped computes only the others."""
-    paths, labels = pictures
-    monkeypatch.setattr("dcp_zoo.training.sources.VIEW_BATCH", 2)
-    whole = FewShotClassifier().fit(paths, labels).predict_proba(paths)
-    few, read = FewShotClassifier(memory=tmp_path), FrozenCLIP.read
-    runs = Mock(side_effect=[*[DEFAULT] * 5, KeyboardInterrupt])
-    monkeypatch.setattr(FrozenCLIP, "read", lambda *args: runs() and read(*args))
-    with pytest.raises(KeyboardInterrupt):
-        few.fit(paths, labels)
-    assert runs.call_count == 6
-    runs.reset_mock(side_effect=True)
-    few.fit(paths, labels)
-    assert runs.call_count == 2 * len(paths) // 2 - 4, "two batches of two images with their mirror images were kept"
-    runs.reset_mock()
-    assert np.allclose(few.predict_proba(paths), whole, atol=1e-3)  # in other batches, features round otherwise
-    assert not runs.called, "features of the fit serve the answers"
-
-
-def test_a_stopped_training_goes_on_with_the_same_images_only(pictures, tmp_path):
+def test_a_stopped_training_goes_on_with_the_same_images_only(pictures, small_model, tmp_path):
     """Which in memory have no names to tell them apart."""
     images, labels = [Image.open(path) for path in pictures[0]], pictures[1]
-    options = {"method": "dcp", "recipe": QUICK, "output": tmp_path}
+    options = {"method": "dcp", "recipe": QUICK | {"classifier": "none"}, "output": tmp_path}
 
     def stop(model, epoch):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        dcp_zoo.train("dcp_mini", images, labels, callbacks=[stop], **options)
+        dcp_zoo.train(small_model, images, labels, callbacks=[stop], **options)
     others = [*images[:-1], Image.new("RGB", images[-1].size)]
     with pytest.raises(ZooError, match=r"the state of another run: hash of the images \w{12} instead of \w{12}\. To"):
-        dcp_zoo.train("dcp_mini", others, labels, **options)
-    head = dcp_zoo.train("dcp_mini", [image.copy() for image in images], labels, **options)
-    assert head.info["subset_sha256"] != dcp_zoo.train("dcp_mini", others, labels).info["subset_sha256"]
+        dcp_zoo.train(small_model, others, labels, **options)
+    head = dcp_zoo.train(small_model, [image.copy() for image in images], labels, **options)
+    assert head.info["subset_sha256"] != dcp_zoo.train(small_model, others, labels, method="gda").info["subset_sha256"]
 
 
 @pytest.fixture
@@ -368,7 +300,7 @@ def calls(folder, pictures, fitted, head, uploads, tmp_path, tiny_head, exported
         "predict": lambda: dcp_zoo.predict(head, folder),
         "inspect": lambda: dcp_zoo.inspect(folder),
         "search": lambda: dcp_zoo.search(folder, "something red"),
-        "suggest": lambda: dcp_zoo.suggest(folder, head),
+        "suggest": lambda: dcp_zoo.suggest(folder, "dcp_mini.caltech101-1shot"),
         "list_labelled_images": lambda: dcp_zoo.list_labelled_images(folder),
         "create_model": lambda: dcp_zoo.create_model("dcp_mini", True).eval().get_classifier(),
         "create_transform": lambda: dcp_zoo.create_transform(head)(Image.new("RGB", (9, 9))),
@@ -390,7 +322,8 @@ def calls(folder, pictures, fitted, head, uploads, tmp_path, tiny_head, exported
 
 @pytest.mark.filterwarnings("ignore")
 def test_no_public_function_changes_the_process_or_a_head(calls, head, tiny_head):
-    """Only fresh weights of a model are drawn from torch's random state, as those of every torch module are."""
+    """Only fresh weights of a model are drawn from torch's random state, as those of every torch module
+    are."""
 
     def state() -> list[object]:
         found: list[object] = []
@@ -412,7 +345,8 @@ def test_no_public_function_changes_the_process_or_a_head(calls, head, tiny_head
 
 
 def test_a_fit_draws_from_the_random_state_that_it_is_given(pictures):
-    """As in scikit-learn; of torch, Python and the caller's NumPy it draws nothing, also in a loop with splits."""
+    """As in scikit-learn; of torch, Python and the caller's NumPy it draws nothing, also in a loop with
+    splits."""
     np.random.seed(0)
     states = (3, np.int64(3), np.random.RandomState(3), np.random.default_rng(3), None)
     seeds = [seed_of(state) for state in states]
@@ -421,39 +355,45 @@ def test_a_fit_draws_from_the_random_state_that_it_is_given(pictures):
         FewShotClassifier(method="zero-shot", random_state=1.5).fit(*pictures)
 
 
-def test_groups_pass_through_scikit_learn(pictures, monkeypatch):
-    """To the splits and to `fit`, by its metadata routing; there, no evidence is gained across a group."""
-    (paths, labels), seen = pictures, []
-    fold = text_probe.fit_on_features
-    monkeypatch.setattr(text_probe, "fit_on_features", lambda *args: seen.append(args[-1].tolist()) or fold(*args))
+def test_groups_pass_through_scikit_learn(pictures):
+    """To the splits and to `fit`, by its metadata routing: each fold is fitted with the groups of its own
+    images."""
+    paths, labels = pictures
     groups = [i // 2 for i in range(len(paths))]
     with sklearn.config_context(enable_metadata_routing=True):
         classifier = FewShotClassifier().set_fit_request(groups=True)
         options = {"params": {"groups": groups}, "cv": GroupKFold(2), "error_score": "raise"}
-        assert len(cross_val_score(classifier, paths, labels, **options)) == 2
+        found = cross_validate(classifier, paths, labels, return_estimator=True, **options)["estimator"]
         GridSearchCV(classifier, {"batch_size": [4]}, cv=GroupKFold(2), refit=False).fit(paths, labels, groups=groups)
-    assert len(seen) == 4
-    assert all(len(set(each)) == len(each) // 2 for each in seen)
+    for (fold, _), fitted in zip(GroupKFold(2).split(paths, labels, groups), found, strict=True):
+        given = [paths[i] for i in fold], [labels[i] for i in fold]
+        same = FewShotClassifier().fit(*given, groups=[groups[i] for i in fold])
+        other = FewShotClassifier().fit(*given, groups=list(fold))
+        answers = fitted.predict_proba(paths)
+        assert np.array_equal(answers, same.predict_proba(paths))
+        assert not np.array_equal(answers, other.predict_proba(paths))
     with pytest.raises(ZooError, match="need as many groups"):
         FewShotClassifier().fit(paths, labels, groups=groups[:-1])
 
 
-def test_a_dataset_trains_as_its_images_do(tmp_path, monkeypatch):
-    """Of `datasets`, and a Parquet file through it, with names of classes or without; another says what it is."""
+def test_a_dataset_trains_as_its_images_do(small_model, tmp_path, monkeypatch):
+    """Of `datasets`, and a Parquet file through it, with names of classes or without; another says what it
+    is."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     pictures = [Image.effect_noise((40, 30), 20 + 40 * (i % 2)).convert("RGB") for i in range(8)]
     names, rows = ["flat", "rough"], {"image": pictures, "label": [i % 2 for i in range(8)]}
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
     table = datasets.Dataset.from_dict(rows, features)
-    expected = dcp_zoo.FewShotClassifier().fit(pictures, [names[i] for i in rows["label"]]).predict_proba(pictures)
+    classifier = FewShotClassifier(small_model, method="gda")
+    expected = clone(classifier).fit(pictures, [names[i] for i in rows["label"]]).predict_proba(pictures)
     table.to_parquet(file := str(tmp_path / "images.parquet"))
     for source in (table.with_format("numpy"), file):
-        fitted = dcp_zoo.FewShotClassifier().fit(source)
+        fitted = clone(classifier).fit(source)
         assert fitted.classes_.tolist() == names
         np.testing.assert_allclose(fitted.predict_proba(pictures), expected, atol=1e-6)
     plain = table.cast_column("label", datasets.Value("int64"))
-    assert dcp_zoo.train("dcp_mini", plain, classnames=names, validation=table).classnames == names
+    assert dcp_zoo.train(small_model, plain, method="gda", classnames=names, validation=table).classnames == names
     for wrong, message in (
         (datasets.DatasetDict(train=table), r"Pass one part of a dataset, and no stream, such as dataset\['train'\]"),
         (table.to_iterable_dataset(), "no stream"),

@@ -1,34 +1,41 @@
-"""Benchmarks: the plan of a grid, metrics, one file per trial, and sweeps that are killed and resumed. No trial learns
-from the labels of test images: with others there, all that is fitted is the same bit for bit."""
+"""Benchmarks: the plan of a grid, metrics, one file per trial, and sweeps that are killed and resumed. No
+trial learns from the labels of test images: with others there, all that is fitted is the same bit for
+bit."""
 
 import errno
 import json
 import math
 import multiprocessing
+import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from helpers import Count, StoppedState, made_up_result, no_images, until
+from helpers import FEW_STEPS, made_up_result, stopped_in_image_tower, training_steps, until
 from PIL import Image
 from safetensors.torch import load_file
+from trees import write_tree
 
+from dcp_zoo import FewShotClassifier
 from dcp_zoo.benchmark import Settings, Trial, plan, plan_trials, store, sweep
-from dcp_zoo.benchmark import sweep as sweep_module
-from dcp_zoo.data import Item, Split, few_shot, list_datasets, load_image, load_split, subset_sha256
+from dcp_zoo.data import few_shot, list_datasets, load_image, load_split, subset_sha256
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.errors import ZooError
+from dcp_zoo.features.loader import ImageLoader
+from dcp_zoo.features.views import PLAIN
 from dcp_zoo.training import evaluation as metrics
-from dcp_zoo.training.methods import METHODS, promptsrc
-from dcp_zoo.training.run import Run, train_head
-from dcp_zoo.training.state import TrainingState
+from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.run import RunOptions, train_head
+from dcp_zoo.training.run import plan as plan_run
 
-pytestmark = pytest.mark.usefixtures("quick_probe")
+pytestmark = FEW_STEPS
 TRANSFER = [name for name, method in METHODS.items() if method.abilities.transfers]
 CLOSED = [name for name in METHODS if name not in TRANSFER]
 
@@ -111,210 +118,307 @@ def test_calibration_error_and_likelihood_by_hand():
     assert metrics.negative_log_likelihood(probabilities.log() + 3, labels) == round(loss, 4)
 
 
+def write_noise(folder: Path, images: int, rng: np.random.Generator) -> None:
+    """Write images of each of two classes: noise, so that what fits one labelling of them best fits another
+    worse."""
+    for name in ("rose", "tulip"):
+        (folder / name).mkdir(parents=True)
+        for number in range(images):
+            pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+
+
 @pytest.fixture(scope="module")
-def digits():
-    """The digits with one test image per class, also under the names of other datasets; read once, as in a sweep."""
-
-    @cache
-    def load(name, root=None):
-        split = load_split("digits")
-        test = [item for label in range(10) for item in [i for i in split.test if i.label == label][:1]]
-        names = split.classnames if name != "dtd" else [f"number {c}" for c in split.classnames]
-        return replace(split, name=name, test=test, classnames=names)
-
-    sweep.shared_images.cache_clear()
-    yield load
-    sweep.shared_images.cache_clear()
+def noise(tmp_path_factory) -> Path:
+    """A folder with parts, of two images for each class in each part."""
+    folder = tmp_path_factory.mktemp("data") / "noise"
+    rng = np.random.default_rng(2)
+    for part in ("train", "val", "test"):
+        write_noise(folder / part, 2, rng)
+    return folder
 
 
-@pytest.fixture
-def few_digits(digits, monkeypatch):
-    """The digits for the sweeps of one test; others read what is there."""
-    monkeypatch.setattr(plan, "read_split", digits)
-    monkeypatch.setattr(promptsrc, "TEMPLATES", promptsrc.TEMPLATES[:3])  # 60 take longer than the rest
-    return digits
+def noisy(path: Path) -> None:
+    """Write a tiny picture unlike all others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng([*path.as_posix().encode()])
+    Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
 
 
-@pytest.fixture
-def tested(monkeypatch):
-    """The class names of each measurement of a trial."""
-    found = []
-
-    def record(names, *rest):
-        found.append(tuple(names))
-        return metrics.Evaluation(names, *rest)
-
-    monkeypatch.setattr(sweep, "Evaluation", record)
-    return found
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory) -> Path:
+    """A data root with EuroSAT and DTD, of four tiny images per class."""
+    root = tmp_path_factory.mktemp("tables")
+    for name in ("eurosat", "dtd"):
+        write_tree(root, name, make=noisy)
+    return root
 
 
-def short(protocol, method, seed=1, **grid):
-    """A trial on the digits, of one step if it is trained."""
-    options = {"epochs": [1]} if method == "dcp" else None
-    (trial,) = plan_trials(protocol, ["dcp_mini"], [method], ["digits"], [1], [seed], options, **grid)
+def run_once(trial: Trial, settings: Settings) -> dict[str, Any]:
+    """The result of a trial that runs in a sweep of its own, and succeeds."""
+    assert sweep.sweep([trial], settings) == {}
+    return store.results(settings.output)[trial.key]
+
+
+# ------------------------------------------------------------------------------------------------ what a trial computes
+
+# How many views of each training image a method is fitted to, where random crops do not make more of them.
+FITTED_TO = dict.fromkeys(METHODS, 2) | {"zero-shot": 0, "zero-shot-ensemble": 0, "ss-text": 1, "lp-plus-plus": 1}
+
+
+def on_two_classes(model: str, method: str) -> Trial:
+    """A trial on two images per class, of one step if it is trained; with mirror images in place of random
+    crops."""
+    options: dict[str, list[object]] = {"epochs": [1], "steps": [1]}
+    if METHODS[method].recipe(model, "folder", 2, "few-shot").as_dict().get("augment", "none") != "none":
+        options["augment"] = ["flip"]
+    if model == "dcp_mini":
+        options["classifier"] = ["none"]  # a text probe is fitted for the small model, too
+    known = METHODS[method].config
+    options = {name: values for name, values in options.items() if hasattr(known, name)}
+    (trial,) = plan_trials("few-shot", [model], [method], ["folder"], [2], [1], options)
     return trial
 
 
-def test_dcp_equals_the_head_of_dcp_zoo_train(few_digits, tmp_path):
-    """And says what was tested, on which images."""
-    trial = short("few-shot", "dcp", seed=3)
-    result = sweep.run_trial(trial, Settings(tmp_path, device="cpu", save_heads="dcp"))
+@pytest.fixture(scope="module")
+def read_before(noise, small_model) -> sweep.TrialImages:
+    """The images of a sweep in which both views of the training images were read already."""
+    settings = Settings(noise.parent / "before", noise, "cpu")
+    images = sweep.TrialImages(small_model, settings)
+    for method in ("tip-adapter", "vpt-deep"):  # from features, and from pixels
+        sweep.run_trial(on_two_classes(small_model, method), settings, images=images)
+    return images
+
+
+@pytest.mark.parametrize("method", [*METHODS, "dcp on dcp_mini"])
+def test_a_method_is_fitted_to_the_same_rows_on_every_road(
+    method, noise, read_before, small_model, tmp_path, monkeypatch
+):
+    """In a sweep that begins with it, in a sweep after other trials, by `train` and by the estimator: to so
+    many views of each training image, and with the same head in the end. DCP trains on tokens of the
+    miniature's frozen stem."""
+    method, _, model = method.partition(" on ")
+    model = model or small_model
+    trial = on_two_classes(model, method)
+    settings = Settings(tmp_path / "first", noise, "cpu", save_heads=method)
+    images = sweep.TrialImages(model, settings)
+    subset = images.subset("folder", "all", 2, 1)
+    paths, labels = [item.path for item in subset.train], [item.label for item in subset.train]
+    validation = [item.path for item in subset.val], [item.label for item in subset.val]
+    exact = {"device": "cpu", "precision": "float32"}
+
+    def first() -> Path:
+        sweep.run_trial(trial, settings, images=images)
+        return settings.output / "heads" / trial.head
+
+    def after_others() -> Path:
+        later = replace(settings, output=tmp_path / "later")
+        sweep.run_trial(trial, later, images=read_before)
+        return later.output / "heads" / trial.head
+
+    def by_train() -> Path:
+        split = images.split("folder")
+        run = plan_run(split, model, method, shots=2, seed=1, recipe=trial.recipe, **exact)
+        return train_head(run, None, RunOptions(test=False))[0].save_pretrained(tmp_path / "train")
+
+    def by_estimator() -> Path:
+        estimator = FewShotClassifier(model, method=method, recipe=trial.recipe, memory=False, **exact)
+        estimator.set_params(random_state=1, classnames=subset.classnames)
+        return estimator.fit(paths, labels, validation=validation).model_.save_pretrained(tmp_path / "estimator")
+
+    views = record_views(monkeypatch, {*paths})
+    roads = [first, by_train, by_estimator] if model == "dcp_mini" else [first, after_others, by_train, by_estimator]
+    heads = []
+    for fit in roads:
+        views.clear()
+        heads.append(load_file(fit() / "model.safetensors"))
+        assert max(views, default=0) == FITTED_TO[method]
+    for head in heads[1:]:
+        assert head.keys() == heads[0].keys()
+        assert all(torch.equal(head[name], heads[0][name]) for name in head)
+
+
+def record_views(monkeypatch, paths: set[str]) -> list[int]:
+    """A list that fills with how many views of the images of these paths are read or shown in shuffled
+    batches."""
+    views: list[int] = []
+    table, shuffled = ImageLoader.table, ImageLoader.shuffled
+
+    def record(loader: ImageLoader, count: int) -> None:
+        if {item.path for item in loader.items} <= paths:
+            views.append(count)
+
+    def reading(loader, readings=(), views=(PLAIN,), *, facts=False):
+        record(loader, len(views))
+        return table(loader, readings, views, facts=facts)
+
+    def showing(loader, *args, **options):
+        record(loader, len(loader.views))
+        return shuffled(loader, *args, **options)
+
+    monkeypatch.setattr(ImageLoader, "table", reading)
+    monkeypatch.setattr(ImageLoader, "shuffled", showing)
+    return views
+
+
+def test_a_result_says_what_was_tested_and_on_which_images(tables, small_model, tmp_path):
+    """Of DCP in three ways of measuring it, and of both halves of the classes, which are drawn as for all of
+    them."""
+    settings = Settings(tmp_path, tables, "cpu", save_heads="dcp")
+    eurosat = load_split("eurosat", tables)
+    drawn = few_shot(eurosat, 1, 3).train
+    grid = {"models": [small_model], "methods": ["dcp"], "datasets": ["eurosat"], "shots": [1], "seeds": [3]}
+    (whole,) = plan_trials("few-shot", **grid, options={"epochs": [1]})
+    result = run_once(whole, settings)
     assert [entry["stats"] for entry in result["results"]] == ["stored", "batch", "no_classifier"]
-    assert {(e["target"], e["classes"], e["images"]) for e in result["results"]} == {("digits", "all", 10)}
-    assert result["subset_sha256"] == subset_sha256(few_shot(few_digits("digits"), 1, 3).train)
-    recipe = replace(METHODS["dcp"].recipe("dcp_mini", "digits", 1, "few-shot"), epochs=1)
-    train_head(Run("dcp_mini", few_digits("digits"), 1, 3, recipe, torch.device("cpu")), tmp_path / "head")
-    folders = tmp_path / "heads" / trial.head, tmp_path / "head"
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in folders)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_base_to_new_tests_both_halves_and_draws_as_for_all_classes(few_digits, tmp_path, tested):
-    result = sweep.run_trial(short("base-to-new", "dcp"), Settings(tmp_path))
+    assert {(e["target"], e["classes"], e["images"]) for e in result["results"]} == {("eurosat", "all", 10)}
+    assert result["subset_sha256"] == subset_sha256(drawn)
+    (halves,) = plan_trials("base-to-new", **grid, options={"epochs": [1]})
+    result = run_once(halves, settings)
     assert {(e["classes"], e["images"]) for e in result["results"]} == {("base", 5), ("new", 5)}
-    assert list(map("".join, dict.fromkeys(tested))) == ["01234", "56789"]
-    base = [item for item in few_shot(few_digits("digits"), 1, 1).train if item.label < 5]
-    assert result["subset_sha256"] == subset_sha256(base)
+    assert result["subset_sha256"] == subset_sha256([item for item in drawn if item.label < 5])
 
 
-def test_a_trial_resumes_with_the_targets_that_are_left(few_digits, tmp_path, monkeypatch, tested):
-    """After a stop of the training, and after an error in a target, with the same results as without. Targets have
-    class names of their own."""
-    there = {"eurosat": True}
-
-    def load(name, root=None):
-        if not there.get(name, True):
-            raise ZooError(f"{name} is missing")
-        split = few_digits(name)
-        return replace(split, classnames=[f"no {c}" for c in split.classnames]) if name == "eurosat" else split
-
-    monkeypatch.setattr(plan, "read_split", load)
-    monkeypatch.setattr(plan, "list_datasets", lambda: ["digits", "dtd", "eurosat"])
-    options = {"datasets": ["digits"], "shots": [1], "seeds": [1], "options": {"epochs": [2]}}
-    (trial,) = plan_trials("cross-dataset", methods=["dcp"], **options)
-    whole, settings = Settings(tmp_path / "whole"), Settings(tmp_path / "resumed")
-    steps = Count(monkeypatch, TrainingState, "step")
-    assert sweep.execute(trial, whole).state == "done"
-    trained = steps.calls
-    assert {names[3] for names in tested} == {"3", "number 3", "no 3"}
-    with monkeypatch.context() as patch:
-        patch.setattr("dcp_zoo.training.run.TrainingState", partial(StoppedState, 1))
-        with pytest.raises(KeyboardInterrupt):
-            sweep.execute(trial, settings)
-    there["eurosat"] = False
-    assert sweep.execute(trial, settings).message == "eurosat is missing"
-    assert steps.calls == 2 * trained  # none twice
-    there["eurosat"] = True
-    monkeypatch.setattr(sweep, "train_head", lambda *args, **options: pytest.fail("trained again"))
-    tested.clear()
-    event = sweep.execute(trial, settings)
-    assert event.state == "done", event.message
-    assert {names[3] for names in tested} == {"no 3"}
-    before, after = (store.results(each.output)[trial.key] for each in (whole, settings))
+def test_a_trial_resumes_with_the_targets_that_are_left(tables, small_model, tmp_path):
+    """After a stop of the training, and after an error in a target, with the same results as without. A
+    target has class names of its own."""
+    options = {"models": [small_model], "methods": ["dcp"], "datasets": ["eurosat"], "shots": [1], "seeds": [1]}
+    changes = {"epochs": [2], "classifier": ["none"]}
+    (trial,) = plan_trials("cross-dataset", **options, targets=["eurosat", "dtd"], options=changes)
+    root = Path(shutil.copytree(tables, tmp_path / "root"))
+    whole, settings = Settings(tmp_path / "whole", root, "cpu"), Settings(tmp_path / "resumed", root, "cpu")
+    with training_steps() as steps:
+        before = run_once(trial, whole)
+    every = len(steps)
+    assert {(entry["target"], entry["images"]) for entry in before["results"]} == {("eurosat", 10), ("dtd", 47)}
+    with pytest.raises(KeyboardInterrupt), training_steps(stop_after=2):
+        sweep.sweep([trial], settings)
+    spoilt = next((root / "dtd" / "images").rglob("*_test_*.jpg"))
+    content = spoilt.read_bytes()
+    spoilt.write_bytes(bytes(len(content)))
+    with training_steps() as steps:
+        assert str(spoilt) in sweep.sweep([trial], settings)[trial]
+    assert len(steps) == every - 2, "the first two are not taken again"
+    spoilt.write_bytes(content)
+    with training_steps() as steps:
+        after = run_once(trial, settings)
+    assert not steps
     assert after["results"] == before["results"]
     assert (after.keys(), after["info"].keys()) == (before.keys(), before["info"].keys())
     assert not [*(tmp_path / "resumed" / "unfinished").iterdir()]
 
 
-COMMAND = ("benchmark", "few-shot")
-TRIALS = plan_trials("few-shot", methods=["zero-shot", "dcp"], datasets=["dtd"], shots=[1, 2], seeds=[1, 2])
+# ------------------------------------------------------------------------------------------------ the folder of a sweep
 
 
-@pytest.fixture
-def fake(monkeypatch):
-    """Trials that take no time, and the list of those that ran. Seed 2 of 1 shot fails while `broken`."""
-    ran = []
-
-    def run_trial(trial, settings, **kwargs):
-        ran.append(trial.key)
-        if fake_state["broken"] and (trial.shots, trial.seed) == (1, 2):
-            raise RuntimeError("out of memory [/]")
-        return made_up_result(trial)
-
-    fake_state = {"broken": False, "ran": ran}
-    monkeypatch.setattr("dcp_zoo.benchmark.sweep.run_trial", run_trial)
-    monkeypatch.setattr(plan, "read_split", no_images)
-    return fake_state
+def grid_on_eurosat(model: str, *seeds: int) -> list[Trial]:
+    """Zero-shot CLIP, and a method that takes a moment."""
+    return plan_trials("few-shot", [model], ["zero-shot", "ss-text"], ["eurosat"], [1], seeds)
 
 
-def test_a_failing_trial_is_recorded_and_tried_again(tmp_path, fake, run):
-    pytest.importorskip("pandas")
-    fake["broken"] = True
-    command = (*COMMAND, "--methods", "dcp", "--datasets", "dtd", "--shots", "1", "--output", tmp_path)
-    err = run.refused(*command, "--data-root", tmp_path)
+def test_a_failing_trial_is_recorded_and_tried_again(tables, small_model, tmp_path, run):
+    """The others run; what it says is not read as markup."""
+    root = Path(shutil.copytree(tables, tmp_path / "[red]"))
+    drawn = [{item.path for item in few_shot(load_split("eurosat", root), 1, seed).train} for seed in (1, 2, 3)]
+    spoilt = Path(min(drawn[1] - drawn[0] - drawn[2]))  # which seed 2 alone draws
+    content = spoilt.read_bytes()
+    spoilt.write_bytes(bytes(len(content)))
+    command = ["benchmark", "few-shot", "--models", small_model, "--methods", "ss-text", "--datasets", "eurosat"]
+    command += ["--shots", "1", "--data-root", root, "--output", tmp_path / "out"]
+    (failing,) = plan_trials("few-shot", [small_model], ["ss-text"], ["eurosat"], [1], [2])
+    err = run.refused(*command)
     assert "Error: 1 of 3 trials failed; the same command tries them again" in err
-    assert "out of memory [/]" in err
-    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 2
-    failed = "few-shot.dcp_mini.dtd-1shot-seed2.dcp"
-    assert store.failures(tmp_path) == {failed: "RuntimeError: out of memory [/]"}
-    assert "Traceback" in json.loads(next((tmp_path / "failed").iterdir()).read_text())["traceback"]
-    assert len(store.done(tmp_path)) == 2
-    fake["broken"] = False
-    fake["ran"].clear()
-    assert "52.0 ± 1.0" in run.ok(*command, "--data-root", tmp_path)
-    assert (fake["ran"], store.failures(tmp_path)) == ([failed], {})
+    assert f"Cannot read the image {spoilt}" in err
+    assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 1 + 2
+    assert str(spoilt) in store.failures(tmp_path / "out")[failing.key]
+    assert "Traceback" in json.loads(next((tmp_path / "out" / "failed").iterdir()).read_text())["traceback"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "results").iterdir()}
+    assert len(before) == 2
+    spoilt.write_bytes(content)
+    assert "±" in run.ok(*command)
+    assert store.failures(tmp_path / "out") == {}
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "these did not run again"
+    assert len(store.done(tmp_path / "out")) == 3
 
 
-def test_results_of_another_sweep_are_rejected(tmp_path, fake, monkeypatch):
-    sweep.sweep(TRIALS, Settings(tmp_path))
-    with pytest.raises(ZooError, match=r"made with precision float32, not bfloat16: choose another --output"):
-        sweep.sweep(TRIALS, Settings(tmp_path, precision="bfloat16"))
-    few, more = (plan_trials("cross-dataset", methods=["zero-shot"], targets=t) for t in (["dtd"], ["dtd", "eurosat"]))
-    sweep.sweep(few, Settings(tmp_path / "few"))
+def test_results_under_other_conditions_are_rejected(tables, small_model, tmp_path):
+    """Of another sweep, on other targets, of other weights, by other versions, or of other images of the
+    same names; each with the reason. A report still has those of an earlier version."""
+    root = Path(shutil.copytree(tables, tmp_path / "root"))
+    settings = Settings(tmp_path / "out", root, "cpu")
+    few, more = (
+        plan_trials("cross-dataset", [small_model], ["zero-shot"], ["eurosat"], targets=targets)
+        for targets in (["dtd"], ["dtd", "eurosat"])
+    )
+    assert sweep.sweep(few, settings) == {}
+    assert sweep.sweep(few, settings, run=lambda trials, _: [pytest.fail("again") for _ in trials]) == {}
+    path = settings.output / "results" / f"{few[0].key}.json"
+    whole = path.read_text()
+    result = json.loads(whole)
+    old = {name: value for name, value in result.items() if name not in ("images", "made_by")}
+    for text, message in (
+        (json.dumps(result | {"weights": "other"}), r"made with weights other, not \w+"),
+        (json.dumps(result | {"made_by": result["made_by"] | {"timm": "0.1"}}), r"made with timm 0.1, not \d"),
+        (json.dumps(old), "earlier version, which did not keep what it was tested on.* --output"),
+        (whole[:100], "json cannot be read .* Delete it"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ZooError, match=message):
+            sweep.sweep(few, settings)
+    path.write_text(json.dumps(old))
+    assert len(store.gather(settings.output)) == 1
+    path.write_text(whole)
+    with pytest.raises(ZooError, match="made with precision float32, not bfloat16: choose another --output"):
+        sweep.sweep(few, replace(settings, precision="bfloat16"))
     with pytest.raises(ZooError, match="has no test on eurosat: choose another --output"):
-        sweep.sweep(more, Settings(tmp_path / "few"))
-    monkeypatch.setattr(plan, "weights_id", lambda model: "other")
-    with pytest.raises(ZooError, match=r"made with weights \w+, not other"):
-        sweep.sweep(TRIALS, Settings(tmp_path))
-    path = tmp_path / "results" / f"{TRIALS[0].key}.json"
-    path.write_text(path.read_text()[:100])
-    with pytest.raises(ZooError, match=r"zero-shot.json cannot be read .* Delete it"):
-        sweep.sweep(TRIALS, Settings(tmp_path))
+        sweep.sweep(more, settings)
+    Image.new("RGB", (60, 60), "red").save(next((root / "dtd" / "images").rglob("*_test_*.jpg")))
+    with pytest.raises(ZooError, match="was made with other images of dtd: choose another --output"):
+        sweep.sweep(few, settings)
 
 
-def test_a_later_sweep_sees_that_the_folder_has_changed(tmp_path, flowers):
-    trials = plan_trials("few-shot", methods=["zero-shot"], datasets=["folder"])
-    settings = Settings(tmp_path / "out", flowers, device="cpu")
+def test_a_later_sweep_sees_that_the_folder_has_changed(noise, small_model, tmp_path):
+    folder = Path(shutil.copytree(noise, tmp_path / "photos"))
+    trials = plan_trials("few-shot", [small_model], ["zero-shot"], ["folder"])
+    settings = Settings(tmp_path / "out", folder, "cpu")
     assert not sweep.sweep(trials, settings)
-    Image.new("RGB", (60, 60), "red").save(next((flowers / "rose").iterdir()))
-    with pytest.raises(ZooError, match="was made with folder .*: choose another --output"):
+    Image.new("RGB", (60, 60), "red").save(next((folder / "test" / "rose").iterdir()))
+    with pytest.raises(ZooError, match="was made with other images of folder: choose another --output"):
         sweep.sweep(trials, settings)
 
 
-def work(output: Path) -> None:
-    """Sweep `TRIALS`, each of which takes a moment."""
-
-    def run_trial(trial, settings, **kwargs):
-        with (output / "log").open("a") as log:
+def slowly(trials: list[Trial], settings: Settings) -> Iterator[sweep.Event]:
+    """In place of `run_in_process`: each trial takes a moment, and nothing is measured."""
+    for trial in trials:
+        with (settings.output / "log").open("a") as log:
             log.write(f"{trial.key}\n")
         time.sleep(0.2)
-        return made_up_result(trial)
-
-    sweep.run_trial, plan.read_split = run_trial, no_images
-    assert sweep.sweep(TRIALS, Settings(output)) == {}
+        store.save_result(settings.output, made_up_result(trial) | settings.conditions(trial))
+        yield sweep.Event(trial, "done")
 
 
-def test_a_killed_sweep_resumes_and_another_in_its_folder_is_refused(tmp_path):
+def test_a_killed_sweep_resumes_and_another_in_its_folder_is_refused(tables, tmp_path):
     """No trial that was finished runs again."""
+    trials, settings = grid_on_eurosat("dcp_mini", 1, 2, 3, 4, 5), Settings(tmp_path, tables, "cpu")
 
-    def runs() -> list[str]:
+    def started() -> list[str]:
         return (tmp_path / "log").read_text().split() if (tmp_path / "log").exists() else []
 
-    first, second = (multiprocessing.get_context("fork").Process(target=work, args=[tmp_path]) for _ in range(2))
+    work = partial(sweep.sweep, trials, settings, run=slowly)
+    first, second = (multiprocessing.get_context("fork").Process(target=work) for _ in range(2))
     first.start()
-    until(lambda: len(runs()) == 3)
+    until(lambda: len(started()) == 3)
     with pytest.raises(ZooError, match="Another process .*: wait, or choose another --output"):
-        sweep.sweep(TRIALS, Settings(tmp_path))
+        sweep.sweep(trials, settings)
     first.kill()
     first.join()
-    lost = runs()[-1]
-    assert store.done(tmp_path) == set(runs()) - {lost}
+    lost = started()[-1]
+    assert store.done(tmp_path) == {*started()} - {lost}
     second.start()
     second.join(60)
     assert second.exitcode == 0
-    assert sorted(runs()) == sorted([lost, *(trial.key for trial in TRIALS)])
-    assert store.done(tmp_path) == set(runs())
+    assert sorted(started()) == sorted([lost, *(trial.key for trial in trials)])
+    assert store.done(tmp_path) == {*started()}
 
 
 def test_missing_targets_are_found_before_anything_is_trained(tmp_path, run):
@@ -329,17 +433,17 @@ def test_missing_targets_are_found_before_anything_is_trained(tmp_path, run):
         assert not (tmp_path / "x" / "results").exists()
     assert "1 trials, 1 to run" in run.ok(*command, "--dry-run"), "without a folder nothing is looked for"
     assert "1 trials, 1 to run" in run.ok(*command, "--targets", "digits", "--data-root", tmp_path, "--dry-run")
-    assert "--shots takes" in run.refused(*command, "--shots", "1,two")
+    assert "--shots takes integers from 1" in run.refused(*command, "--shots", "0,two")
+    assert "1 trials, 1 to run" in run.ok(*command, "--seeds", "0", "--dry-run"), "as `train --seed 0`"
 
 
-def test_ctrl_c_stops_cleanly(tmp_path, fake, monkeypatch, run):
-    pytest.importorskip("pandas")
-    data = ("--datasets", "dtd", "--data-root", tmp_path)
-    command = (*COMMAND, "--methods", "dcp", *data, "--shots", "1", "--output", tmp_path)
+def test_ctrl_c_stops_cleanly(tables, small_model, tmp_path, run):
+    command = ["benchmark", "few-shot", "--models", small_model, "--methods", "ss-text", "--datasets", "eurosat"]
+    command += ["--shots", "1", "--data-root", tables, "--output", tmp_path]
     run.ok(*command, "--seeds", "1")
-    monkeypatch.setattr("dcp_zoo.benchmark.sweep.run_trial", Mock(side_effect=KeyboardInterrupt))
-    code, _, err = run(*command)
-    assert (code, "Finished trials are kept" in err) == (130, True)
+    with stopped_in_image_tower():
+        code, _, err = run(*command)
+    assert (code, "What was computed is kept" in err) == (130, True)
     assert (len(store.done(tmp_path)), store.failures(tmp_path)) == (1, {})
 
 
@@ -353,34 +457,34 @@ def test_ctrl_c_stops_cleanly(tmp_path, fake, monkeypatch, run):
     ],
 )
 def test_a_folder_that_is_not_writable_is_found_first(run, flowers, my_head, no_work, monkeypatch, command):
-    refuse = Mock(side_effect=OSError(errno.EACCES, "Permission denied"))
-    monkeypatch.setattr("dcp_zoo.files.TemporaryFile", refuse)
-    monkeypatch.setattr("dcp_zoo.files.Path.touch", refuse)  # of a lock
+    """A folder's lock and the files that are tried are opened by the system, which may refuse it."""
+    monkeypatch.setattr("os.open", Mock(side_effect=OSError(errno.EACCES, "Permission denied")))
     err = run.refused(*command.split())
     assert "Cannot write to out" in err
     assert "Permission denied. Choose another --output" in err
 
 
-@pytest.mark.parametrize("call", ["os.fsync", "Path.touch"])
-def test_a_full_folder_stops_the_sweep_with_nothing_half_written(tmp_path, fake, monkeypatch, call):
-    assert sweep.sweep(TRIALS[:1], Settings(tmp_path)) == {}
+@pytest.mark.parametrize("call", ["os.fsync", "os.open"])
+def test_a_full_folder_stops_the_sweep_with_nothing_half_written(tables, small_model, tmp_path, monkeypatch, call):
+    trials, settings = grid_on_eurosat(small_model, 1), Settings(tmp_path, tables, "cpu")
+    assert sweep.sweep(trials[:1], settings) == {}
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
-
-    with monkeypatch.context() as broken:
-        broken.setattr(f"dcp_zoo.files.{call}", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with monkeypatch.context() as full:
+        full.setattr(call, Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(ZooError, match=r"Cannot write .*[Cc]hoose another --output"):
-            sweep.sweep(TRIALS, Settings(tmp_path))
+            sweep.sweep(trials, settings)
     files = {path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"}
     assert {path: path.read_bytes() for path in files} == before
-    assert sweep.sweep(TRIALS, Settings(tmp_path)) == {}
-    assert len(store.done(tmp_path)) == len(TRIALS)
+    assert sweep.sweep(trials, settings) == {}
+    assert len(store.done(tmp_path)) == len(trials)
 
 
 def test_no_group_of_a_folder_is_in_two_parts(tmp_path, monkeypatch):
     monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path / "cache"))
     for i, path in enumerate(sample_images()):
         photo = load_image(path)
-        (folder := tmp_path / "photos" / f"class {i % 2}").mkdir(parents=True, exist_ok=True)
+        folder = tmp_path / "photos" / f"class {i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
         for j, size in enumerate((200, 150, 100)):
             photo.resize((size, size)).save(folder / f"{i} {j}.png")
     split = plan.read_split("folder", tmp_path / "photos")
@@ -388,54 +492,32 @@ def test_no_group_of_a_folder_is_in_two_parts(tmp_path, monkeypatch):
     assert sum(map(len, parts)) == len(set.union(*parts)) == 6
 
 
-@pytest.fixture(scope="module")
-def split(tmp_path_factory):
-    """Two training, one validation and four test images of each of three classes. They are noise, so that what fits one
-    labelling of them best fits another worse."""
-    folder, rng, items = tmp_path_factory.mktemp("noise"), np.random.default_rng(2), []
-    for i in range(21):
-        path = folder / f"{i}.png"
-        Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((32, 32)).save(path)
-        items.append(Item(str(path), path.name, i % 3))
-    return Split("digits", ["red", "blue", "green"], items[:6], items[6:9], items[9:])
+# ------------------------------------------------------------------------------------- what no trial may learn from
 
 
-@pytest.fixture
-def fitted(clip, split, monkeypatch, tmp_path):
-    """A function (permuted) -> the logits of the test images and `info`, of a whole few-shot trial of GDA."""
-    logits: list[torch.Tensor] = []
-    top1 = sweep_module.METRICS["top1"]
-    monkeypatch.setattr(sweep_module, "plain_clip", lambda model: clip)
-    monkeypatch.setitem(sweep_module.METRICS, "top1", lambda x, labels: logits.append(x) or top1(x, labels))
-
-    def run(permuted):
-        test = [item._replace(label=(item.label + 1) % 3) for item in split.test] if permuted else split.test
-        monkeypatch.setattr(plan, "read_split", lambda *args: replace(split, test=test))
-        sweep_module.shared_images.cache_clear()
-        logits.clear()
-        (trial,) = plan_trials("few-shot", ["dcp_mini"], ["gda"], ["digits"], [2], [1])
-        result = sweep_module.run_trial(trial, Settings(tmp_path / str(permuted), device="cpu"))
-        assert len(logits) == len(result["results"])
-        return torch.stack(logits), result["info"]
-
-    yield run
-    sweep_module.shared_images.cache_clear()
+def trained_head(folder: Path, model: str, output: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the head of a whole trial of GDA on a folder with parts."""
+    settings = Settings(output, folder, "cpu", save_heads="gda")
+    trial = on_two_classes(model, "gda")
+    run_once(trial, settings)
+    return load_file(output / "heads" / trial.head / "model.safetensors")
 
 
-def test_labels_of_test_images_change_nothing(fitted):
-    """A method gets training and validation images alone; what it gets is the same for all."""
-    (logits, info), (permuted, other) = fitted(permuted=False), fitted(permuted=True)
-    assert torch.equal(permuted, logits)
-    assert other == info
-
-
-@pytest.mark.parametrize("part", ["train", "val"])
-def test_a_method_that_reads_them_is_found(fitted, monkeypatch, part):
-    """If it is given the test images as its training or validation images."""
-    subset = sweep_module.TrialImages.subset
-
-    def leaking(self, *args):
-        return replace(subset(self, *args), **{part: self.split("digits").test})
-
-    monkeypatch.setattr(sweep_module.TrialImages, "subset", leaking)
-    assert not torch.equal(fitted(permuted=False)[0], fitted(permuted=True)[0])
+@pytest.mark.parametrize("leak", [None, "train", "val"])
+def test_labels_of_test_images_change_nothing(leak, noise, small_model, tmp_path):
+    """A method gets training and validation images alone; what it gets is the same for all. That it would be
+    found otherwise is shown by parts that are the test images, with their labels."""
+    heads = []
+    for swapped in (False, True):
+        folder = Path(shutil.copytree(noise, tmp_path / str(swapped) / "photos"))
+        test = folder / "test"
+        if swapped:
+            (test / "rose").rename(test / "other")
+            (test / "tulip").rename(test / "rose")
+            (test / "other").rename(test / "tulip")
+        if leak:
+            shutil.rmtree(folder / leak)
+            shutil.copytree(test, folder / leak)
+        heads.append(trained_head(folder, small_model, tmp_path / str(swapped) / "out"))
+    equal = all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+    assert equal == (leak is None)

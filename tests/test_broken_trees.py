@@ -24,8 +24,8 @@ FOLDERS = [name for name in NAMES if name not in [*LISTED, *AIRCRAFT]]
 
 @pytest.fixture(autouse=True)
 def few_classes(monkeypatch) -> None:
-    """The largest datasets have 20 classes, the smaller variants of ImageNet 4: thousands of files for each test take
-    long to write, and longer to remove."""
+    """The largest datasets have 20 classes, the smaller variants of ImageNet 4: thousands of files for each
+    test take long to write, and longer to remove."""
     few = {"food101": 20, "sun397": 20} | {name: DATASETS[name].num_classes // 50 for name in IMAGENETS}
     names, wnids = packaged._class_names(), dict(islice(packaged.wnid_names().items(), 20))
     first = {name: names[name][:20] for name in ("food101", "sun397", "imagenet")}

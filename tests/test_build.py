@@ -1,4 +1,5 @@
-"""`hub/build.py` from nothing to a full registry, on small data and a Hub that takes uploads; and what it refuses."""
+"""`hub/build.py` from nothing to a full registry, on small data and a Hub that takes uploads; and what it
+refuses."""
 
 import json
 import re
@@ -25,8 +26,8 @@ from dcp_zoo.benchmark.sweep import TrialImages
 from dcp_zoo.data import DATASETS, list_datasets, packaged
 from dcp_zoo.data.packaged import Archive
 from dcp_zoo.training.methods import METHODS, fit_head
-from dcp_zoo.training.methods.base import Task
 from dcp_zoo.training.run import plan
+from dcp_zoo.training.task import Task
 from dcp_zoo.zoo import registry
 
 NAMES = ["red", "green", "blue", "grey"]
@@ -144,9 +145,9 @@ def test_a_pace_is_measured(clip, monkeypatch):
 
 
 @pytest.mark.scripts
-def test_a_build_survives_stops_and_a_busy_hub(small, uploads, run, monkeypatch):
-    """From nothing to a full registry; a build that is finished asks for nothing. A card, the manifest and the index
-    have the figures of other protocols, whose heads do not take its place."""
+def test_a_build_survives_stops_and_a_busy_hub(small, uploads, run, monkeypatch, capsys):
+    """From nothing to a full registry; a build that is finished asks for nothing. A card, the manifest and
+    the index have the figures of other protocols, whose heads do not take its place."""
     few = ("--org", "our-org", "--datasets", "caltech101,fgvc_aircraft", "--protocols", "base-to-new,domain-shift")
     write, few_only = store.write_json, arguments(small, *few)
     uploads.faults = [("/commit/main", 429), ("/commit/main", 0)]
@@ -162,6 +163,9 @@ def test_a_build_survives_stops_and_a_busy_hub(small, uploads, run, monkeypatch)
             assert run(*few_only)[0] == 130
     assert "2 published." in run.ok(*few_only)
     check_full(uploads, small, monkeypatch, ["caltech101", "fgvc_aircraft"])
+    one = CommandLine(monkeypatch, capsys, publish.app)  # which has all that a build has
+    head, options = small / "BUILD/heads/dcp_mini.caltech101-1shot", ("--org", "our-org", "--data-root", small / "DATA")
+    assert "The checkpoint is valid" in one.ok(head, *options, "--dry-run") + one(head, *options, "--dry-run")[2]
     requests = len(uploads.requests)
     assert "2 published." in run.ok(*few_only)
     assert len(uploads.requests) == requests
@@ -176,11 +180,11 @@ def test_a_build_survives_stops_and_a_busy_hub(small, uploads, run, monkeypatch)
 
 
 @pytest.mark.scripts
-def test_the_table_of_a_real_clip_is_submitted(small, quick_probe, monkeypatch, capsys):
+def test_the_table_of_a_real_clip_is_submitted(small, monkeypatch, capsys):
     """On stand-ins: says what it takes, stops, resumes, and `submit.py` takes all rows."""
     monkeypatch.setattr(pace, "pace", lambda *args: PACE)
     monkeypatch.setattr(submit, "split_sha256", lambda name: None)
-    monkeypatch.setattr(METHODS, "places", dict(METHODS.places))  # to which it adds one
+    monkeypatch.setattr(METHODS, "entries", dict(METHODS.entries))  # to which it adds one
     table = CommandLine(monkeypatch, capsys, real_table.app)
     command = ["--model", "dcp_mini", "--datasets", "caltech101,fgvc_aircraft", "--shots", "1", "--seeds", "1,2"]
     command += ["--data-root", small / "DATA", "--output", small / "TABLE"]
@@ -241,7 +245,6 @@ INFO = dict.fromkeys(("dataset", "shots", "seed", "recipe", "split_sha256", "sub
 RELEASE = publish.Release(Path(), registry.HeadEntry("dcp_mini.dtd-1shot"), "org/head", "head", None, INFO, "mit")
 
 
-@pytest.mark.scripts
 def test_gates():
     zero_shot = {"results": [{"images": 1000, "top1": 69.0, "stats": ""}], "split_sha256": "split"}
     for change, reason in (
@@ -252,6 +255,7 @@ def test_gates():
         ({"info": {"first_loss": 1.0, "last_loss": float("nan")}}, "not finite"),
         ({"head_sha256": "other"}, "not the one that was measured"),
         ({"split_sha256": "other"}, "tested on other images"),
+        ({"results": result()["results"][:1]}, "not measured with both kinds of statistics"),
     ):
-        found = build.refusals(result(**change), zero_shot, RELEASE, "")
+        found = publish.refusals(result(**change), zero_shot, RELEASE, "")
         assert [reason in text for text in found] == ([True] if reason else []), found

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import Around, classify, encoded, read_csv, recipe, until
+from helpers import Around, classify, copied, encoded, read_csv, recipe, stopped_in_image_tower, until
 from PIL import Image
 from pyarrow.parquet import read_table
 from rich.table import Table
@@ -28,11 +27,12 @@ from dcp_zoo.answers import Outputs, written
 from dcp_zoo.cli import console
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import find_images
-from dcp_zoo.data.images import crop, normalise
+from dcp_zoo.data.images import crop
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.readers import label_rows
+from dcp_zoo.errors import ZooWarning
 from dcp_zoo.files import locked
-from dcp_zoo.prediction import Backend, decode
+from dcp_zoo.prediction import Backend
 from dcp_zoo.prediction.heads import HeadBackend
 from dcp_zoo.prediction.job import OutputFiles
 from dcp_zoo.prediction.job import run as run_job
@@ -70,7 +70,9 @@ class Fake(Backend):
     """Its outputs are a function of the pixels."""
 
     def __init__(self, compute, *more: str) -> None:
-        super().__init__("fake", ["dark", "bright", *more], CFG)
+        self.architecture = "fake"
+        self.classnames = ["dark", "bright", *more]
+        self.preprocessing = CFG
         self.of_pixels = compute
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
@@ -92,7 +94,8 @@ def test_folders_patterns_and_lists(photos):
     for other in ("photos/.hidden/x.jpg", "photos/__MACOSX/x.jpg", "photos/a/._00.jpg", "photos/notes.md"):
         Path(other).parent.mkdir(exist_ok=True)
         Path(other).write_bytes(jpeg(1))
-    assert find_images(["photos"]) == names
+    with pytest.warns(ZooWarning, match="Ignored in photos: 1 .md"):
+        assert find_images(["photos"]) == names
     assert find_images(["photos/**/*.jpg"]) == names
     assert find_images(["photos/b/*", names[0]]) == [*names[12:], names[0]]
     Path("photos/list.txt").write_text("b/13.jpg\n\na/00.jpg\n/somewhere/x.jpg\n")
@@ -114,73 +117,6 @@ def test_a_source_without_images_is_explained(photos):
             find_images([source])
 
 
-def test_decoding_is_a_step_for_other_processes_and_gives_the_pixels_of_the_transform():
-    """Of a path, its bytes or an image: nothing of the model goes with them."""
-    cfg, path = dcp_zoo.get_pretrained_cfg("dcp_mini"), sample_images()[0]
-    work = partial(decode, preprocessing={name: cfg[name] for name in ("input_size", "crop_pct", "interpolation")})
-    expected = dcp_zoo.create_transform("dcp_mini")(load_image(path)).numpy()
-    for image in (path, Path(path).read_bytes(), load_image(path)):
-        pixels = pickle.loads(pickle.dumps(work))(image)
-        assert pixels.dtype == np.uint8
-        np.testing.assert_allclose(normalise(pixels, cfg), expected, atol=1e-6)
-
-
-def test_a_predictor_takes_what_an_engine_has_and_never_raises_for_an_image():
-    """In any form, with the same columns of the same types in every batch; also of what another process decoded."""
-    predictor, paths = Predictor(BUNDLED, top_k=2, features=True), sample_images()[:3]
-    assert len(pickle.dumps(predictor)) < 1000
-    expected = dcp_zoo.predict(BUNDLED, paths, top_k=2)
-    files = [paths[0], Path(paths[1]).read_bytes(), {"bytes": None, "path": paths[2]}, np.asarray(load_image(paths[0]))]
-    batch = {"id": np.arange(9), "image": [*files, None, float("nan"), b"x", object(), "missing.jpg"]}
-    found = pickle.loads(pickle.dumps(predictor))(batch)
-    assert [*found] == ["id", *"class probability class_2 probability_2 rejected features error".split()]
-    assert (found["id"] == batch["id"]).all()
-    for i, row in enumerate([*expected, expected[0]]):
-        assert [found["class"][i], found["class_2"][i]] == [name for name, _ in row]
-        assert [found["probability"][i], found["probability_2"][i]] == pytest.approx([p for _, p in row], abs=1e-5)
-    assert (found["error"] != "").tolist() == [False] * 4 + [True] * 5
-    assert {*found["class"][4:], *found["class_2"][4:]} == {""}
-    assert np.isnan(found["probability"][4:]).all()
-    assert np.isnan(found["features"][4:]).all()
-    decoded = pickle.loads(pickle.dumps(predictor.decode))(batch)
-    assert (decoded["image"].shape, decoded["image"].dtype) == ((9, 3, 192, 192), np.uint8)
-    again, none = predictor(decoded), predictor({"id": [], "image": []})
-    for name in [*found][1:]:
-        np.testing.assert_array_equal(again[name], found[name])
-        assert (none[name].shape[1:], none[name].dtype.kind) == (found[name].shape[1:], found[name].dtype.kind)
-    assert [*predictor({"image": paths[:1]})][:2] == ["image", "class"]  # a path is an ID
-    assert not found["rejected"].any()
-
-
-def test_a_predictor_says_at_once_what_it_cannot_do(my_head, onnx_file):
-    """Not image by image. A head that changed between two processes is refused, unless its files were carried."""
-    with pytest.raises(ZooError, match="'dcp_mimi' is neither a checkpoint folder nor a head of the zoo. Nearest"):
-        Predictor("dcp_mimi")
-    with pytest.raises(ZooError, match="top_k must be at least 1"):
-        Predictor("my_head", top_k=0)
-    with pytest.raises(ZooError, match="is run as it was exported"):
-        Predictor(onnx_file, reject=0.1)
-    with pytest.raises(ZooError, match=r"'image' has the images, not the columns bytes, id: pass image="):
-        Predictor("my_head")({"bytes": [b""], "id": [1]})
-    paths = {"image": sample_images()[:1]}
-    named, carried = Predictor("my_head"), Predictor("my_head", carry=True)
-    expected, sent = named(paths), [pickle.dumps(each) for each in (named, carried, Predictor(onnx_file, carry=True))]
-    config = Path("my_head/config.json")
-    config.write_text(config.read_text().replace("rose", "lily"))
-    with pytest.raises(ZooError, match="my_head is another head than when this Predictor was made: make it again"):
-        pickle.loads(sent[0])(paths)
-    for name, values in Predictor(pickle.loads(sent[1]))(paths).items():
-        assert (name == "image") or (values == expected[name]).all()
-    exported = pickle.loads(sent[2])(paths)
-    assert (exported["class"], exported["rejected"]) == (Predictor(onnx_file)(paths)["class"], [False])
-
-
-def test_a_rank_picks_a_gpu(monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    with pytest.raises(ZooError, match="Device 'cuda:1' is not available"):
-        Predictor(BUNDLED)({"image": []}, 3)
-
-
 def test_the_recipe_for_datasets_keeps_each_image_and_computes_once(photos, monkeypatch):
     """As it stands on the page, with an image that cannot be read."""
     datasets = pytest.importorskip("datasets")
@@ -193,8 +129,8 @@ def test_the_recipe_for_datasets_keeps_each_image_and_computes_once(photos, monk
     probabilities = FewShotClassifier.load(WEIGHTS / HEAD).predict_proba([row["path"] for row in table if row["class"]])
     assert [row["probability"] for row in table if row["class"]] == pytest.approx(probabilities.max(1), abs=1e-5)
     before = Path("datasets_answers.parquet").read_bytes()
-    monkeypatch.setattr(Predictor, "backend", None)
-    exec(recipe("datasets_answers"), {})
+    with stopped_in_image_tower():  # which is not reached
+        exec(recipe("datasets_answers"), {})
     assert Path("datasets_answers.parquet").read_bytes() == before
 
 
@@ -259,28 +195,71 @@ def test_a_stopped_run_goes_on(photos):
         ZooError, match=r"p.csv.partial.jsonl holds the first rows of another run, which differs in head, top k"
     ):
         run_bulk(images, FAKE, outputs, {"head": "y"}, top_k=1)
-    with pytest.raises(ZooError, match="differs in images"):
-        run_bulk(images[1:], FAKE, outputs, {"head": "x"})
     run_bulk(images, stopping(4, AssertionError("repeated")), outputs, {"head": "x"}, batch_size=3)
     assert Path("p.csv").read_bytes() == Path("q.csv").read_bytes()
     np.testing.assert_array_equal(np.load("f.npz")["features"], np.load("g.npz")["features"])
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["f.npz", "g.npz", "p.csv", "photos", "q.csv"]
 
 
-def test_a_run_does_not_go_on_in_another_precision(photos, my_head, monkeypatch):
-    """Of "auto", which another machine resolves otherwise."""
-    images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"))
-
-    def stopped(images, *_):
-        yield from islice(images, 6)
-        raise KeyboardInterrupt
-
+def test_a_run_that_goes_on_answers_for_the_files_as_they_are_now(photos):
+    """What is the same is kept; new and replaced images are computed, and no row of a removed one is
+    left."""
     with pytest.raises(KeyboardInterrupt):
-        run_job(images, Predictor("my_head", batch_size=5), outputs, progress=stopped)
-    with monkeypatch.context() as patch:
-        patch.setattr("dcp_zoo.training.device.pick_precision", lambda *_: "bfloat16")
-        with pytest.raises(ZooError, match="of another run, which differs in precision"):
-            run_job(images, Predictor("my_head"), outputs)
+        run_bulk(
+            find_images(["photos"]), stopping(1, KeyboardInterrupt()), OutputFiles(Path("r.csv")), {}, batch_size=8
+        )
+    Path("photos/a/03.jpg").write_bytes(jpeg(24))  # and nothing else
+    run_bulk(find_images(["photos"]), FAKE, OutputFiles(Path("r.csv")), {}, batch_size=8)
+    assert read_csv("r.csv")[3]["class"] == "bright"
+    outputs = OutputFiles(Path("p.csv"), Path("f.npz"))
+    for after in (4, 1):
+        with pytest.raises(KeyboardInterrupt):
+            run_bulk(find_images(["photos"]), stopping(after, KeyboardInterrupt()), outputs, {}, batch_size=3)
+        Path(f"photos/a/01{after}.jpg").write_bytes(jpeg(25))  # among those that are done
+    Path("photos/a/03.jpg").write_bytes(jpeg(3))
+    Path("photos/a/04.jpg").write_bytes(jpeg(4))
+    Path("photos/a/05.jpg").unlink()
+    Path("photos/a/06.jpg").rename("photos/b/06.jpg")
+    images = find_images(["photos"])
+    run_bulk(images, stopping(5, AssertionError("repeated")), outputs, {}, batch_size=3)  # 11 are as they were
+    fresh = OutputFiles(Path("q.csv"), Path("g.npz"))
+    run_bulk(images, FAKE, fresh, {}, batch_size=3)
+    assert read_csv("p.csv") == read_csv("q.csv")
+    assert [row["class"] for row in read_csv("p.csv") if "/03." in row["image"]] == ["dark"]
+    for name in ("image", "features"):
+        np.testing.assert_array_equal(np.load("f.npz")[name], np.load("g.npz")[name])
+
+
+def stop_after_six(images, *_):
+    """A progress bar during which Ctrl-C is pressed."""
+    yield from islice(images, 6)
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_says_how_to_go_on(run, photos):
+    """Once there is something to go on from: what a run before it has left."""
+    outputs = OutputFiles(Path("p.csv"))
+    with pytest.raises(KeyboardInterrupt):
+        run_job(find_images(["photos"]), Predictor(BUNDLED, top_k=5, batch_size=5), outputs, progress=stop_after_six)
+    with stopped_in_image_tower():
+        code, _, err = run("predict", "photos", "--head", BUNDLED, "--output", "p.csv")
+    assert "Stopped. What was computed is kept: repeat the command" in err
+    assert code == 130
+
+
+def test_a_run_does_not_go_on_in_another_precision(photos, my_head):
+    """Of "auto", which another machine has resolved otherwise: what the run depends on is in the first
+    line."""
+    images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"))
+    with pytest.raises(KeyboardInterrupt):
+        run_job(images, Predictor("my_head", batch_size=5), outputs, progress=stop_after_six)
+    begun = Path("p.csv.partial.jsonl")
+    here = begun.read_text()
+    assert '"precision": "float32"' in here
+    begun.write_text(here.replace('"precision": "float32"', '"precision": "bfloat16"', 1))
+    with pytest.raises(ZooError, match="of another run, which differs in precision"):
+        run_job(images, Predictor("my_head"), outputs)
+    begun.write_text(here)
     run_job(images, Predictor("my_head", precision="float32"), outputs)
     assert len(read_csv("p.csv")) == 24
 
@@ -344,28 +323,29 @@ def test_a_killed_run_leaves_rows_and_no_process(photos):
     assert len(read_csv("p.csv")) == 24
 
 
-def test_the_contact_sheet_begins_with_the_least_certain(photos, monkeypatch):
-    monkeypatch.setattr("dcp_zoo.prediction.outputs.PER_CLASS", 10)
+def test_the_contact_sheet_begins_with_the_least_certain(photos):
+    """Of many images of a class it shows 60; here each is listed six times."""
     Path("photos/b/22.jpg").rename("photos/b/<b>.jpg")
-    images = find_images(["photos"])
+    images = sorted(find_images(["photos"]) * 6)
     rows = [row for batch, _ in classify(images, FAKE) for row in batch]
     write_sheet(Path("out/s.html"), images, rows, "s.html")
     page = Path("s.html").read_text()
     assert re.findall(r'<h2 id="\d">(\w+)\s*<small>(.*?)</small>', page, re.DOTALL) == [
-        ("bright", "11 images, the 10 least certain"),
-        ("dark", "12 images, the 10 least certain"),
+        ("bright", "66 images, the 60 least certain"),
+        ("dark", "72 images, the 60 least certain"),
     ]
     shown = re.findall(r"<figcaption>\d+ % (\S+)<br>", page)
-    assert (shown[:3], shown[10:13]) == (["13.jpg", "14.jpg", "15.jpg"], ["12.jpg", "11.jpg", "10.jpg"])
+    bright, dark = shown[:60:6], shown[60::6]
+    assert (bright[:3], dark[:3]) == (["13.jpg", "14.jpg", "15.jpg"], ["12.jpg", "11.jpg", "10.jpg"])
     assert 'href="../photos/b/%3Cb%3E.jpg"' in page
-    assert page.count("data:image/jpeg;base64,") == len(shown) == 20
+    assert page.count("data:image/jpeg;base64,") == len(shown) == 120
     assert "Cannot read the image photos/a/04.jpg" in page
     assert not re.search(r'(?:src|href)="(?!data:|#|\.\./photos/)', page)
 
 
 def doubtful(pixels: np.ndarray) -> Outputs:
-    """Dark and bright images look alike among themselves, and two of them are taken for the other kind; of two more
-    classes there are none."""
+    """Dark and bright images look alike among themselves, and two of them are taken for the other kind; of
+    two more classes there are none."""
     level = np.round(pixels.mean((1, 2, 3)) / 10)
     bright, doubt = level > 11, np.isin(level, (7, 19))
     logit = np.where(bright != doubt, 1, -1) * np.where(doubt, 0.1, 2.0)
@@ -404,7 +384,8 @@ def test_predict_a_folder(run, photos, bundled):
     code, _, err = run("predict", "photos", "--head", BUNDLED, *files, "--top-k", 2)
     assert code == 1, err
     assert "Cannot read the image photos/a/04.jpg" in err
-    assert "24 images, of which 1 cannot be read: p.csv" in err
+    assert "1 of 24 images cannot be read." in err
+    assert "Wrote p.csv, with 24 images." in err
     ((rows, features),) = classify(images, HeadBackend(bundled, features=True), top_k=2)
     assert [row["class_2"] for row in read_csv("p.csv") if not row["error"]] == [
         row["predictions"][1]["class"] for row in rows if "error" not in row
@@ -422,13 +403,14 @@ HOSTILE = "\x1b]0;title\x07\u202egpj\x9b2J\u2028\nError[red]: x\x7f"
 
 def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, capsys):
     """Those of files, classes and errors; and nothing else that is printed, whoever prints it."""
-    monkeypatch.setattr("dcp_zoo.zoo.factory.create_model", lambda *args, **options: bundled)
-    monkeypatch.setattr(bundled, "classes", [f"{HOSTILE}{i}" for i in range(bundled.num_classes)])
+    head = copied(bundled)
+    head.set_classnames([f"{HOSTILE}{i}" for i in range(5)])
+    head.save_pretrained("head")
     folder = Path("photos/b")
     shutil.copy("photos/a/01.jpg", folder / f"{HOSTILE}.jpg")
     (folder / f"{HOSTILE}no.jpg").write_bytes(b"")
     monkeypatch.setattr(console.output, "_width", 250)
-    code, out, _ = run("predict", folder, "--head", BUNDLED)
+    code, out, _ = run("predict", folder, "--head", "head")
     assert (code, "Error[red]: x" in out) == (1, True)
     assert "\\x1b]0;title\\x07\\u202egpj\\x9b2J\\u2028\\nError" in out
     console.output.print(HOSTILE, Table(HOSTILE, title=HOSTILE), Text(HOSTILE))

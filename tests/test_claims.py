@@ -14,11 +14,11 @@ from shared import CommandLine
 import dcp_zoo
 from dcp_zoo import release as cards
 from dcp_zoo.data import classnames, load_split
+from dcp_zoo.features.extract import FeatureExtractor
+from dcp_zoo.features.loader import ImageLoader
+from dcp_zoo.features.photos import Photos
 from dcp_zoo.training.evaluation import measure
-from dcp_zoo.training.sources import image_source
 from dcp_zoo.zoo import registry
-
-pytestmark = pytest.mark.usefixtures("quick_probe")
 
 MINI = "dcp_mini.pacs_photo-16shot"
 
@@ -42,7 +42,7 @@ def measured(tmp_path_factory, data) -> Path:
     split = load_split("pacs_photo", data)
     change(folder, split_sha256=split.sha256)
     model = dcp_zoo.create_model(f"local-dir:{folder}", True)
-    metrics, _ = measure(model, image_source(model.encoder, split.test), 16)
+    metrics, _ = measure(model, ImageLoader(Photos(split.test), FeatureExtractor(model.encoder)))
     change(folder, metrics=metrics)
     return folder
 

@@ -1,5 +1,5 @@
-"""Classes with the same name stay apart; names in any script, and several sentences per class in place of its name, as
-in CuPL."""
+"""Classes with the same name stay apart; names in any script, and several sentences per class in place of
+its name, as in CuPL."""
 
 import json
 import shutil
@@ -7,12 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import close, loud
-from test_baselines import NAMES, TEMPLATE, cosine, encode_image, encode_text, logits_of, pixels, task
+from equations import NAMES, TEMPLATE, cosine, encode_image, encode_text, pixels
+from helpers import FEW_STEPS, close, empty_probe, loud
+from test_baselines import logits_of, task
 from test_method_heads import load, small
 from test_tower_kinds import IMAGES, build_clip
 
-from dcp_zoo import DCP, ZooError
+from dcp_zoo import DCP, ZooError, create_transform
+from dcp_zoo.cli.console import rejection_note
+from dcp_zoo.data import load_image
+from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.heads.config import read_config
 from dcp_zoo.training.methods import METHODS, fit_head, promptsrc
@@ -20,7 +24,10 @@ from dcp_zoo.zoo.factory import create_model
 
 CRANES = ["crane", "crane", "b"]
 
-pytestmark = [pytest.mark.filterwarnings("ignore:Repeated class names"), pytest.mark.usefixtures("quick_probe")]
+pytestmark = [
+    FEW_STEPS,
+    pytest.mark.filterwarnings("ignore:Repeated class names"),
+]
 
 
 @torch.no_grad()
@@ -29,13 +36,13 @@ def test_classes_with_the_same_name_stay_apart(kind, clip, photos, tmp_path):
     """Of a head with a text probe, which reads one tower or two."""
     given = replace(small(kind, clip, photos, classifier="text-probe"), classnames=CRANES)
     with torch.enable_grad():
-        head, x = fit_head(kind, given), pixels(given.train)
+        head, x = fit_head(kind, given), pixels(given.images)
     before = head(x)
     assert not close(before[:, 0], before[:, 1], 0.01)
 
     def answers(*rows: int) -> bool:
         """Whether its logits are these of the first, now and from a checkpoint."""
-        loaded = load(clip, head.save_pretrained(tmp_path, torch.float32, **head.info))
+        loaded = load(clip, head.save_pretrained(tmp_path, torch.float32, overwrite=True))
         return all(close(each(x), before[:, rows]) for each in (head, loaded))
 
     assert answers(0, 1, 2)
@@ -67,20 +74,26 @@ def test_a_class_is_the_mean_of_its_sentences(clip, photos):
     given = replace(task("zero-shot", clip, photos), texts=SENTENCES)
     means = [torch.nn.functional.normalize(encode_text(clip, own).mean(0), dim=-1) for own in SENTENCES.values()]
     expected = cosine(clip, encode_image(clip, pixels(given.val)), torch.stack(means))
-    assert close(logits_of(fit_head("zero-shot", given), given.val), expected)
+    for method in ("zero-shot", "zero-shot-ensemble"):  # they take the place of all templates
+        head = fit_head(method, given)
+        assert close(logits_of(head, given.val), expected)
+        head.set_classnames([*NAMES, "cat"], SENTENCES | {"cat": ["a cat."]})
+        assert close(logits_of(head, given.val)[:, : len(NAMES)], expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_copies_of_a_text_change_nothing(method, clip, photos, monkeypatch):
     """So that every method is known to read the sentences, and to train with their mean."""
-    prompted = method in ("coop", "maple", "promptsrc", "dcp")  # the text follows prompts
+    prompted = method in ("coop", "ivlp", "maple", "promptsrc", "dcp")  # the text follows prompts
     monkeypatch.setattr(promptsrc, "TEMPLATES", ("{}.",))
     changes = {"clip-lora": {"dropout": 0.0}, "maple": {"ctx_init": "a photo"}, "dcp": {"classifier": "none"}}
     options = changes.get(method, {})
     given = task(method, clip, photos, **options)
     template = "{}." if prompted else TEMPLATE
     texts = {name: [template.format(name.replace("_", " "))] * 2 for name in NAMES}
-    expected, found = (logits_of(fit_head(method, t), given.val) for t in (given, replace(given, texts=texts)))
+    by_name = "zero-shot" if method == "zero-shot-ensemble" else method  # which has other templates for names
+    expected = logits_of(fit_head(by_name, given), given.val)
+    found = logits_of(fit_head(method, replace(given, texts=texts)), given.val)
     assert close(found, expected, 0.03 if method == "text-probe" else 1e-3)  # fitting amplifies rounding
     other = replace(given, texts={name: ["a thing.", f"number {i}."] for i, name in enumerate(NAMES)})
     reads = logits_of(fit_head(method, other), given.val)
@@ -155,7 +168,7 @@ def test_other_sentences_unset_the_threshold(tmp_path):
     names, same, other = ["a", "b"], {"a": ["one."], "b": ["two."]}, {"a": ["one."], "b": ["three."]}
     model = create_model("dcp_mini", "clip", classnames=names, descriptions=same, n_ctx=2, depth=2)
     model.store_stats(torch.randn(2, 3, 192, 192))
-    model.text_probe = model._probe_of(model.classes, sum(sum(reading.widths) for reading in model.readings))
+    model.text_probe = empty_probe(model)
     model.text_probe.threshold.fill_(1.0)
     model.text_probe.means.fill_(0.1)
     model.save_pretrained(tmp_path)
@@ -167,6 +180,33 @@ def test_other_sentences_unset_the_threshold(tmp_path):
     assert not loaded.cannot_reject
     loaded.set_classnames(names, other)
     assert "for other texts than" in loaded.cannot_reject
+
+
+EDITS = {  # of the classes, and whether what was measured of a head holds afterwards
+    "other order": (lambda head: head.set_classnames(head.classnames[::-1]), True),
+    "more": (lambda head: head.set_classnames([*head.classnames, "colour"]), False),
+    "fewer": (lambda head: head.set_classnames(["house", "horse", "guitar"]), False),
+    "other texts": (lambda head: head.set_classnames(head.classnames, {n: [n] for n in head.classnames}), False),
+}
+
+
+@pytest.mark.parametrize("change", EDITS)
+def test_after_an_edit_of_the_classes_nothing_old_is_said(change, tmp_path, run):
+    """In Python and by `info`; of a photograph the answer stays, from a checkpoint, too."""
+    head = create_model("dcp_mini.pacs_photo-16shot", True).eval()
+    edit, holds = EDITS[change]
+    note = rejection_note(head.info)
+    assert "Of things much like its classes it accepts" in note
+    edit(head)
+    head.save_pretrained(tmp_path)
+    details = json.loads(run.ok("info", tmp_path, "--json"))
+    assert rejection_note(details) == (note if holds else "")
+    assert ("metrics" in details) == holds
+    assert (note in " ".join(run.ok("info", tmp_path).split())) is holds
+    loaded = create_model(str(tmp_path), True).eval()
+    image = create_transform(head)(load_image(sample_images()[0]))[None]
+    with torch.no_grad():
+        assert close(loaded(image), head(image), 1e-4)
 
 
 def test_names_in_any_script_are_read_and_those_that_are_too_long_refused(clip):

@@ -1,6 +1,8 @@
-"""The command line: every command as a user calls it, the messages for bad input, and how heads are named."""
+"""The command line: every command as a user calls it, the messages for bad input, and how heads are
+named."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -12,16 +14,16 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from shared import BUNDLED
+from shared import BUNDLED, printed_warnings
 from typer.main import get_command
 from typer.testing import CliRunner
 
 import dcp_zoo
 from dcp_zoo import ZooError
+from dcp_zoo.accuracy import Accuracy
 from dcp_zoo.cli import app, console, main
 from dcp_zoo.cli.benchmark import split_commas
 from dcp_zoo.cli.options import class_list, head_name, parse_changes
-from dcp_zoo.heads.config import Accuracy
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.zoo.registry import MODELS, WEIGHTS, get_head
 from dcp_zoo.zoo.resolve import name_of
@@ -36,7 +38,7 @@ def head(folder, tmp_path_factory):
         args += ["--set", "epochs=2", "--set", "batch_size=2", "--set", "share_cmpa=false"]
         args += ["--report", output.parent / "pages" / "dcp.html"]
         patch.setattr("sys.argv", ["dcp-zoo", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
+        with printed_warnings(), pytest.raises(SystemExit) as stop:
             main()
     assert not stop.value.code
     return output
@@ -54,6 +56,7 @@ def test_list(run):
     assert ("dcp_mini.caltech101-16shot" in out, "dcp_mini.caltech101-1shot" in out) == (True, False)
     told = " ".join(run.ok("list", "*vitb32.ucf101*").split())
     assert "5 heads for 1, 2, 4, 8, 16 images per class are planned" in told
+    assert "dcp_vitb32.ucf101-1shot planned" in told  # a filter with a dot asks for heads
     assert told.endswith("How to train one: dcp-zoo info dcp_vitb32.ucf101-1shot")
 
 
@@ -87,11 +90,15 @@ def test_info(head, run):
     percent, images = stored["metrics"]["top1_stored"], stored["test_images"]
     low, high = Accuracy("", round(percent * images / 100), images).interval
     out = run.ok("info", head)
-    for text in (f"{percent:.1f} % (", f"of {images}; 95 % interval {low:.0f} to {high:.0f})", f"{date.today()}"):
+    for text in (
+        f"{percent:.1f} % (",
+        f"of {images}; 95 % interval {math.floor(low)} to {math.ceil(high)})",
+        f"{date.today()}",
+    ):
         assert text in out
     assert json.loads(run("info", head, "--json")[1])["metrics"] == stored["metrics"]
     told = " ".join(run.ok("info", "dcp_mini.caltech101-16shot").replace("│", "").split())
-    assert "89.6 % (2208 of 2465; 95 % interval 88 to 91) with the text probe; 77.2 % without" in told
+    assert f"{Accuracy('', 2208, 2465)} with the text probe; 77.2 % without" in told
 
 
 def test_eval(head, folder, run):
@@ -119,11 +126,12 @@ GDA = ["train", "MY_PHOTOS", "--method", "gda", "--output", "OUT"]
         (["train", "digts"], "There is no folder digts, and no dataset of this name. Nearest: digits"),
         (["train", "MY_PHOTOS", "--head", "dcp_vitb16.dtd-1shot"], "already sets PHOTOS"),
         (["train", "--head", "HEAD"], "not the checkpoint HEAD: dcp-zoo train MY_PHOTOS"),
+        (["train", "floder"], "no dataset of this name. Nearest: oxford_flowers"),
         ([*GDA, "--recipe", "release"], "The recipe release is for DCP: omit it, or use --method dcp"),
         ([*GDA, "--set", "beta=2"], "--set: beta is none of augment"),
         ([*GDA, "--set", "classifier=svm"], "classifier must be none or text-probe, not 'svm'"),
         ([*DIGITS, "--set", "depth=1,3"], "--set depth has 2 values: pass one"),
-        (["train", "--output", "OUT", "--epochs", "50"], "use --set epochs=50"),
+        (["train", "--output", "OUT", "--epochs", "50"], "use --set epochs=VALUE"),
         (["predict", "a.jpg", "--output", "a" * 5000 + ".csv"], "This path is too long for the system: 'aaaa"),
     ],
 )
@@ -141,6 +149,8 @@ def test_bad_input_gets_one_message(run, head, flowers, tmp_path, args, message)
 def test_a_text_may_have_commas():
     phrases = ["ctx_init=a photo, or a drawing, of a", "ctx_init=art"]
     assert parse_changes(phrases) == {"ctx_init": ["a photo, or a drawing, of a", "art"]}
+    words = ["share_cmpa=False,true", "epochs=None, 3"]  # Python's, too, as reports have them
+    assert parse_changes(words) == {"share_cmpa": [False, True], "epochs": [None, 3]}
 
 
 def test_help_of_train_lists_every_field_of_the_recipe(run):
@@ -238,7 +248,7 @@ def test_predict_explains_a_few_images(run, tmp_path, monkeypatch):
     for i in range(50):
         shutil.copy("photos/a.png", f"photos/{i}.png")
     said = run.refused("predict", "photos", "--head", BUNDLED, "--explain", "why")
-    assert "of at most 50: pass its folder, and fewer images" in said
+    assert "pass at most 50" in said
 
 
 def test_classes_are_names_or_a_file(run, tmp_path, monkeypatch):
@@ -261,7 +271,6 @@ def test_classes_are_names_or_a_file(run, tmp_path, monkeypatch):
     [
         (["export", "--head", "my_head", "--output", "x.onnx"], "onnxscript", "export"),
         (["predict", "--sample", "--output", "x.parquet"], "pyarrow", "data"),
-        (["report", "out"], "pandas", "plots"),
         (["benchmark", "few-shot", "--datasets", "dtd", "--output", "out", "--ray", "local"], "ray", "ray"),
     ],
 )
@@ -270,8 +279,6 @@ def test_a_missing_extra_is_named_before_the_work(run, my_head, no_work, monkeyp
     assert f"pip install 'dcp_zoo[{extra}]'" in run.refused(*command)
     assert not Path("out").exists()
 
-
-pytestmark = pytest.mark.usefixtures("quick_probe")
 
 COMMANDS = [["predict", "--sample"], ["eval", "digits"], ["export"]]
 
@@ -320,7 +327,9 @@ def test_a_folder_stands_for_a_planned_head_never_for_a_bundled_one(name, is_fol
     _, out, err = run("predict", "--sample", "--head", name, "--json", "--top-k", "7")
     assert ({p["class"] for p in json.loads(out)[0]["predictions"]} == set(classes)) == is_folder
     assert said in err
-    assert dcp_zoo.create_model(name_of(Path(place)), True).classnames == classes  # as `train` says
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said above
+        assert dcp_zoo.create_model(name_of(Path(place)), True).classnames == classes  # as `train` says
     assert bool(re.search(rf"\n{re.escape(name)} +local +95\.\d % +97\.\d %", run.ok("list"))) == (name == PLANNED)
     assert ("dog" in run.ok("info", name)) == is_folder
 
@@ -329,7 +338,7 @@ def test_info_on_a_head_saved_from_python(run, flowers):
     """With the labels where they are not the names."""
     paths, names = dcp_zoo.list_labelled_images(flowers)
     labels = {"rose": 0, "tulip": 1}
-    classifier = dcp_zoo.FewShotClassifier(classnames=list(labels))
+    classifier = dcp_zoo.FewShotClassifier(method="gda", classnames=list(labels))
     classifier.fit(paths, [labels[name] for name in names]).save("python_head")
     details = json.loads(run.ok("info", "python_head", "--json"))
     assert details["labels"] == labels

@@ -49,8 +49,8 @@ def test_the_golden_checkpoint_gives_its_logits(golden, tiny_clip, tmp_path):
 @pytest.mark.scripts
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_checkpoint_as_dassl_writes_it(golden, tiny_clip, tmp_path, zipped):
-    """Its warm-up schedule is stored with the `successor`, an object that holds the optimizer; here in half precision,
-    as the release trains."""
+    """Its warm-up schedule is stored with the `successor`, an object that holds the optimizer; here in half
+    precision, as the release trains."""
     checkpoint = torch.load(CHECKPOINT, weights_only=True)
     prompts = nn.Parameter(checkpoint["state_dict"]["prompt_learner.prompts_text"])
     optimizer = torch.optim.SGD([prompts], 0.0035, momentum=0.9, weight_decay=5e-4)
@@ -131,7 +131,8 @@ def test_code_in_a_pickle_is_not_executed(tmp_path, monkeypatch):
 
 @pytest.mark.scripts
 def test_command_line(golden, tiny_clip, tmp_path, monkeypatch, capsys):
-    """`hub/convert.py` with the small CLIP in place of a downloaded one, calibrated on a folder of images."""
+    """`hub/convert.py` with the small CLIP in place of a downloaded one, calibrated on a folder of
+    images."""
     run = CommandLine(monkeypatch, capsys, script.app)
 
     def create_model(name: str, pretrained: str, **args) -> dcp_zoo.DCP:

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 import socket
 
@@ -10,11 +11,11 @@ from helpers import png_that_claims
 from PIL import Image
 
 from dcp_zoo import create_model, predict
+from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.errors import ZooError
 from dcp_zoo.zoo.registry import DEFAULT_HEAD
 
-pytestmark = pytest.mark.usefixtures("quick_probe")
 OTHER_HEAD = "dcp_mini.pacs_photo-16shot"  # of whose classes the six photographs show none
 
 
@@ -56,14 +57,24 @@ def test_captions_are_what_predict_says(app, tmp_path):
 
 
 def test_a_head_is_trained_measured_and_saved(app, tmp_path):
-    classes = app.named_classes(["red", "", "blue"], [coloured(tmp_path, "red"), None, coloured(tmp_path, "blue")])
-    told, own, download = app.train_on("dcp_mini", classes, str(tmp_path))
-    assert "Trained on 6 photographs" in told
-    assert re.search(r"CLIP without training: .* \(\d of 2;", told)
-    assert "your head: 100.0 % (2 of 2;" in told
-    assert download["value"] == f"{tmp_path}/my_head.zip"
-    saved = create_model(f"local-dir:{tmp_path}/my_head", True)
-    assert saved.classnames == own.classnames == ["blue", "red"]
+    """Four copies of one photograph are no test of each other."""
+    copies = [tmp_path / f"{degrees}.jpg" for degrees in (0, 90, 180, 270)]
+    for degrees, path in zip((0, 90, 180, 270), copies, strict=True):
+        load_image(sample_images()[0]).rotate(degrees, expand=True).save(path)
+    classes = app.named_classes(["red", "", "cat"], [coloured(tmp_path, "red"), None, photos(*copies)])
+    old, new = tmp_path / "heads" / "old", tmp_path / "heads" / "new"
+    for head in (old, new):
+        head.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    app.remove_old(str(tmp_path / "heads"))
+    assert [*(tmp_path / "heads").iterdir()] == [new]
+    told, own, download = app.train_on("dcp_mini", classes, str(new))
+    assert "Trained on 7 photographs" in told
+    assert re.search(r"CLIP without training: .* \(\d of 1;", told)
+    assert "your head: at least 20 % (97.5 % sure): 100.0 % (1 of 1;" in told
+    assert download["value"] == f"{new}/my_head.zip"
+    saved = create_model(f"local-dir:{new}/my_head", True)
+    assert saved.classnames == own.classnames == ["cat", "red"]
     assert app.captions(own, coloured(tmp_path, "red", 1), False)[0][1].startswith("red ")
     for names, counts, message in (
         (["cat", ""], [1, 0], "at least two classes"),

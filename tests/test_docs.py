@@ -1,10 +1,12 @@
-"""README and docs: every page is whole on GitHub. Every code block runs, or its title names what it needs and it is
-checked without running. What publishing needs agrees with setup.cfg: the conda recipe, the citation, the workflows.
+"""README and docs: every page is whole on GitHub. Every code block runs, or its title names what it needs
+and it is checked without running. What publishing needs agrees with setup.cfg: the conda recipe, the
+citation, the workflows.
 
-A block is fenced and names its language. Blocks of a page run in order in one folder, Python in one namespace. Not run
-is a block of which benchmarks/quotes.yaml lists a line with what it needs, one below a line in italics that begins with
-"Needs", where readers must know it, and one whose title is the name of a file: its Python is compiled, and its lines of
-`dcp-zoo` and of scripts like it are parsed.
+A block is fenced and names its language. Blocks of a page run in order in one folder, Python in one
+namespace: README's as they are pasted, those of docs with the files that they name, and trained for a few
+steps. Not run is a block of which benchmarks/quotes.yaml lists a line with what it needs, one below a line
+in italics that begins with "Needs", where readers must know it, and one whose title is the name of a file:
+its Python is compiled, and its lines of `dcp-zoo` and of scripts like it are parsed.
 """
 
 import configparser
@@ -37,6 +39,8 @@ from shared import CommandLine
 import dcp_zoo
 from dcp_zoo.cli import app
 from dcp_zoo.data import Split, load_split
+from dcp_zoo.data.packaged import SAMPLE_CLASSES
+from dcp_zoo.heads.config import read_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "hub" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -84,8 +88,9 @@ def few_test_images(*args) -> Split:
 
 
 @pytest.fixture
-def scratch(tmp_path, monkeypatch, quick_probe):
-    """The folder that blocks run in: photographs, a folder of them for each class, and an empty data root."""
+def scratch(tmp_path, monkeypatch):
+    """The folder that blocks run in: photographs, a folder of them for each class, and an empty data
+    root."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -133,10 +138,63 @@ def parse_command(line: str) -> None:
         command(args[args.index(script) + 1 :], standalone_mode=False)
 
 
-WEEKLY = [pytest.param(page, marks=pytest.mark.scripts) for page in PAGES[1:]]
+NEAR = 0.015  # relative: machines differ by the last digits, and by an image of the digits
 
 
-@pytest.mark.parametrize("page", [PAGES[0], *WEEKLY], ids=lambda page: page.name)
+def check_printed(shown: str, printed: str) -> None:
+    """Fail unless a line was printed that a page shows, with numbers like its own; `..` stands for what is
+    left out."""
+    text = shown.strip(". ")
+    words = (r"\s+".join(map(re.escape, re.split(r"\s+", part))) for part in re.split(quote.NUMBER, text))
+    pattern = f"({quote.NUMBER})".join(words)
+    pattern = pattern if shown.startswith("..") else "^" + pattern
+    pattern = pattern if shown.endswith("..") else pattern + r"\s*$"
+    found = re.search(pattern, printed, re.MULTILINE)
+    assert found, f"{shown!r} is not in {printed!r}"
+    assert [*map(float, found.groups())] == pytest.approx([*map(float, re.findall(quote.NUMBER, text))], rel=NEAR)
+
+
+def test_readme_as_it_is_pasted(uploads, tmp_path, monkeypatch, run):
+    """In an empty folder, with a Hub where nothing is published: its blocks run, and print what README
+    shows. Of those that need the network or the reader's photographs, the sample is predicted and other
+    commands are parsed."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setenv("DCP_ZOO_CACHE", str(tmp_path / "kept"))
+    namespace: dict = {"__name__": "__main__"}
+    compared, said = 0, ""
+    for block in blocks(PAGES[0]):
+        printed, shown = "", []
+        if block.language == "python":
+            exec(compile("\n" * block.line + block.code, str(PAGES[0]), "exec"), namespace)
+            printed = run.capsys.readouterr().out
+            shown = re.findall(r"^ *print\(.*  # (.*)", block.code, re.MULTILINE)
+        elif block.language == "bash":
+            shown = re.findall(r"^# (.*)", block.code, re.MULTILINE)
+            for command in re.split(" && |\n", "\n".join(commands(block.code))):
+                program, *args = shlex.split(command, comments=True)
+                if program == "dcp-zoo" and (block.runs or args == ["predict", "--sample"]):
+                    _, out, err = run(*args)
+                    printed += out
+                    said += err
+                else:
+                    parse_command(command)
+        else:
+            assert block.language in SHOWN_ONLY
+        for line in shown:
+            check_printed(line, printed)
+        compared += len(shown)
+    assert compared == 6
+    assert "Zero-shot: by the names of twelve classes" in said
+    assert "images of only one of these, butterfly" in said
+    assert {*SAMPLE_CLASSES} & {*namespace["model"].classnames} == {"butterfly"}
+    zero_shot = read_config(Path("my_digits"))["dcp"]["metrics"]["top1_no_classifier"]
+    assert f"By their names alone, {zero_shot:.1f} % are right" in " ".join(PAGES[0].read_text().split())
+
+
+@pytest.mark.scripts
+@pytest.mark.filterwarnings("ignore::dcp_zoo.errors.ZooWarning")  # which pages announce
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
 def test_code_blocks(page, scratch, run):
     namespace: dict = {"__name__": "__main__"}
     for module in ("ray", "datasets", "pyspark", "webdataset") if page.name == "many_images.md" else ():

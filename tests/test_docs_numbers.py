@@ -1,4 +1,5 @@
-"""Numbers in README and docs: each is the results' own, or says where it comes from (benchmarks/quote.py)."""
+"""Numbers in README and docs: each is the results' own, or says where it comes from
+(benchmarks/quote.py)."""
 
 import re
 

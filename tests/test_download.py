@@ -1,4 +1,5 @@
-"""`dcp-zoo data download` from a local server: small archives in the real structure, and everything that goes wrong."""
+"""`dcp-zoo data download` from a local server: small archives in the real structure, and everything that
+goes wrong."""
 
 import hashlib
 import io
@@ -83,6 +84,18 @@ def test_the_next_call_continues_and_never_joins_two_versions(server, tmp_path, 
             assert fetch_archive(archive, tmp_path).read_bytes() == later
 
 
+@pytest.mark.parametrize("more", [b"", b"x"], ids=["whole", "longer"])
+def test_a_part_that_lacks_nothing_is_the_archive_or_begins_anew(server, tmp_path, more):
+    """The process died before it was renamed: a server has no bytes after it, and answers 416."""
+    archive = offer(server, "a.tar", CONTENT)
+    (tmp_path / "a.tar.part").write_bytes(CONTENT + more)
+    if more:
+        with pytest.raises(ZooError, match="has not the published md5 .*deleted"):
+            fetch_archive(archive, tmp_path)
+    assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
 def test_a_dead_link_says_what_to_do(server, tmp_path):
     archive = offer(server, "a.tar", CONTENT)
     server.faults.append(("GET", 404))
@@ -116,12 +129,13 @@ def test_bad_archives_leave_nothing(tmp_path, content, message):
     file.write_bytes(content)
     folder = tmp_path / "in" / "dataset"
     with pytest.raises(ZooError, match=message):
-        unpack(Archive("http://x/a.bin", places={"images": "images"}), file, folder)
+        unpack(Archive("http://x/a.bin", folders={"images": "images"}), file, folder)
     assert list(folder.iterdir()) == []
 
 
 def offered(server: UploadHub, name: str, root: Path, make: Callable[[Path], object] = picture) -> tuple[Archive, ...]:
-    """The dataset's archives in their real structure, with a tiny tree; the table's own, but for url and checksum."""
+    """The dataset's archives in their real structure, with a tiny tree; the table's own, but for url and
+    checksum."""
     write_tree(root, name, make)
     spec = DATASETS[name]
     folder = root / spec.folder
@@ -130,11 +144,11 @@ def offered(server: UploadHub, name: str, root: Path, make: Callable[[Path], obj
     for archive in spec.archives:
         inside = {
             f"{place}/{path.removeprefix(f'{target}/')}": content
-            for place, target in archive.places.items()
+            for place, target in archive.folders.items()
             for path, content in files.items()
             if path.startswith(target)
         }
-        content = files[archive.filename] if not archive.places else tar(inside)
+        content = files[archive.filename] if not archive.folders else tar(inside)
         if archive.inner:
             content = zipped({archive.inner: content})
         elif archive.filename.endswith(".zip"):
@@ -145,7 +159,8 @@ def offered(server: UploadHub, name: str, root: Path, make: Callable[[Path], obj
 
 
 def use_small(monkeypatch, name: str, archives: tuple[Archive, ...], root: Path) -> None:
-    """The table's row with these archives and the counts of the tiny tree; its split is the tree's, not CoOp's."""
+    """The table's row with these archives and the counts of the tiny tree; its split is the tree's, not
+    CoOp's."""
     split = load_split(name, root)
     counts = (len(split.train), len(split.val), len(split.test))
     monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], archives=archives, counts=counts))
@@ -174,10 +189,10 @@ def test_download(server, tmp_path, monkeypatch, run, name):
 def test_terms_are_asked_for(server, tmp_path, monkeypatch, run):
     archives = offered(server, "dtd", tmp_path / "source")
     use_small(monkeypatch, "dtd", archives, tmp_path / "source")
-    monkeypatch.setattr("dcp_zoo.cli.benchmark.confirm", lambda question: False)
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
     assert "Nothing was downloaded" in run.refused("data", "download", "dtd", "--data-root", tmp_path / "DATA")
     assert server.requests == []
-    monkeypatch.setattr("dcp_zoo.cli.benchmark.confirm", lambda question: True)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
     run.ok("data", "download", "dtd", "--data-root", tmp_path / "DATA")
 
 
@@ -194,8 +209,10 @@ def test_one_failure_does_not_stop_the_others(server, tmp_path, monkeypatch, run
         download.missing(["pacs_photo"], tmp_path)
 
 
+@pytest.mark.scripts  # thousands of files
 def test_the_page_unpacks_imagenet(tmp_path, monkeypatch):
-    """docs/benchmarks.md, from archives in their real structure: tars in a tar, validation images, and the devkit."""
+    """docs/benchmarks.md, from archives in their real structure: tars in a tar, validation images, and the
+    devkit."""
     from scipy.io import savemat
     from torchvision.datasets import imagenet
 

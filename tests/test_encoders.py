@@ -6,7 +6,7 @@ import json
 import pytest
 import timm
 import torch
-from helpers import close, told
+from helpers import close, empty_probe, predicted_by_command
 from PIL import Image
 from safetensors.torch import load_file
 from shared import CFG, build_tiny_clip
@@ -24,8 +24,6 @@ from dcp_zoo.prediction.onnx import OnnxClassifier
 from dcp_zoo.release.onnx import export
 from dcp_zoo.zoo.build import load_encoders, plain_clip
 from dcp_zoo.zoo.factory import create_transform
-
-pytestmark = pytest.mark.usefixtures("quick_probe")
 
 MODELS = {"convolutional": "test_resnet", "transformer": "test_vit"}  # timm's smallest
 
@@ -57,7 +55,7 @@ def head(encoders, pictures):
 def test_an_encoder_reads_clips_pixels_as_timm_would(encoders, pictures):
     """Its features are those of timm's model, of the same crop in its own mean and deviation."""
     clip = plain_clip("dcp_mini")
-    pixels = torch.from_numpy(crop(pictures[0][0], clip.pretrained_cfg))
+    pixels = torch.from_numpy(crop(pictures[0][0], clip.pretrained_cfg).copy())
     pixels = pixels if len(pixels) == 3 else pixels.permute(2, 0, 1)
     x = create_transform(clip)(pictures[0][0])[None]
     for encoder in load_encoders(list(encoders.values()), clip):
@@ -67,6 +65,13 @@ def test_an_encoder_reads_clips_pixels_as_timm_would(encoders, pictures):
         wanted = encoder.model.forward_head(encoder.model.forward_features(own[None]), pre_logits=True)
         assert encoder.size == (192, 192)
         assert close(encoder.read(x), F.normalize(wanted, dim=-1), 1e-4)
+        other = clip.pretrained_cfg | {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
+        encoder.read_as(other)
+        changes = {name: other[name] for name in ("mean", "std")}
+        assert close(
+            encoder.read(create_transform(clip, **changes)(pictures[0][0])[None]), F.normalize(wanted, dim=-1), 1e-4
+        )
+        encoder.read_as(clip.pretrained_cfg)
         with pytest.raises(ZooError, match=r"reads images, and not what CLIP makes of them \(Tokens\)"):
             encoder.read(clip.enter(x))
 
@@ -120,7 +125,7 @@ def test_a_head_beside_an_encoder_is_fused_and_exported(golden, tmp_path, run):
     head.store_stats(x)
     model = timm.create_model("test_vit", num_classes=0, img_size=size, depth=1)
     head.image_encoders.append(ImageEncoder(model, "test_vit", size, clip))
-    head.text_probe = head._probe_of(head.classes, sum(sum(reading.widths) for reading in head.readings))
+    head.text_probe = empty_probe(head)
     head.text_probe.weight.normal_()
     assert [*head.reads[-1].widths] == [model.num_features]
     assert len(head.reads) == 3
@@ -129,7 +134,7 @@ def test_a_head_beside_an_encoder_is_fused_and_exported(golden, tmp_path, run):
     assert close(torch.from_numpy(OnnxClassifier(path)(x.numpy())), head(x), 1e-3)
     files = list(sample_images()[:2])
     expected = head(torch.stack([create_transform(head)(load_image(file)) for file in files])).softmax(-1).tolist()
-    for row, probabilities in zip(told(run, path, files), expected, strict=True):
+    for row, probabilities in zip(predicted_by_command(run, path, files), expected, strict=True):
         assert dict(row) == pytest.approx(dict(zip(names, probabilities, strict=True)), abs=2e-4)
 
 

@@ -1,26 +1,26 @@
-"""The answers of a head on labelled images: intervals, classes, confusions, mistakes, and the page that shows them."""
+"""The answers of a head on labelled images: intervals, classes, confusions, mistakes, and the page that
+shows them."""
 
 import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import three_digits
+from helpers import noisy_picture
 from PIL import Image
 
 import dcp_zoo
 from dcp_zoo import FewShotClassifier
+from dcp_zoo.accuracy import Accuracy
 from dcp_zoo.answers import top_classes
 from dcp_zoo.benchmark.report import write_mistakes
-from dcp_zoo.cli import heads as evaluate_command
-from dcp_zoo.data import Item
-from dcp_zoo.heads.config import Accuracy, read_config
+from dcp_zoo.data import Item, load_split
+from dcp_zoo.heads.config import read_config
 from dcp_zoo.training.evaluation import Confusion, Evaluation
-
-pytestmark = pytest.mark.usefixtures("quick_probe")
 
 
 @pytest.fixture
@@ -46,7 +46,11 @@ def test_the_interval_is_wilsons():
 
 
 def test_accuracy_confusions_and_mistakes_worst_first(evaluation):
-    assert evaluation.accuracy == Accuracy("", 4, 6)
+    assert evaluation.accuracy == Accuracy("", 4, 6, untested=["owl"])
+    assert (
+        str(evaluation.accuracy)
+        == "at least 29 % (97.5 % sure): 66.7 % (4 of 6; 95 % interval 29 to 91; both without owl)"
+    )
     assert evaluation.per_class == [Accuracy("cat", 2, 4), Accuracy("dog & co", 2, 2)]
     same = replace(evaluation, classnames=["cat", "cat", "owl"])
     assert same.per_class == [Accuracy("cat", 2, 4), Accuracy("cat (1)", 2, 2)]
@@ -93,30 +97,58 @@ def test_eval_keeps_the_classes_of_the_head(run, my_head, flowers):
     assert "does not say which images it was trained on: if these are among them, the accuracy is too high" in err
 
 
-def test_eval_on_a_dataset_of_other_classes_is_the_cross_dataset_protocol(run, flowers, monkeypatch):
+def test_eval_on_a_dataset_of_other_classes_is_the_cross_dataset_protocol(run, flowers, small_model):
     """The head gets the dataset's class names, in its template, as in `dcp-zoo benchmark`."""
-    FewShotClassifier().fit(flowers).save("head")
-    digits = three_digits()
-    monkeypatch.setattr(evaluate_command, "load_labelled", lambda *_: digits)
-    monkeypatch.setattr(evaluate_command, "as_values", lambda evaluation: {"logits": evaluation.logits.tolist()})
-    code, out, err = run("eval", "digits", "--head", "head", "--json")
+    FewShotClassifier(small_model, method="zero-shot").fit(flowers).save("head")
+    code, out, err = run("eval", "digits", "--head", "head", "--precision", "float32", "--json")
     assert code == 0, err
-    assert "Note: head was trained on 2 classes, and is tested with the 3 class names of digits" in err
+    assert "Note: head was trained on 2 classes, and is tested with the 10 class names of digits" in err
+    digits = load_split("digits")
+    images, labels = [item.path for item in digits.test], [digits.classnames[item.label] for item in digits.test]
     head = dcp_zoo.create_model("head", True).eval()
-    head.set_classnames(digits.classnames, "a photo of the number {}.")
-    expected = dcp_zoo.evaluate(head, [x.path for x in digits.test], [digits.classnames[x.label] for x in digits.test])
-    assert json.loads(out)["logits"] == pytest.approx(expected.logits.numpy(), abs=1e-3)
+    found = []
+    for template in ("a photo of the number {}.", "{}"):
+        head.set_classnames(digits.classnames, template)
+        evaluated = dcp_zoo.evaluate(head, images, labels, precision="float32")
+        found.append({row.name: [row.correct, row.images] for row in evaluated.per_class})
+    assert json.loads(out)["per_class"] == found[0] != found[1]
 
 
 @pytest.mark.parametrize("form", ["folder", "images"])
-def test_no_image_of_a_training_in_python_is_tested(run, flowers, form):
+def test_no_image_of_a_training_in_python_is_tested(run, flowers, small_model, form):
     """Whether it was given by its folder or in memory, and wherever the same file is now."""
     paths, labels = dcp_zoo.list_labelled_images(flowers)
     data = ([Image.open(path) for path in paths], labels) if form == "images" else (flowers,)
-    head = dcp_zoo.train("dcp_mini", *data)
+    head = dcp_zoo.train(small_model, *data, method="ss-text")
     if form == "folder":  # its hashes are those of the command
-        run.ok("train", "MY_PHOTOS", "--test", 0, "--output", "by_command")
+        options = ("--model", small_model, "--method", "ss-text", "--test", 0)
+        run.ok("train", "MY_PHOTOS", *options, "--output", "by_command")
         names = ("split_sha256", "subset_sha256", "image_hashes")
         assert [read_config("by_command")["dcp"][name] for name in names] == [head.info[name] for name in names]
     head.save_pretrained("head")
     assert "head was trained on these images. Pass other images" in run.refused("eval", "MY_PHOTOS", "--head", "head")
+
+
+def test_a_folder_of_some_classes_is_judged_among_all(run, tmp_path, monkeypatch):
+    """By the command, also with a table of the images, and in Python: classes without images stay possible
+    answers."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(1)
+    colors = {"crane": (200, 30, 30), "lake": (30, 30, 200), "leaf": (20, 120, 20), "snow": (230, 230, 230)}
+    for name, color in colors.items():
+        for i in range(2):
+            noisy_picture(Path("known", name, f"{i}.png"), color, rng)
+            # half of these are of classes without a folder
+            noisy_picture(Path("some", ["leaf", "snow"][i], f"{name}.png"), color, rng)
+    head = FewShotClassifier().fit("known").model_
+    head.save_pretrained("head")
+    found = dcp_zoo.evaluate(head, "some")
+    assert head.classnames == found.classnames
+    assert {pair.predicted for pair in found.confused_pairs} - {"leaf", "snow"}, "otherwise nothing is tested"
+    rows = [f"{path},{path.parent.name}" for path in Path("some").rglob("*.png")]
+    Path("table.csv").write_text("\n".join(["file,class", *rows]))
+    for given in (["some"], ["--labels", "table.csv"]):
+        shown = json.loads(run.ok("eval", *given, "--head", "head", "--json"))
+        assert shown["top1"] == round(found.accuracy.percent, 2)
+        assert shown["per_class"] == {row.name: [row.correct, row.images] for row in found.per_class}
+        assert shown["confused_pairs"] == [list(pair) for pair in found.confused_pairs]

@@ -81,7 +81,8 @@ def test_other_files_and_options_are_refused(onnx_file, tmp_path, run):
 
 
 def test_onnx_runtime_computes_where_it_is_asked_to(onnx_file, monkeypatch):
-    """With a provider for GPUs and without one; and with one that cannot start, which leaves the CPU's answers."""
+    """With a provider for GPUs and without one; and with one that cannot start, which leaves the CPU's
+    answers."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: CPU)
     assert providers("auto") == providers("cpu") == CPU
     with pytest.warns(UserWarning, match="computes on the CPU, not on cuda:1: install"):

@@ -14,7 +14,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def small_split(sizes: list[int], val: int = 6) -> Split:
-    """Classes of these sizes, first appearing in reverse order of label, images of all classes interleaved."""
+    """Classes of these sizes, first appearing in reverse order of label, images of all classes
+    interleaved."""
     labels = [y for i in range(max(sizes)) for y in reversed(range(len(sizes))) if i < sizes[y]]
     train = [Item(f"/x/t{i}", f"t{i}", y) for i, y in enumerate(labels)]
     val_items = [Item(f"/x/v{i}", f"v{i}", i % len(sizes)) for i in range(val * len(sizes))]

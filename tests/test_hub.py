@@ -1,4 +1,5 @@
-"""The stock Hub client against a Hub in memory: downloads, pins, and one message for each kind of failure."""
+"""The stock Hub client against a Hub in memory: downloads, pins, and one message for each kind of
+failure."""
 
 import json
 import os
@@ -10,8 +11,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +24,16 @@ import pin_clips
 import pytest
 import timm
 import torch
-from helpers import offline, until, use_endpoint
+from helpers import http_server, offline, until, use_endpoint
 from safetensors.torch import save_file
 from shared import CommandLine
-from upload_hub import UploadHub, serve_uploads
+from upload_hub import TOKEN, Answers, UploadHub, serve_uploads
 
 import dcp_zoo
-from dcp_zoo import ZooError, hub
+from dcp_zoo import Predictor, ZooError, hub
+from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.files import sha256_of
-from dcp_zoo.heads.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.zoo import registry
 from dcp_zoo.zoo.build import plain_clip
 
@@ -47,7 +51,8 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[UploadHub]:
-    """A Hub with a miniature head in two revisions, the first one tagged, and a repo that lacks its weights."""
+    """A Hub with a miniature head in two revisions, the first one tagged, and a repo that lacks its
+    weights."""
     with serve_uploads() as server:
         server.first = server.add(MINI_REPO, checkpoint_files(registry.WEIGHTS / OTHER), tag="v1")
         server.second = server.add(MINI_REPO, checkpoint_files(BUNDLED))
@@ -65,8 +70,8 @@ CONFIGS = open_clip.factory._MODEL_CONFIGS
 
 @pytest.fixture(scope="module")
 def narrow(server, tmp_path_factory) -> Iterator[dcp_zoo.DCP]:
-    """A ViT-B/16 with small towers and random weights; its CLIP and its head for ImageNet's 1,000 classes are on the
-    Hub."""
+    """A ViT-B/16 with small towers and random weights; its CLIP and its head for ImageNet's 1,000 classes
+    are on the Hub."""
     folder = tmp_path_factory.mktemp("narrow")
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
@@ -105,8 +110,8 @@ def moved(narrow, client, tmp_path) -> tuple[str, list[str]]:
 
 @pytest.fixture
 def client(server, tmp_path, monkeypatch) -> UploadHub:
-    """The client of this process uses `server`, starts with an empty cache, and has no weights of CLIP pinned, as
-    `server` has other commits than the Hub."""
+    """The client of this process uses `server`, starts with an empty cache, and has no weights of CLIP
+    pinned, as `server` has other commits than the Hub."""
     for name, row in registry.MODELS.items():
         monkeypatch.setitem(registry.MODELS, name, replace(row, clip_revision=None))
     use_endpoint(monkeypatch, server.url, tmp_path / "cache")
@@ -128,11 +133,16 @@ def same(a: dcp_zoo.DCP, b: dcp_zoo.DCP) -> bool:
     return torch.equal(a.prompts["text"], b.prompts["text"])
 
 
-def test_a_published_head(narrow, client, tmp_path):
-    """CLIP's weights and the head over HTTP; then, without a network, the cache suffices, and only the cache."""
-    with pytest.warns(UserWarning, match="is not pinned in this version") as told:
+@pytest.mark.filterwarnings("ignore:.* is not pinned in this version")
+def test_a_published_head(narrow, client, tmp_path, caplog):
+    """CLIP's weights and the head over HTTP; then, without a network, the cache suffices, and only the
+    cache. The log says where both came from."""
+    with caplog.at_level("INFO", "dcp_zoo"), pytest.warns(UserWarning, match="is not pinned in this version") as told:
         head = dcp_zoo.create_model("dcp_vitb16", pretrained="imagenet-16shot")
     assert (len(told), head.num_classes) == (1, 1000)
+    commit = r"[0-9a-f]{40}"
+    assert re.search(f"dcp_vitb16: open_clip_model.safetensors of {CLIP_REPO} at {commit}\n", caplog.text)
+    assert re.search(rf"dcp: model.safetensors of dcp-zoo/dcp_vitb16\.imagenet-16shot at {commit}\n", caplog.text)
     with offline():
         again = dcp_zoo.create_model("dcp_vitb16", pretrained="imagenet-16shot")
     for found in (head, again):
@@ -141,7 +151,9 @@ def test_a_published_head(narrow, client, tmp_path):
     folder = f"models--{CLIP_REPO.replace('/', '--')}"
     shutil.rmtree(tmp_path / "cache" / folder)
     file = f"{CLIP_REPO} open_clip_model.safetensors"
-    message = f"HF_HUB_OFFLINE forbids it.*run `hf download {file}` .* folder {folder} .* to {tmp_path}/cache"
+    message = (
+        f"HF_HUB_OFFLINE keeps dcp_zoo from asking.*run `hf download {file}` .* folder {folder} .* to {tmp_path}/cache"
+    )
     with offline(), pytest.raises(ZooError, match=message):
         dcp_zoo.create_model("dcp_vitb16", pretrained="imagenet-16shot")
 
@@ -160,8 +172,8 @@ with torch.inference_mode():
 
 @contextmanager
 def served_by_olah(root: Path, repos: dict[str, dict[str, Path]]) -> Iterator[str]:
-    """The address of olah, in an environment of its own, with the configuration of `hub/mirror/` but for paths and
-    port. Weights are LFS objects in its git repositories, as on the real Hub."""
+    """The address of olah, in an environment of its own, with the configuration of `hub/mirror/` but for
+    paths and port. Weights are LFS objects in its git repositories, as on the real Hub."""
     subprocess.run([sys.executable, "-m", "venv", root / "olah"], check=True)
     if subprocess.run([root / "olah/bin/pip", "install", "-q", "olah==0.5.4"], check=False).returncode:
         pytest.skip("pip cannot install olah")
@@ -198,8 +210,8 @@ def served_by_olah(root: Path, repos: dict[str, dict[str, Path]]) -> Iterator[st
 
 @pytest.mark.scripts  # olah takes an environment of its own
 def test_a_published_head_from_olah(narrow, tmp_path):
-    """CLIP's weights and the head over HTTP from a Hub that others wrote, by `hub/mirror`'s configuration, in a new
-    process that knows it only from HF_ENDPOINT."""
+    """CLIP's weights and the head over HTTP from a Hub that others wrote, by `hub/mirror`'s configuration,
+    in a new process that knows it only from HF_ENDPOINT."""
     torch.save(images := torch.randn(2, 3, 224, 224), tmp_path / "images")
     weights = {hub.CLIP_WEIGHTS_NAME: narrow.folder / hub.CLIP_WEIGHTS_NAME}
     with served_by_olah(tmp_path, {HEAD_REPO: checkpoint_files(narrow.folder), CLIP_REPO: weights}) as url:
@@ -232,8 +244,13 @@ def test_a_broken_download_is_no_checkpoint(client, tmp_path):
 
 def test_revisions_and_pins(client, monkeypatch):
     first, second = (trained(registry.WEIGHTS / name) for name in (OTHER, MINI))
-    for revision, expected in (("@v1", first), (f"@{client.first}", first), ("", second)):
-        assert same(dcp_zoo.create_model(f"hf-hub:{MINI_REPO}{revision}", True), expected), revision
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(dcp_zoo.create_model(f"hf-hub:{MINI_REPO}@{client.first}", True), first)
+    for revision, commit, expected in (("@v1", client.first, first), ("", client.second, second)):
+        with pytest.warns(UserWarning, match=f"is not pinned: .* Pin it: hf-hub:{MINI_REPO}@{commit}$") as told:
+            assert same(dcp_zoo.create_model(f"hf-hub:{MINI_REPO}{revision}", True), expected), revision
+        assert len(told) == 1
     patch_manifest(monkeypatch, revision=client.first, sha256=sha256_of(registry.WEIGHTS / OTHER / WEIGHTS_NAME))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -263,19 +280,36 @@ def test_weights_of_clip_are_of_their_pinned_revision(moved, tmp_path, monkeypat
             plain_clip(name)
 
 
-def test_a_revision_that_is_gone_and_weights_that_moved_name_the_way_out(uploads, monkeypatch):
-    name = set_row(monkeypatch)
-    repo = registry.MODELS[name].clip_repo
-    uploads.add("dcp-zoo/half", {CONFIG_NAME: BUNDLED / CONFIG_NAME})
-    first = uploads.add(repo, {hub.CLIP_WEIGHTS_NAME: BUNDLED / WEIGHTS_NAME})
-    way_out = "Upgrade dcp_zoo, or take the weights as they are now: open_clip:ViT-B-16/datacomp_xl_s13b_b90k"
+def test_a_pin_that_the_hub_does_not_know_costs_a_warning(moved, flowers, tmp_path, monkeypatch):
+    """The newest weights are taken, also from the cache, and the head's fingerprint decides; a head trained
+    on them says so."""
+    repo, (first, second) = moved
+    name, options = set_row(monkeypatch), {"classnames": ["cat"], "n_ctx": 2, "depth": 1}
+    heads = {}
+    for commit in (first, second):
+        set_row(monkeypatch, clip_revision=commit)
+        heads[commit] = dcp_zoo.create_model(name, "clip", **options).save_pretrained(tmp_path / commit)
     set_row(monkeypatch, clip_revision="0" * 40)
-    with pytest.raises(ZooError, match=rf"{repo} does not have the pinned revision 0{{40}} any more\. {way_out}"):
-        plain_clip(name)
+    shutil.rmtree(tmp_path / "cache")
+    told = f"The pinned commit 0{{40}} of {repo} could not be had: CLIP's weights are of {second}"
+    with pytest.warns(UserWarning, match=told):
+        assert plain_clip(name).note
+    with offline(), pytest.warns(UserWarning, match=told):
+        dcp_zoo.create_model(str(heads[second]), True)
+    with offline(), pytest.warns(UserWarning, match=told), pytest.raises(ZooError, match="trained on other weights"):
+        dcp_zoo.create_model(str(heads[first]), True)
+    with pytest.warns(UserWarning, match=told):
+        head = dcp_zoo.train(name, flowers, method="gda")
+    assert re.search(told, head.info["clip_note"])
+
+
+def test_weights_that_moved_name_the_way_out(uploads, monkeypatch):
+    uploads.add("dcp-zoo/half", {CONFIG_NAME: BUNDLED / CONFIG_NAME})
     with pytest.raises(ZooError, match="dcp-zoo/half has neither open_clip_model.safetensors nor"):
         pin_clips.newest_commit("dcp-zoo/half")
-    set_row(monkeypatch, clip_revision=first, clip_repo="else/where")
-    with pytest.raises(ZooError, match=f"of ViT-B-16 in {repo}, and {name} has them from else/where. {way_out}"):
+    name = set_row(monkeypatch, clip_revision="0" * 40, clip_repo="else/where")
+    way_out = "Upgrade dcp_zoo, or take the weights as they are now: open_clip:ViT-B-16/datacomp_xl_s13b_b90k"
+    with pytest.raises(ZooError, match=f"of ViT-B-16 in .*, and {name} has them from else/where. {way_out}"):
         plain_clip(name)
 
 
@@ -311,9 +345,9 @@ def test_a_wrong_hash_is_rejected_every_time(client, monkeypatch, tmp_path):
 
 def test_another_organisation(client, monkeypatch):
     patch_manifest(monkeypatch, revision=client.second, sha256="0" * 64)  # dcp-zoo's pin, not valid for others
-    client.add(f"own/{MINI}", checkpoint_files(BUNDLED))
+    commit = client.add(f"own/{MINI}", checkpoint_files(BUNDLED))
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "own")
-    with pytest.warns(UserWarning, match=f"this is the newest revision of own/{MINI}"):
+    with pytest.warns(UserWarning, match=f"this is commit {commit} of own/{MINI}, the newest"):
         assert same(dcp_zoo.create_model(MINI, True), trained(BUNDLED))
 
 
@@ -349,12 +383,14 @@ def test_a_head_appears_without_a_release(index, client, monkeypatch, run, org):
     requests = len(client.requests)
     assert dcp_zoo.get_pretrained_cfg(name)["architecture"] == "dcp_mini"
     assert dcp_zoo.create_model("dcp_mini").num_classes
+    assert name not in dcp_zoo.list_models(include_tags=True)
+    assert name not in dcp_zoo.list_models(pretrained=True)
     assert len(client.requests) == requests  # these do not ask
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2):
-            assert name in dcp_zoo.list_pretrained() == dcp_zoo.list_models("dcp*", pretrained=True)
-        assert sum("heads.json" in request for request in client.requests[requests:]) <= 2  # the client's HEAD and GET
+            assert name in dcp_zoo.list_pretrained()
+        assert sum("heads.json" in request for request in client.requests[requests:]) <= 3  # two HEAD and a GET
         assert name in dcp_zoo.list_heads(status="published")
         assert same(timm.create_model(name, pretrained=True), trained(BUNDLED))
         assert dcp_zoo.list_pretrained("*cubes*") == [LATER]
@@ -364,7 +400,6 @@ def test_a_head_appears_without_a_release(index, client, monkeypatch, run, org):
         assert re.search(rf"{name} +published +60\.0", run.ok("list", "dcp_mini.eurosat*"))
         with offline():
             hub.forget_index()
-            assert name in dcp_zoo.list_pretrained()
             assert same(dcp_zoo.create_model("dcp_mini", "eurosat-1shot"), trained(BUNDLED))
 
 
@@ -378,22 +413,79 @@ def test_an_index_is_not_trusted(index, client, monkeypatch):
     client.add(f"dcp-zoo/{hub.INDEX_REPO}", {"heads.json": BUNDLED / WEIGHTS_NAME})
     hub.forget_index()
     with pytest.warns(UserWarning, match="The index of dcp-zoo's heads on the Hub is damaged"):
-        assert set(dcp_zoo.list_pretrained()) == registry.trained_heads().keys()
+        assert set(dcp_zoo.list_pretrained(exclude_filters="*.clip")) == registry.trained_heads().keys()
 
 
-def test_without_a_network_there_is_one_try(index, tmp_path, monkeypatch):
-    """For the index, which is then the cached one, without a complaint; and for a head."""
-    name = index()
+SILENT: list[tuple[int, str]] = [  # the Hub's answers to the client, or what its place answers, and what is told
+    (0, r"http://127.0.0.1:9 cannot be reached \(Connect.*\). Check the network, HF_ENDPOINT and the proxy"),
+    (1, "HF_HUB_OFFLINE keeps dcp_zoo from asking"),
+    (200, "what answers at http.* is no Hub. Check HF_ENDPOINT"),
+    (401, "or a proxy before it, denies access"),
+    (403, r"or a proxy before it, denies access \(403\)"),
+    (429, "has answered with the error 429. Try again later"),
+    (503, "has answered with the error 503. Try again later, or set HF_ENDPOINT"),
+]
+
+
+class LoginPage(BaseHTTPRequestHandler):
+    """What a hotel's network answers."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+    log_message = Answers.log_message
+
+
+@contextmanager
+def silent(status: int, client: UploadHub, monkeypatch) -> Iterator[None]:
+    """A Hub that cannot be reached (0), must not be asked (1), or answers like this, whatever it is asked
+    for."""
+    client.faults = [("/resolve/", status)] * 99 if status > 200 else []
+    with monkeypatch.context() as patch, ExitStack() as stack:
+        if status == 1:
+            stack.enter_context(offline())
+        elif status in (0, 200):
+            url = stack.enter_context(http_server(LoginPage)) if status else "http://127.0.0.1:9"
+            use_endpoint(patch, url, Path(huggingface_hub.constants.HF_HUB_CACHE))
+        try:
+            yield
+        finally:
+            client.faults = []
+
+
+@pytest.mark.parametrize(("status", "told"), SILENT, ids=[str(status) for status, _ in SILENT])
+def test_a_hub_that_does_not_answer_is_not_a_hub_without_a_head(status, told, index, client, monkeypatch, run):
+    """Neither for one head nor in a list, which has what is in the cache; CLIP's weights are no better
+    off."""
+    name, head = index(), "dcp_vitb16.imagenet-16shot"
     assert name in dcp_zoo.list_pretrained()
+    hub.forget_index()
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with silent(status, client, monkeypatch):
+        for pretrained, start in (("imagenet-16shot", f"{head} may be on the Hub, but it cannot be had"), ("clip", "")):
+            with pytest.raises(ZooError, match=f"^{start}.*{told}") as error:
+                dcp_zoo.create_model("dcp_vitb16", pretrained=pretrained)
+            assert "planned" not in str(error.value)
+        with pytest.raises(ZooError, match=f"has no head 'cubist-4shot'.* It may be on the Hub: .*{told}"):
+            dcp_zoo.create_model("dcp_vitb16.cubist-4shot", True)
+        for listed in (dcp_zoo.list_heads, dcp_zoo.list_pretrained):
+            with pytest.warns(UserWarning, match=f"The Hub may have more heads than are known here: .*{told}") as notes:
+                assert name in listed()
+            assert len(notes) == 1
+        for command in (("list", "dcp_vitb16.dtd*"), ("info", "dcp_vitb16.dtd-4shot"), ("info", "dcp_vitb16")):
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")
+                code, _, err = run(*command)
+            assert (code, err.count("The Hub may have more heads")) == (0, 1), command
+
+
+def test_without_a_network_there_is_one_try(client, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("the client waits for another try"))
     started = time.perf_counter()
-    for cache, known in ((tmp_path / "cache", True), (tmp_path / "empty", False)):
-        use_endpoint(monkeypatch, "http://127.0.0.1:9", cache)
-        hub.forget_index()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert (name in dcp_zoo.list_pretrained()) == known
-            assert not dcp_zoo.list_pretrained("dcp_vitb16*")
+    use_endpoint(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
     for other, pretrained in (("hf-hub:org/name", True), ("dcp_vitb16", "clip")):
         message = r"http://127.0.0.1:9 cannot be reached.*HF_ENDPOINT.*hf download.*local-dir:PATH"
         with pytest.raises(ZooError, match=message):
@@ -401,17 +493,80 @@ def test_without_a_network_there_is_one_try(index, tmp_path, monkeypatch):
     assert time.perf_counter() - started < 5
 
 
-def test_a_planned_head_says_once_what_works(client, tmp_path, monkeypatch):
-    """Also without a network; but what another organisation lacks, or denies, is no planned head."""
+def test_a_planned_head_is_one_that_the_hub_says_it_has_not(client, monkeypatch):
+    """Whether one is logged in or not; but what is gated exists, and another organisation's is no planned
+    head."""
     head = "dcp_vitb32.eurosat-4shot-seed2"
-    for endpoint in (client.url, "http://127.0.0.1:9"):
-        use_endpoint(monkeypatch, endpoint, tmp_path / "none")
-        with pytest.raises(ZooError, match=rf"{head} is planned.*dcp-zoo train --head {head} .* dcp-zoo list"):
+    for token in ("", TOKEN):
+        monkeypatch.setenv("HF_TOKEN", token)
+        with pytest.raises(ZooError, match=rf"{head} is planned: .*dcp-zoo train --head {head} .* dcp-zoo list"):
             dcp_zoo.create_model("dcp_vitb32", pretrained="eurosat-4shot-seed2")
-    use_endpoint(monkeypatch, client.url, tmp_path / "none")
+    client.add(gated := "dcp-zoo/dcp_vitb32.dtd-1shot", checkpoint_files(BUNDLED))
+    client.gated.add(gated)
+    with pytest.raises(ZooError, match=f"may be on the Hub, .* {gated} is gated: request access"):
+        dcp_zoo.create_model("dcp_vitb32.dtd-1shot", True)
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "own")
     with pytest.raises(ZooError, match=f"has no repo own/{head}, or it is private"):
         dcp_zoo.create_model(head, True)
+    monkeypatch.setenv("DCP_ZOO_HUB_ORG", "me,somebody")
+    for asks in (dcp_zoo.list_pretrained, lambda: dcp_zoo.create_model(head, True)):
+        with pytest.raises(ZooError, match="DCP_ZOO_HUB_ORG=me,somebody is not the name of an organisation"):
+            asks()
+
+
+def test_no_head_is_needed_where_its_classifier_is_not_asked_for(narrow, moved, client):
+    """As timm's users fine-tune: CLIP's own weights are enough, and a warning says so, until the head is
+    published."""
+    name, clip = "dcp_datacomp_b16", narrow.encoder.clip
+    message = (
+        rf"CLIP's own weights of {name} are loaded, .*as by {name}\.clip: its default head .* is not published yet"
+    )
+    for create, options in product(
+        (timm.create_model, dcp_zoo.create_model), ({"num_classes": 10}, {"num_classes": 0})
+    ):
+        with pytest.warns(UserWarning, match=message) as told:
+            model = create(name, pretrained=True, **options)
+        assert len(told) == 1
+        assert (model.num_classes, model.pretrained_cfg["hf_hub_id"]) == (options["num_classes"], moved[0])
+        assert torch.equal(model.encoder.visual.conv1.weight, 2 * clip.visual.conv1.weight)
+    with pytest.warns(UserWarning, match=message):
+        net = timm.create_model(name, pretrained=True, features_only=True)
+    assert torch.equal(net.model.encoder.visual.conv1.weight, 2 * clip.visual.conv1.weight)
+    way_out = rf"is planned: nobody has .*CLIP's weights without a head: {name}\.clip, or pretrained='clip'"
+    for model, options in (
+        (name, {}),
+        (name, {"num_classes": 1000}),
+        (name, {"num_classes": 2, "classnames": ["cat", "dog"]}),
+        (f"{name}.dtd-4shot", {"num_classes": 10}),
+    ):
+        with pytest.raises(ZooError, match=way_out):
+            dcp_zoo.create_model(model, True, **options)
+    with pytest.warns(UserWarning, match="is not pinned"):  # its head is on the Hub
+        assert same(timm.create_model("dcp_vitb16", pretrained=True, num_classes=10), narrow)
+
+
+def test_clips_own_weights_have_a_tag(moved, client, run):
+    name = "dcp_datacomp_b16"
+    assert f"{name}.clip" in timm.list_pretrained("dcp*")
+    cfg = dcp_zoo.get_pretrained_cfg(f"{name}.clip")
+    assert (cfg["hf_hub_id"], cfg["tag"], cfg["num_classes"], cfg["license"]) == (moved[0], "clip", 1000, "mit")
+    states = []
+    for create, model, options in (
+        (dcp_zoo.create_model, name, {"pretrained": "clip"}),
+        (dcp_zoo.create_model, f"{name}.clip", {"pretrained": True}),
+        (timm.create_model, f"{name}.clip", {"pretrained": True}),
+        (timm.create_model, name, {"pretrained": True, "pretrained_cfg": timm.get_pretrained_cfg(f"{name}.clip")}),
+    ):
+        torch.manual_seed(0)
+        states.append(create(model, **options).state_dict())
+    for state in states[1:]:
+        assert all(torch.equal(state[key], tensor) for key, tensor in states[0].items())
+    with pytest.raises(ZooError, match="names 'clip', but pretrained='dtd-4shot' another"):
+        dcp_zoo.create_model(f"{name}.clip", "dtd-4shot")
+    for refuses in (lambda: dcp_zoo.predict(f"{name}.clip", sample_images()), lambda: Predictor(f"{name}.clip")):
+        with pytest.raises(ZooError, match=f"{name}.clip is CLIP without a head"):
+            refuses()
+    run.ok("info", f"{name}.clip")
 
 
 def test_failures(client, tmp_path):

@@ -15,11 +15,13 @@ from PIL.JpegImagePlugin import JpegImageFile
 from timm.data import create_transform as timm_transform
 
 import dcp_zoo
-from dcp_zoo.data import check_images, load_image, load_labelled, load_split
+from dcp_zoo.data import load_image, load_labelled, load_split
 from dcp_zoo.data.images import UnsupportedImage, check_complete, picture_formats
 from dcp_zoo.data.readers import read_classnames, read_descriptions
+from dcp_zoo.data.unreadable import MOVE, damaged, refuse
 from dcp_zoo.errors import ZooError
-from dcp_zoo.heads.checkpoint import WEIGHTS_NAME, read_tensors
+from dcp_zoo.heads.config import WEIGHTS_NAME
+from dcp_zoo.heads.file import read_tensors
 from dcp_zoo.zoo.registry import MODELS
 
 
@@ -144,8 +146,9 @@ def test_heic_names_the_plugin(flowers, no_heif):
     for name in ("rose/a.HEIC", "rose/c.jpg"):
         (flowers / name).write_bytes(HEIC_START)
     read = r"2 of 14 images cannot be read: .*rose/a.HEIC.*PIL cannot read HEIC .*\(pip install pillow-heif\)"
+    items = load_split("folder", flowers).items
     with pytest.raises(ZooError, match=f"{read}.*move them out of their class folders"):
-        check_images(load_split("folder", flowers).items)
+        refuse(items, damaged(items), MOVE)
 
 
 def test_heic_is_read_where_the_plugin_is_installed(flowers):

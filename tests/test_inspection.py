@@ -1,6 +1,7 @@
 """Photographs inspected before training: wrong labels, duplicates, bad images."""
 
 import csv
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -9,19 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import Count, read_csv
+from helpers import read_csv
 from PIL import ExifTags, Image, ImageEnhance, ImageFilter, ImageOps
+from torch.nn import functional as F
 
 import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.data import groups, load_image, load_labelled
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.heads.config import read_config
-from dcp_zoo.inspection import look as look_module
 from dcp_zoo.inspection.inspection import learning_curve, of_no_class, out_of_fold, suspected
-from dcp_zoo.probe import ReadingFeatures
+from dcp_zoo.probe import ReadingFeatures, fit_on_features
 
-pytestmark = pytest.mark.usefixtures("quick_probe")
 NAME = '<b>cup & "saucer"'
 
 
@@ -34,7 +34,8 @@ def parts_of(image: Image.Image) -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Three classes of four images; besides a wrong label, a mirrored copy, a blurred, a black and a broken one."""
+    """Three classes of four images; besides a wrong label, a mirrored copy, a blurred, a black and a broken
+    one."""
     root = tmp_path_factory.mktemp("data") / "photos"
     photos = [load_image(sample_images()[i]) for i in (1, 0, 5)]
     for name, photo in zip((NAME, "cat", "flower"), photos, strict=True):
@@ -56,9 +57,9 @@ def cache(tmp_path_factory) -> Iterator[None]:
         yield
 
 
-def test_the_command_finds_what_is_wrong(folder, cache, tmp_path, run, monkeypatch):
+def test_the_command_finds_what_is_wrong(folder, cache, tmp_path, run, monkeypatch, image_work):
     _, out, err = run("inspect", folder, "--output", tmp_path / "found")
-    assert "Images that cannot be read: flower/broken.jpg (not in a supported format" in " ".join(err.split())
+    assert re.search(r"1 of 17 images cannot be read: \S+flower/broken.jpg \(not in a supported", " ".join(err.split()))
     rows = {row["file"]: row for row in read_csv(tmp_path / "found" / "inspection.csv")}
     assert len(rows) == 17
     wrong = rows["cat/wrong.png"]
@@ -73,12 +74,12 @@ def test_the_command_finds_what_is_wrong(folder, cache, tmp_path, run, monkeypat
     assert "black <i>" not in page
     assert "cat/wrong.png" in page
     assert ("the text probe that" in page, "Gaussian" in page) == (True, False)
-    looked = Count(monkeypatch, look_module, "load_with_facts")
     with monkeypatch.context() as patch:  # before anything slow is imported
         patch.setitem(sys.modules, "dcp_zoo.inspection.inspection", None)
         assert "exists already" in run.refused("inspect", folder, "--output", tmp_path / "found")  # perhaps edited
+    image_work.reset()
     assert run.ok("inspect", folder, "--output", tmp_path / "found", "--overwrite") == out
-    assert looked.calls == 1, "the broken one: what is known of the others is kept"
+    assert image_work.encoded == 0, "what is known of the images is kept"
 
 
 def test_changed_copies_are_the_same_picture(cache):
@@ -100,12 +101,37 @@ def test_swapped_labels_and_images_of_no_class_are_found():
     labels[[0, 11]] = torch.tensor([3, 4])
     features = torch.eye(6, 16)[shown] + 0.1 * torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     says_nothing = torch.zeros(5, 16), torch.zeros(5)  # the text
-    views = torch.nn.functional.normalize(features, dim=1)[None]
+    views = F.normalize(features, dim=1)[None]
     found = out_of_fold(ReadingFeatures(views, says_nothing), labels, torch.arange(40))
     assert {0, 11} <= {*suspected(found.log_probabilities, labels)} <= {0, 11, 5, 26}
     assert sorted(of_no_class(found.log_probabilities, found.distances, labels)[:2]) == [5, 26]
-    curve = learning_curve(found)
-    assert ([point.images for point in curve], curve[-1].accuracy > 85) == ([1, 2, 4], True)
+
+
+def noise(parts: int, per_class: int, seed: int) -> tuple[ReadingFeatures, torch.Tensor]:
+    """Images of four classes that show nothing, as so many parts of features, with texts that say nothing;
+    labels."""
+    labels, generator = torch.arange(4).repeat(per_class), torch.Generator().manual_seed(seed)
+    features = F.normalize(torch.randn(1, len(labels), parts, 8, generator=generator), dim=-1).flatten(2)
+    return ReadingFeatures(features, (5 * torch.randn(4, 8, generator=generator), torch.zeros(4)), (8,) * parts), labels
+
+
+def test_the_learning_curve_is_of_probes_that_know_nothing_of_what_they_are_tested_on():
+    """Each is the probe that `train` fits to the images that were drawn, and to nothing else."""
+    given, labels = noise(2, 4, seed=0)
+    curve = learning_curve(out_of_fold(given, labels, torch.arange(16)))
+    assert [point.images for point in curve] == [1, 2]
+    for point in curve:
+        generator, right = torch.Generator().manual_seed(0), []
+        for _ in range(5):
+            order = torch.randperm(16, generator=generator)
+            few = torch.cat([order[labels[order] == label][: point.images] for label in range(4)]).sort().values
+            others = order[~torch.isin(order, few)]
+            read = given._replace(features=given.features[:, few])
+            probe, _ = fit_on_features([*"abcd"], labels[few], [read])
+            x = given.features[0, others]
+            answers = probe(F.linear(x[:, :8], *given.start), x / 2**0.5, probe.classes).argmax(1)
+            right.append((answers == labels[others]).float().mean().item())
+        assert point.accuracy == pytest.approx(100 * np.mean(right), abs=1e-3)
 
 
 def test_what_cannot_be_inspected_says_why(tmp_path, cache, run):
@@ -125,6 +151,8 @@ def test_the_table_is_a_labels_file_with_the_changes_of_a_person(folder, cache, 
     place = tmp_path / "photos"
     for part in ("train", "test"):
         shutil.copytree(folder, place / part)
+    for path in (place / "test").glob("*/[1-3].jpg"):
+        path.unlink()
     shutil.copytree(folder / "cat", place / "train" / "none of these")
     before = {path: path.read_bytes() for path in place.rglob("*.*")}
     run.ok("inspect", place, "--output", tmp_path / "found")
@@ -141,12 +169,13 @@ def test_the_table_is_a_labels_file_with_the_changes_of_a_person(folder, cache, 
         keys |= {"train/cat/wrong.png": NAME} if part == "train" else {}
         keys.pop("test/cat/twin.png", None)
         assert {item.key: found.classnames[item.label] for item in getattr(found, part)} == keys
-    assert [item.key for item in found.none] == [item.key for item in old.none]
+    assert [item.key for item in found.no_class] == [item.key for item in old.no_class]
     assert {path: path.read_bytes() for path in place.rglob("*.*")} == before
 
 
-def test_train_says_that_copies_in_the_test_make_the_accuracy_too_high(cache, tmp_path, run, monkeypatch):
-    """And not how accurate the head is without them: there may be others."""
+def test_train_says_that_copies_in_the_test_make_the_accuracy_too_high(cache, tmp_path, run, monkeypatch, image_work):
+    """And not how accurate the head is without them: there may be others. After `inspect`, no image is read
+    again."""
     monkeypatch.chdir(tmp_path)
     for name, place in (("cat", 1), ("flower", 5)):
         parts = parts_of(load_image(sample_images()[place]))
@@ -155,8 +184,11 @@ def test_train_says_that_copies_in_the_test_make_the_accuracy_too_high(cache, tm
                 file = Path("photos") / part / name / f"{i}.png"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 image.save(file)
+    run.ok("inspect", "photos", "--output", "found")
+    image_work.reset()
     code, _, err = run("train", "photos", "--output", "head")
     assert code == 0, err
+    assert (image_work.decoded, image_work.encoded) == (0, 0), "inspect has kept all that a training reads"
     said = " ".join(err.split())
     assert "2 of 4 test images were taken together with training images or are copies of them, such as" in said
     assert "the accuracy is too high" in said
@@ -167,7 +199,8 @@ def test_train_says_that_copies_in_the_test_make_the_accuracy_too_high(cache, tm
 
 
 def test_groups_are_near_copies_and_bursts_of_one_camera(tmp_path, cache):
-    """A photograph turned, cropped, brighter and saved again; and two that look unlike, two seconds apart."""
+    """A photograph turned, cropped, brighter and saved again; in a frame, and turned by 90 and 180 degrees,
+    with three others; and two that look unlike, two seconds apart."""
     photo, other, third = (load_image(sample_images()[i]) for i in (1, 5, 3))
     w, h = photo.size
     turned = photo.rotate(3, Image.Resampling.BICUBIC).crop((w // 12, h // 12, w - w // 15, h - h // 15))
@@ -183,6 +216,18 @@ def test_groups_are_near_copies_and_bursts_of_one_camera(tmp_path, cache):
     assert "groups that were taken together: 1; of these across classes: 1" in found.summary
     given = dcp_zoo.inspect(paths, labels, groups=["x", "y", "x", "z"])
     assert given.together == [[0, 2]]
+    assert (given.answers.untested, [item.path for item in given.answers.items]) == (["b"], paths[1:2])
+    assert len(given.rows) == 4
+    page = " ".join(given.page().split())
+    assert "both without b)" in page
+    assert "Of b there are no two images, or groups" in page
+    turned = [photo.transpose(way) for way in (Image.Transpose.ROTATE_90, Image.Transpose.TRANSVERSE)]
+    framed = [*turned, photo, ImageOps.expand(photo.rotate(180), 90, "navy"), other, third, *parts_of(other)[:2]]
+    assert dcp_zoo.inspect(framed, ["a", "b"] * 4).copies == [[0, 1, 2, 3]]
+    sky = Image.fromarray(np.tile(np.linspace(190, 230, 128, dtype=np.uint8), (128, 1))).convert("RGB")
+    sky.paste(photo.resize((40, 40)), (20, 60))
+    lighter = ImageEnhance.Brightness(sky).enhance(1.4)  # whose sky is white, as a frame is
+    assert dcp_zoo.inspect([sky, lighter, other], ["a", "a", "b"]).copies == [[0, 1]]
     tiny = [photo.resize((24, 24)), photo.resize((24, 24)), other]
     assert dcp_zoo.inspect(tiny, ["a", "a", "b"]).together == []
 
@@ -198,7 +243,7 @@ def test_the_nearest_of_many_are_found_among_few(monkeypatch):
     assert len(twins[0]) == 300 >= len(twins[1]) > 285
 
 
-def test_search_finds_by_text_and_by_photo(folder, cache, tmp_path, run, monkeypatch):
+def test_search_finds_by_text_and_by_photo(folder, cache, tmp_path, run, image_work):
     photo = folder / "cat" / "0.jpg"
     assert run.ok("search", folder, photo).split("\n")[0] == f"1.000  {photo}"
     code, out, err = run("search", folder, "cat", "--count", 4, "--output", tmp_path / "cats")
@@ -209,9 +254,9 @@ def test_search_finds_by_text_and_by_photo(folder, cache, tmp_path, run, monkeyp
     assert [row["path"] for row in read_csv(tmp_path / "cats" / "found.csv")] == files
     assert (tmp_path / "cats" / "found.html").read_text().count("<img") == 4
     assert {path.name for path in (tmp_path / "cats").iterdir()} == {"found.csv", "found.html"}
-    looked = Count(monkeypatch, look_module, "load_with_facts")
+    image_work.reset()
     best = dcp_zoo.search(folder, like=folder / "cat" / "0.jpg", count=2)
-    assert looked.calls == 2  # the photo and the broken one: the features of the others are stored
+    assert (image_work.decoded, image_work.encoded) == (1, 1)  # the photo alone: features of the others are kept
     assert [Path(match.path).name for match in best] == ["0.jpg", "twin.png"]
     assert best[0].similarity == pytest.approx(1, abs=1e-3)
 
@@ -222,7 +267,9 @@ def test_what_cannot_be_searched_says_why(folder, cache, tmp_path, run):
             dcp_zoo.search(folder, **options)
     with pytest.raises(ZooError, match="is among the images"):
         dcp_zoo.search(folder, "cat", output=folder / "cats")
+    (table := tmp_path / "found.csv").write_text("file,class\ncat/0.jpg,\n")
     for args, message in (
+        (("--to-label", "--labels", table), "found.csv lists 1 images, none with a class: fill in its column class"),
         (("cat", "--to-label"), "omit cat, or --to-label"),
         (("cat", "--labels", folder), "work only with --to-label"),
         (("--to-label", "--labels", folder), "left to label: all have a label, are black, or cannot be read"),
@@ -251,6 +298,8 @@ def test_suggested_images_are_labelled_in_the_table_and_trained_on(folder, cache
     table.write_text("file,class\n" + "".join(f"{file},none of these\n" for file in sorted(files)[1:]))
     assert run.ok("search", folder, "--to-label", "--labels", table, "--labels", labels).strip() == min(files)
     run.ok("train", folder, "--labels", labels, "--test", 0, "--output", tmp_path / "head")
+    of_head = dcp_zoo.suggest(folder, str(tmp_path / "head"), count=99)
+    assert {row.file for row in of_head} == files  # the head knows what it was trained on
 
 
 def test_a_black_image_is_never_worth_a_label(tmp_path):

@@ -1,33 +1,34 @@
-"""Every method as a head: the same logits after saving and loading, fused, and through timm's functions; and methods of
-other packages, as the example of docs/baselines.md."""
+"""Every method as a head: the same logits after saving and loading, fused, and through timm's functions; and
+methods of other packages, as the example of docs/baselines.md."""
 
 import copy
+import importlib
 import re
 from dataclasses import replace
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import StoppedState, close
+from equations import NAMES, pixels
+from helpers import FEW_STEPS, StoppedState, close, copied
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file
-from test_baselines import NAMES, logits_of, pixels, task
+from test_baselines import loader, logits_of, task
 
 import dcp_zoo
 from dcp_zoo.data import Split
 from dcp_zoo.errors import ZooError
-from dcp_zoo.heads.config import STATE_NAME, WEIGHTS_NAME, read_config
+from dcp_zoo.heads.config import COUPLINGS, WEIGHTS_NAME, read_config
 from dcp_zoo.release.onnx import export
+from dcp_zoo.training.folder import STATE_NAME
 from dcp_zoo.training.methods import METHODS, fit_head, table
 from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.run import plan
-from dcp_zoo.training.sources import image_source
 from dcp_zoo.training.state import TrainingState
 from dcp_zoo.zoo.build import trained_head
 from dcp_zoo.zoo.resolve import Source
 
-pytestmark = pytest.mark.usefixtures("quick_probe")
+pytestmark = FEW_STEPS
 
 NONLINEAR = ["tip-adapter", "tip-adapter-f", "proker"]
 FAST = {"epochs": 2, "steps": 2}
@@ -45,14 +46,19 @@ def load(clip, folder):
     return trained_head(own, Source("custom", folder=folder, config=read_config(folder))).eval()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_a_head(method, clip, photos, tmp_path):
-    """Two trainings agree and leave CLIP as it was; only what chooses reads validation images; an image's answer is its
-    own; logits are the same from a checkpoint, fused, and through timm's functions; new names are read, or refused."""
-    before, given = {name: tensor.clone() for name, tensor in clip.state_dict().items()}, small(method, clip, photos)
+COUPLED = [("dcp", {"coupling": coupling}) for coupling in COUPLINGS]
+
+
+@pytest.mark.parametrize(("method", "changes"), [*((method, {}) for method in METHODS if method != "dcp"), *COUPLED])
+def test_every_method_is_a_head(method, changes, clip, photos, tmp_path):
+    """Two trainings agree and leave CLIP as it was; only what chooses reads validation images; an image's
+    answer is its own; logits are the same from a checkpoint, fused, and through timm's functions; new names
+    are read, or refused."""
+    before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
+    given = small(method, clip, photos, **changes)
     chooses = METHODS[method].chooses
     head, again = fit_head(method, given), fit_head(method, given if chooses else replace(given, val=None))
-    test, x = image_source(clip, photos), pixels(given.val)
+    test, x = loader(clip, photos), pixels(given.val)
     logits = logits_of(head, test)
     assert logits.shape == (12, 3)
     assert torch.equal(logits, logits_of(again, test))
@@ -60,7 +66,7 @@ def test_every_method_is_a_head(method, clip, photos, tmp_path):
     assert not any(p.requires_grad for p in clip.parameters())
     assert not any(p.requires_grad for p in head.parameters()) or method == "dcp"
     assert (head.method, head.pretrained_cfg["label_names"]) == (method, NAMES)
-    alone = logits_of(head, image_source(clip, photos[2:3]))
+    alone = logits_of(head, loader(clip, photos[2:3]))
     torch.testing.assert_close(logits[2:3], alone, rtol=1e-4, atol=1e-4)
     loaded = load(clip, head.save_pretrained(tmp_path, dataset="own"))
     with torch.no_grad():
@@ -81,7 +87,7 @@ def check_new_classes(method, head, test) -> None:
     torch.testing.assert_close(after[:, :3].flip(-1), before, rtol=1e-4, atol=1e-4)
     head.set_classnames(NAMES, "art of a {}")
     changed = not torch.allclose(logits_of(head, test), before, atol=1e-3)
-    assert changed == (method not in ("coop", "maple", "promptsrc", "dcp"))  # their prompts are the template
+    assert changed == (method not in ("coop", "ivlp", "maple", "promptsrc", "dcp"))  # their prompts are the template
 
 
 def check_closed(method, head, test) -> None:
@@ -111,8 +117,8 @@ def test_a_stopped_training_of_prompts_resumes_bit_for_bit(method, steps, clip, 
 
     def fit(**options):
         given = task(method, clip, photos, augment="crop-flip", epochs=3)
-        crops = image_source(clip, photos[:9], "crop-flip")
-        return fit_head(method, replace(given, train=crops, training=options))._trained_state()
+        crops = loader(clip, photos[:9], "crop-flip")
+        return fit_head(method, replace(given, images=crops, **options)).to_state()
 
     whole = fit()
     with pytest.raises(KeyboardInterrupt):
@@ -129,12 +135,38 @@ def test_a_stopped_training_of_prompts_resumes_bit_for_bit(method, steps, clip, 
 def test_a_probe_on_the_features_of_any_method(method, clip, photos, tmp_path):
     given = small(method, clip, photos, classifier="text-probe")
     head, bare = fit_head(method, given), fit_head(method, small(method, clip, photos))
-    assert fit_probe(bare, given.plain_train) == head.info["text_probe"]
+    assert fit_probe(bare, given.images) == head.info["text_probe"]
     assert len(head.reads) == (1 if method == "zero-shot" else 2)
     loaded, x = load(clip, head.save_pretrained(tmp_path, torch.float32)), pixels(given.val)
     with torch.no_grad():
         assert close(loaded(x), head(x), 1e-4)
         assert close(loaded.frozen.encode_image(x), clip.encode_image(x), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Repeated class names")
+@pytest.mark.parametrize("method", ["tip-adapter", "dcp"])  # which reads no texts, and which has all parts
+def test_a_state_dict_loads_as_a_whole_or_not_at_all(method, clip, photos):
+    """Also into a head without a text probe, and for classes that the text probe was not fitted on."""
+    probe = {"classifier": "text-probe"} if method == "dcp" else {}
+    whole = fit_head(method, small(method, clip, photos, **probe))
+    x = pixels(loader(clip, photos[:3]))
+    new = ["rose", "daisy", "iris"] if whole.texts else NAMES[1:]
+    for names in (NAMES[::-1], new):
+        whole.set_classnames(names)
+        state = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+        other = copied(whole)
+        with torch.no_grad():
+            for tensor in other.to_state().values():
+                tensor.mul_(0.5)
+            other.text_probe = None
+            assert not close(other(x), whole(x), 1e-3)
+            assert not any(other.load_state_dict(state))
+            assert close(other(x), whole(x), 1e-5)
+        other.text_probe = None
+        with pytest.raises(RuntimeError, match=r"text_probe\.other"):
+            other.load_state_dict(state | {"text_probe.other": torch.ones(1)})
+    with pytest.raises(RuntimeError, match="name_tokens.other"):
+        whole.load_state_dict(state | {"name_tokens.other": torch.ones(1)})
 
 
 def test_a_checkpoint_holds_a_text_tower_only_if_names_are_read(clip, photos, tmp_path):
@@ -149,10 +181,10 @@ def test_a_probe_is_fitted_with_texts_that_stand_for_the_heads_own(clip, photos,
     given = replace(small("zero-shot", clip, photos, classifier="text-probe"), val=None, texts="a drawing of a {}.")
     head = fit_head("zero-shot", given)
     weight = head.text_probe.weight.clone()
-    fit_probe(head, given.plain_train)
+    fit_probe(head, given.images)
     assert close(head.text_probe.weight, weight, 1e-3)
     with pytest.raises(ZooError, match="A head of gda is fitted to features.*method text-probe"):  # before a training
-        plan(Split("folder", NAMES, given.train.items), "dcp_mini", "gda", classifier="text-probe")
+        plan(Split("folder", NAMES, given.images.items), "dcp_mini", "gda", classifier="text-probe")
 
 
 def test_a_folder_that_holds_a_stopped_training_is_refused(flowers, run):
@@ -168,6 +200,17 @@ MINE = replace(TAKEN, name="mine")
 PAGE = Path(__file__).parents[1] / "docs" / "baselines.md"
 
 
+def install(folder: Path, **methods: str) -> None:
+    """Make the folder one of a package with these entry points, for the importing process that has it in its
+    path."""
+    about = folder / "other-1.0.dist-info"
+    about.mkdir(exist_ok=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    lines = [f"[{table.GROUP}]", *(f"{name} = {value}" for name, value in methods.items())]
+    (about / "entry_points.txt").write_text("\n".join(lines))
+    importlib.invalidate_caches()
+
+
 def test_the_example_of_the_page(folder, tmp_path, monkeypatch):
     """As if its package was installed: by its module and its entry point."""
     for token in MarkdownIt().parse(PAGE.read_text()):
@@ -177,8 +220,8 @@ def test_the_example_of_the_page(folder, tmp_path, monkeypatch):
             file.write_text(token.content)
     name, value = re.search(r'methods"\]\n(\S+) = "(\S+)"', (tmp_path / "pyproject.toml").read_text()).groups()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(table, "entry_points", lambda group: [EntryPoint(name, value, group)])
-    monkeypatch.setattr(table.METHODS, "places", table.Methods().places)
+    install(tmp_path, **{name: value})
+    monkeypatch.setattr(table.METHODS, "entries", table.Methods().entries)  # as in a new process
     photos = [folder / "red" / "0.png", folder / "blue" / "0.png"]
     classifier = dcp_zoo.FewShotClassifier(method="nearest-mean").fit(folder)
     assert list(classifier.predict(photos)) == ["red", "blue"]
@@ -188,21 +231,21 @@ def test_the_example_of_the_page(folder, tmp_path, monkeypatch):
     assert '"method": "nearest-mean"' in (tmp_path / "head/config.json").read_text()
 
 
-def test_what_cannot_be_loaded_is_refused_when_it_is_used(monkeypatch):
+def test_what_cannot_be_loaded_is_refused_when_it_is_used(tmp_path, monkeypatch):
     """A method that can be is one of the table."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(tmp_path))
     for value, message in (
-        ("no_such_package:METHOD", "of no_such_package cannot be used: No module named 'no_such_package'. Repair"),
+        ("no_such_package:METHOD", "of other cannot be used: No module named 'no_such_package'. Repair"),
         ("json:dumps", "json:dumps is not a dcp_zoo.training.Method"),
         ("test_method_heads:TAKEN", "test_method_heads:TAKEN is not a dcp_zoo.training.Method of that name"),
     ):
-        monkeypatch.setattr(table, "entry_points", lambda group, value=value: [EntryPoint("mine", value, group)])
+        install(tmp_path, mine=value)
         methods = table.Methods()
         assert [*methods] == [*table.OWN, "mine"]
         with pytest.raises(ZooError, match=message):
             methods["mine"]
-    given = EntryPoint("mine", "test_method_heads:MINE", table.GROUP), EntryPoint("gda", "json:dumps", table.GROUP)
-    monkeypatch.setattr(table, "entry_points", lambda group: given)
-    with pytest.warns(UserWarning, match="'gda' of json is left out: there is one of that name already"):
+    install(tmp_path, mine="test_method_heads:MINE", gda="json:dumps")
+    with pytest.warns(UserWarning, match="'gda' of other is left out: there is one of that name already"):
         methods = table.Methods()
     assert (methods["mine"], methods["gda"]) == (MINE, TAKEN)

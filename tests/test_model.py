@@ -1,22 +1,25 @@
-"""The model: prompt statistics, CLIPs of other shapes and the miniature, what is trained, where it looks, and what is
-rejected."""
+"""The model: prompt statistics, CLIPs of other shapes and the miniature, what is trained, where it looks,
+and what is rejected."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, Event
 
 import open_clip
 import pytest
 import reference
 import torch
-from helpers import Count, close, loud
+from helpers import Count, close, loud, vision_blocks
 from safetensors.torch import load_file
 from shared import build_tiny_clip
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcp_zoo import DCP, ZooError, create_model
 from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.backbone import clip as model_clip
 from dcp_zoo.backbone._torch import skip_init
 from dcp_zoo.backbone.mini import build_mini_clip, cache_sized
-from dcp_zoo.heads.config import POOLINGS
+from dcp_zoo.heads.config import COUPLINGS, POOLINGS
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -28,25 +31,43 @@ IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
         (6, 3, {"pooling": "max"}),
         (3, 6, {"coupling": "text_to_vision", "pooling": "first", "share_cmpa": False}),
         (2, 1, {}),
+        (6, 3, {"coupling": "vision_to_text", "share_cmpa": False}),
+        (3, 6, {"coupling": "self", "pooling": "max"}),
+        (3, 6, {"coupling": "none"}),
     ],
 )
 @torch.no_grad()
 def test_fast_equals_plain_also_for_towers_of_unequal_depth(golden, vision, text, options):
     clip = build_tiny_clip(golden, vision_cfg={"layers": vision}, text_cfg={"layers": text})
     model = loud(DCP(clip, NAMES, n_ctx=3, **options)).eval()
-    assert model.num_coupled == min(vision, text) - 1
+    assert model.num_coupled == (0 if options.get("coupling") == "none" else min(vision, text) - 1)
     assert close(model(IMAGES), reference.forward(model, IMAGES))
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize(
+    ("pooling", "coupling"),
+    [
+        *((pooling, "bidirectional") for pooling in POOLINGS),
+        *(("mean", coupling) for coupling in ("text_to_vision", "vision_to_text", "self")),
+    ],
+)
 @torch.no_grad()
-def test_calibration_is_one_batch_of_all_images_in_any_chunks(tiny_clip, pooling):
-    model = loud(DCP(tiny_clip, NAMES, n_ctx=3, pooling=pooling)).eval()
-    as_batch = model(IMAGES)
+def test_calibration_is_one_batch_of_all_images_in_any_chunks(tiny_clip, pooling, coupling, monkeypatch):
+    """Each chunk runs once through each block, as long as there is room for its tokens."""
+    model = loud(DCP(tiny_clip, NAMES, n_ctx=3, pooling=pooling, coupling=coupling)).eval()
+    as_batch, passes = model(IMAGES), []
+    stem, *blocks = model.encoder.visual.conv1, *vision_blocks(model)
+    for i, module in enumerate((stem, *(block.ln_2 for block in blocks))):
+        module.register_forward_hook(lambda *_, i=i: passes.append(i))
     for chunks in (IMAGES, IMAGES.split(2), [(IMAGES[:3], None), (IMAGES[3:], None)]):
-        model.store_stats(chunks)
-        assert model.stored_stats.shape == (3, 3, 128)
-        assert close(model(IMAGES), as_batch)
+        for room, runs in ((2**31, [1, 1, 1, 1]), (0, [3, 3, 2, 1])):
+            monkeypatch.setattr("dcp_zoo.heads.dcp.KEPT_BYTES", room)
+            passes.clear()
+            model.store_stats(chunks)
+            batches = 1 if pooling == "first" or chunks is IMAGES else len(chunks)
+            assert [passes.count(i) for i in range(4)] == [batches * n for n in runs]
+            assert model.stored_stats.shape == (3, 3, 128)
+            assert close(model(IMAGES), as_batch)
 
 
 def test_only_prompts_and_cmpa_train(tiny_clip):
@@ -93,6 +114,14 @@ def test_statistics_that_there_are_not(tiny_clip):
             model.stats = stats
     with pytest.raises(ZooError, match="depend on the images"):
         model.encode_text()
+    reverse = DCP(tiny_clip, NAMES, n_ctx=3, depth=2, coupling="vision_to_text").eval()
+    with pytest.raises(ZooError, match="With vision_to_text coupling .* depend on the images"):
+        reverse.encode_text()
+    for coupling in ("text_to_vision", "self"):
+        one_way = DCP(tiny_clip, NAMES, n_ctx=3, depth=2, coupling=coupling).eval()
+        assert one_way.encode_text().shape[0] == len(NAMES)  # which depends on no image, as the image prompts do
+        with pytest.raises(ZooError, match="store_stats"):
+            one_way.image_prompts()
     with pytest.raises(ZooError, match="list or a DataLoader"):
         model.store_stats(iter([IMAGES]))
     for mode in (True, False):
@@ -100,6 +129,67 @@ def test_statistics_that_there_are_not(tiny_clip):
         with pytest.raises(ZooError, match="at least one image"):
             model.store_stats([])
         assert model.training is mode  # a failure restores the mode
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@torch.no_grad()
+def test_a_coupling_has_the_prompts_parameters_and_statistics_that_it_needs(tiny_clip, coupling):
+    """Vision prompts enter every coupled block anew if they are rewritten, else the first block alone. The
+    fused head answers as the model does, with stored statistics; without any exchange of prompts none are
+    needed."""
+    model = loud(DCP(tiny_clip, NAMES, n_ctx=3, depth=2, coupling=coupling)).eval()
+    as_batch = model(IMAGES)
+    parts = {name.split(".")[2] for name in model.to_state() if name.startswith("cmpa.")}
+    directions = {
+        "bidirectional": {"to_vision", "to_text"},
+        "text_to_vision": {"to_vision"},
+        "vision_to_text": {"to_text"},
+        "self": {"to_vision", "to_text"},
+        "none": set(),
+    }
+    assert parts == directions[coupling]
+    assert (model.stats, model.stats_modes) == (
+        ("stored", ("stored",)) if coupling == "none" else ("batch", ("batch",))
+    )
+    model.store_stats(IMAGES)
+    assert (model.stored_stats is None) == (coupling == "none")
+    assert len(model.image_prompts()) == (3 if "to_vision" in parts else 1)
+    assert close(model(IMAGES), as_batch)
+    assert close(model.fuse()(IMAGES), as_batch)
+    model.set_classnames(NAMES[::-1])
+    alone = torch.cat([model(image) for image in IMAGES.split(1)]).flip(-1)
+    assert close(alone, as_batch)
+    assert close(model.train()(IMAGES).flip(-1), as_batch)
+
+
+@torch.no_grad()
+def test_threads_share_a_head_in_training_mode(tiny_clip):
+    """One has its answer while the others are computing: theirs are right, too, and the head stays as it
+    was."""
+    model = loud(DCP(tiny_clip, NAMES, n_ctx=3)).eval()
+    model.store_stats(IMAGES)
+    images = IMAGES.split(2)
+    expected = [model.predict(x) for x in images]
+    before = {name: module.training for name, module in model.train().named_modules()}
+    entered, may_go_on = Barrier(3), [Event() for _ in images]
+
+    def wait(module, inputs) -> None:
+        entered.wait(10)
+        may_go_on[next(i for i, x in enumerate(images) if torch.equal(x, inputs[0]))].wait(10)
+
+    hook = model.encoder.visual.conv1.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(3) as threads:
+        answers = [threads.submit(model.predict, x) for x in images]
+        found = []
+        for answer, event in zip(answers, may_go_on, strict=True):
+            event.set()
+            found.append(answer.result(10))
+    hook.remove()
+    assert found == expected
+    assert {name: module.training for name, module in model.named_modules()} == before
+    model.stats = "batch"
+    model.fuse()
+    assert model.stats == "batch"
 
 
 def test_vits_at_full_size():
@@ -115,10 +205,20 @@ def test_vits_at_full_size():
     assert (len(large.encoder.visual.transformer.resblocks), large.num_coupled) == (24, 11)
 
 
+class Waits(TorchDispatchMode):
+    """Counts single numbers that are read of tensors, for each of which a GPU is waited for."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def test_every_change_of_the_image_tower_is_noticed(clip, monkeypatch):
-    """Also by a write that torch does not count, and where the sum of all weights stays; its weights are read anew only
-    then."""
+    """Also by a write that torch does not count, and where the sum of all weights stays; its weights are
+    read anew only then."""
     reads = Count(monkeypatch, model_clip, "fingerprint")
     weight, first, second, seen = clip.visual.conv1.weight, *clip.visual.transformer.resblocks[:2], []
 
@@ -130,7 +230,10 @@ def test_every_change_of_the_image_tower_is_noticed(clip, monkeypatch):
     flip_channels = lambda: weight.copy_(weight.flip(1))  # noqa: E731
     for change in (lambda: None, flip_channels, swap_blocks, lambda: weight.data.mul_(2), clip.half):
         change()
-        seen += [clip.identity(), clip.identity()]
+        seen.append(clip.identity())
+        with Waits() as waits:
+            seen.append(clip.identity())
+        assert waits.calls == 0  # number by number
     assert len({*seen}) == len(seen) / 2 == reads.calls
 
 

@@ -1,4 +1,5 @@
-"""Rows of the table against open_clip's own configs, and models that have no row: open_clip:ARCH/TAG, Hub repos."""
+"""Rows of the table against open_clip's own configs, and models that have no row: open_clip:ARCH/TAG, Hub
+repos."""
 
 import json
 from functools import cache
@@ -33,8 +34,8 @@ def test_a_row_says_what_open_clip_says(spec):
 
 @cache
 def counted(name: str | None, size: int, config: DCPConfig) -> tuple[int, int, int | None]:
-    """The parameters of a CLIP, its operations for an image of this size, and the numbers in a head. The latter is None
-    without the CLIP's tokenizer, which is not installed."""
+    """The parameters of a CLIP, its operations for an image of this size, and the numbers in a head. The
+    latter is None without the CLIP's tokenizer, which is not installed."""
     with torch.device("meta"), skip_init():
         clip = zoo_build.build_open_clip(open_clip.get_model_config(name), False) if name else build_mini_clip()
     with FlopCounterMode(display=False) as counter:
@@ -97,7 +98,8 @@ def test_what_cannot_be_built_is_explained(monkeypatch):
 
 
 def write_tokenizer(folder: Path) -> dict[str, list[int]]:
-    """SigLIP 2's tokenizer, which is Gemma's, with the pieces that some texts need: returns these with their ids."""
+    """SigLIP 2's tokenizer, which is Gemma's, with the pieces that some texts need: returns these with their
+    ids."""
     tokenizers = pytest.importorskip("tokenizers")
     known = json.loads((GOLDEN.parent / "gemma.json").read_text("utf-8"))
     merges = [tuple(pair) for pair in known["merges"]]
@@ -120,8 +122,8 @@ def write_tokenizer(folder: Path) -> dict[str, list[int]]:
 
 
 def test_the_tokenizer_of_a_model_for_many_languages(monkeypatch, tmp_path):
-    """Its token ids, padded to 64, are those of Gemma's own tokenizer for text in lower case without punctuation and
-    underscores, as SigLIP 2 was trained."""
+    """Its token ids, padded to 64, are those of Gemma's own tokenizer for text in lower case without
+    punctuation and underscores, as SigLIP 2 was trained."""
     pytest.importorskip("transformers")
     known, spec = write_tokenizer(tmp_path), MODELS["dcp_siglip2_b16"]
     config = open_clip.get_model_config(spec.clip)

@@ -13,11 +13,10 @@ from PIL import Image
 
 import dcp_zoo
 from dcp_zoo.data import Item, load_labelled, load_split
+from dcp_zoo.features.extract import FeatureExtractor
+from dcp_zoo.features.photos import Photos
 from dcp_zoo.probe.threshold import thresholds_of
 from dcp_zoo.training.methods.text_probe import scores_of
-from dcp_zoo.training.sources import image_source
-
-pytestmark = pytest.mark.usefixtures("quick_probe")
 
 
 def test_what_is_not_read_is_said(flowers, run, tmp_path, my_head):
@@ -25,7 +24,7 @@ def test_what_is_not_read_is_said(flowers, run, tmp_path, my_head):
     (flowers / "rose" / "more").symlink_to(flowers / "tulip", target_is_directory=True)
     for name in ("rose/a.mov", "rose/b.MOV", "tulip/notes.txt", "tulip/README", "loose.jpg"):
         (flowers / name).touch()
-    said = " ".join(run("inspect", flowers)[2].split())
+    said = " ".join(run("train", flowers, "--method", "zero-shot", "--test", 0)[2].split())
     assert "rose/more is a link to a folder, and is not read: pass it itself" in said
     assert "2 .mov, 1 README, 1 .txt, 1 .jpg in no class folder." in said
     assert re.search(r"Ignored in MY_PHOTOS: .*1 README, 1 \.txt", run("predict", "MY_PHOTOS", "--head", "my_head")[2])
@@ -56,13 +55,13 @@ def test_answers_are_no_classes(flowers, tmp_path):
         photo(flowers / folder / "new.jpg")
     found = load_labelled("folder", flowers)
     assert found.classnames == ["rose", "tulip"]
-    assert [item.key for item in found.none] == ["none of these/new.jpg"]
+    assert [item.key for item in found.no_class] == ["none of these/new.jpg"]
     assert "Left out: the images in Leave out, as these names are reserved." in found.note
     for part in ("train", "test"):
         for name in ("rose", "tulip", "none of these/day"):
             photo(tmp_path / "PARTS" / part / name / "a.jpg")
     found = load_labelled("folder", tmp_path / "PARTS")
-    assert [item.key for item in found.none] == ["train/none of these/day/a.jpg"]
+    assert [item.key for item in found.no_class] == ["train/none of these/day/a.jpg"]
     assert "Left out: the images in test/none of these, as" in found.note
 
 
@@ -121,7 +120,7 @@ def test_the_last_table_says_the_class(flowers, monkeypatch):
     assert [item.label for item in found.train] == sorted(item.label for item in found.train)
     assert {item.key for item in found.items if item.added} == {"../UNSORTED/1.jpg", "../UNSORTED/2.jpg"}
     assert [item.key for item in found.test] == ["rose/0.jpg", "tulip/0.jpg"]
-    assert [item.key for item in found.none] == ["../UNSORTED/3.jpg", "rose/5.jpg"]
+    assert [item.key for item in found.no_class] == ["../UNSORTED/3.jpg", "rose/5.jpg"]
     for text in ("Left out of 1.csv: 2 images without a class. 1.csv: 3 images added.", "2.csv: 0 images added."):
         assert text in found.note
     Path("Downloads").mkdir()
@@ -132,7 +131,8 @@ def test_the_last_table_says_the_class(flowers, monkeypatch):
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
 def test_labels_are_read_as_spreadsheets_save_them(flowers, encoding):
-    """In Germany with semicolons, in an encoding of their choice; cells that are empty at the end may be missing."""
+    """In Germany with semicolons, in an encoding of their choice; cells that are empty at the end may be
+    missing."""
     text = 'file;class;note\r\nrose/0.jpg;"TV 32""";a\r\nrose/1.jpg;Märchen\r\ntulip/0.jpg;"a; b, c\nd";\r\n'
     Path("labels.csv").write_bytes(text.encode(encoding))
     with pytest.warns(UserWarning, match="Windows-1252") if encoding == "cp1252" else nullcontext():
@@ -155,8 +155,8 @@ def test_a_folder_val_sets_the_threshold(tmp_path, run):
         heads.append(dcp_zoo.create_model(f"local-dir:{tmp_path / f'head{number}'}", True))
         (tmp_path / "photos" / "val" / "red" / f"{number}.png").unlink()
     paths = sorted(map(str, (tmp_path / "photos" / "val").glob("*/*")))  # without two of the 20
-    source = image_source(heads[0].encoder, [Item(path, path, 0) for path in paths])
-    expected = thresholds_of(torch.from_numpy(scores_of(heads[0], source)))["0.05"]
+    table = FeatureExtractor(heads[0].frozen)(Photos([Item(path, path, 0) for path in paths]), heads[0].reads)
+    expected = thresholds_of(torch.from_numpy(scores_of(heads[0], table)))["0.05"]
     thresholds = [head.rejection_threshold() for head in heads]
     assert thresholds[0] == pytest.approx(expected, abs=0.15)
     assert thresholds[1] != pytest.approx(thresholds[0], abs=0.01)

@@ -1,8 +1,8 @@
 """Every public path with the model on a second device: no operation mixes its tensors with the CPU's.
 
-The machine has none: its tensors are on the CPU, but say that they are elsewhere, and an operation that mixes them with
-the CPU's fails as it would on a GPU. "meta" is the only other device that every torch accepts; in the context of
-`second_device`, it computes."""
+The machine has none: its tensors are on the CPU, but say that they are elsewhere, and an operation that
+mixes them with the CPU's fails as it would on a GPU. "meta" is the only other device that every torch
+accepts; in the context of `second_device`, it computes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from convert import convert_cmpa_checkpoint
+from helpers import FEW_STEPS
 from PIL import Image
 from shared import CFG, COLORS, GOLDEN, build_tiny_clip
 from test_baselines import logits_of
@@ -23,7 +24,6 @@ import dcp_zoo
 from dcp_zoo import DCP, ZooError, load_head
 from dcp_zoo.prediction.heads import HeadBackend
 from dcp_zoo.probe import candidates
-from dcp_zoo.probe import model as probe
 from dcp_zoo.release.onnx import export
 from dcp_zoo.training.methods import METHODS, fit_head
 
@@ -32,14 +32,14 @@ IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 SHORT = {"epochs": 2, "batch_size": 12, "n_ctx": 2, "depth": 2, "classifier": "none"}
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*to a meta parameter", "ignore:Training has not converged")
+pytestmark = [FEW_STEPS, pytest.mark.filterwarnings("ignore:.*to a meta parameter")]
 
 
 @pytest.fixture
 def device(monkeypatch) -> Iterator[torch.device]:
-    """The second device, where every operation takes longer: a text probe takes few steps, and need not converge."""
-    for module in (candidates, probe):
-        monkeypatch.setattr(module, "STEPS", 2)
+    """The second device, where every operation takes longer: a text probe takes few steps, and need not
+    converge."""
+    monkeypatch.setattr(candidates, "STEPS", 2)
     with second_device() as device:
         yield device
 
@@ -92,11 +92,17 @@ def test_what_a_model_offers(golden, device, tmp_path):
     model.predict(IMAGES)
 
 
-# methods that do to tensors what others do; DCP is trained below
-LIKE_ANOTHER = {"zero-shot-ensemble", "tip-adapter", "vpt-deep", "coop", "clip-svd", "prolip", "dcp"}
+# One of each kind in every run: of features, of images that are kept, of prompts, of weights, and a text
+# probe.
+EVERY_RUN = {"linear-probe", "proker", "promptsrc", "clip-lora", "text-probe"}
+METHODS_THERE = [
+    pytest.param(name, marks=[] if name in EVERY_RUN else pytest.mark.scripts)
+    for name in METHODS
+    if name != "dcp"  # which is trained below
+]
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in LIKE_ANOTHER])
+@pytest.mark.parametrize("method", METHODS_THERE)
 def test_methods(method, clip, photos, device):
     classifier = "none" if method in NONLINEAR or METHODS[method].abilities.fitted else "text-probe"
     given = small(method, clip.to(device), photos, classifier=classifier)
@@ -212,7 +218,8 @@ def inner(t: torch.Tensor) -> torch.Tensor:
 
 
 def mapped(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
-    """`value` with its tensors, which may be in lists, replaced; torch's `tree_map` takes several times as long."""
+    """`value` with its tensors, which may be in lists, replaced; torch's `tree_map` takes several times as
+    long."""
     if isinstance(value, torch.Tensor):
         return function(value)
     return type(value)(mapped(v, function) for v in value) if isinstance(value, (list, tuple)) else value

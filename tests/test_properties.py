@@ -1,5 +1,6 @@
-"""Properties that hold for any input: what strangers write is read or refused, and never escapes. Examples are made by
-hypothesis, the same at every run; `.ci/fuzz.py` damages whole files, and for longer than here."""
+"""Properties that hold for any input: what strangers write is read or refused, and never escapes. Examples
+are made by hypothesis, the same at every run; `.ci/fuzz.py` damages whole files, and for longer than
+here."""
 
 import csv
 import json
@@ -108,7 +109,7 @@ def test_any_member_lands_inside(member, make):
         root = Path(temporary)
         (root / "a.bin").write_bytes(make({"d/ok.jpg": b"x", f"d/{member}": b"y"}))
         try:
-            unpack(Archive("http://x/a.bin", places={"d": ""}), root / "a.bin", root / "in" / "set")
+            unpack(Archive("http://x/a.bin", folders={"d": ""}), root / "a.bin", root / "in" / "set")
         except ZooError:
             assert not list((root / "in" / "set").iterdir())
         assert {path.name for path in root.iterdir()} == {"a.bin", "in"}

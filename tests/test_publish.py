@@ -1,6 +1,8 @@
-"""Publishing to a Hub that takes uploads, with the stock client: the card, the files, the pin, and what goes wrong."""
+"""Publishing to a Hub that takes uploads, with the stock client: the card, the files, the pin, and what goes
+wrong."""
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -25,8 +27,13 @@ MINI = "dcp_mini.caltech101-16shot"
 INDEX = "our-org/dcp-zoo-index"
 
 
+PLAIN = {"split_sha256": split_sha256("caltech101"), "results": [{"stats": "", "top1": 60.0, "images": 2465}]}
+
+
 @pytest.fixture
 def run(monkeypatch, capsys) -> CommandLine:
+    """`hub/publish.py`, for which zero-shot CLIP has been measured on Caltech-101."""
+    monkeypatch.setattr(publish, "zero_shot", lambda head, settings: (PLAIN, ""))
     return CommandLine(monkeypatch, capsys, publish.app)
 
 
@@ -40,7 +47,7 @@ def folder(tmp_path) -> Path:
 
 def test_a_published_head_is_loaded_by_its_pin(folder, uploads, manifest, monkeypatch, run):
     """From `hub/publish.py` to `create_model`, by the pin in the manifest."""
-    run.ok(folder, "--org", "our-org")
+    run.ok(folder, "--org", "our-org", "--data-root", folder)
     files = uploads.files(f"our-org/{MINI}")
     assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
     entry = json.loads(manifest.read_text())[MINI]
@@ -59,6 +66,21 @@ def test_a_published_head_is_loaded_by_its_pin(folder, uploads, manifest, monkey
     assert ModelCard.load(f"our-org/{MINI}").data.license == "apache-2.0"
 
 
+def test_what_a_build_refuses_is_refused_alone(folder, uploads, run, tmp_path, monkeypatch):
+    """A head that nobody has trained, and one that is worse than zero-shot CLIP."""
+    options = ("--org", "our-org", "--data-root", folder)
+    fresh = dcp_zoo.create_model("dcp_mini", "clip", classnames=classnames("caltech101"))
+    named = {"dataset": "caltech101", "shots": 16, "seed": 1, "split_sha256": split_sha256("caltech101")}
+    error = run.refused(fresh.save_pretrained(tmp_path / "fresh", **named), *options)
+    for reason in ("losses are missing", "card lacks recipe, subset_sha256", "not measured with both kinds"):
+        assert reason in error
+    better = [PLAIN["results"][0] | {"top1": 95.0}]
+    monkeypatch.setattr(publish, "zero_shot", lambda head, settings: (PLAIN | {"results": better}, "its split is odd"))
+    error = run.refused(folder, *options, "--dry-run")
+    assert re.search(r"top-1 89\.57 is over 2\.9 percentage points below zero-shot CLIP's 95\.00; its split is", error)
+    assert uploads.requests == []
+
+
 def test_the_index_keeps_what_others_list(uploads, monkeypatch):
     """Also if the Hub is busy, refuses a commit, or its answer is lost after the commit."""
     row = {"revision": "0" * 40, "sha256": "0" * 64, "license": "mit", "metrics": {"top1_stored": 50.0}}
@@ -73,7 +95,7 @@ def test_the_index_keeps_what_others_list(uploads, monkeypatch):
         assert attempts == [True] * len(faults)
         listed = json.loads(uploads.files(INDEX)["heads.json"])
         assert listed == {f"dcp_vitb16.dtd-{n}shot": row for n in range(1, number + 2)}
-        assert dcp_zoo.list_pretrained("dcp_vitb16*") == list(listed)  # in the same process
+        assert dcp_zoo.list_pretrained("dcp_vitb16.dtd*") == list(listed)  # in the same process
     publish.add_to_index("our-org", {"dcp_vitb16.dtd-1shot": row})  # which is there
     assert uploads.published() == {INDEX: 4}
 
@@ -140,7 +162,7 @@ def test_a_part_is_not_published_as_the_whole(tmp_path, uploads):
     assert uploads.requests == []
     for block, change, reason in (
         ("dcp", {"dataset": "folder"}, r"not one of the zoo's heads, by .*push_to_hub"),
-        ("model_args", {"n_ctx": 5}, "of another shape"),
+        ("model_args", {"n_ctx": 5}, "instead of"),
     ):
         (folder / "config.json").write_text(json.dumps(config | {block: config[block] | change}))
         with pytest.raises(ZooError, match=reason):

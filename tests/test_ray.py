@@ -1,5 +1,5 @@
-"""Sweeps on a Ray cluster: the results of one machine, and what happens when workers die, the cluster is too small, or
-a sweep is stopped."""
+"""Sweeps on a Ray cluster: the results of one machine, and what happens when workers die, the cluster is too
+small, or a sweep is stopped."""
 
 import os
 import re

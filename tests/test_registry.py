@@ -1,9 +1,10 @@
-"""The zoo's table: what it lists, what `info` shows, training by a head's name alone, and messages for unknown names.
-New rows are covered here."""
+"""The zoo's table: what it lists, what `info` shows, training by a head's name alone, and messages for
+unknown names. New rows are covered here."""
 
 import csv
 import re
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import published
@@ -20,8 +21,7 @@ from dcp_zoo import ZooError
 from dcp_zoo.cli.show import describe_head
 from dcp_zoo.data import DATASETS
 from dcp_zoo.files import sha256_of
-from dcp_zoo.heads.checkpoint import WEIGHTS_NAME
-from dcp_zoo.heads.config import PHRASE
+from dcp_zoo.heads.config import PHRASE, WEIGHTS_NAME
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.zoo import registry
 from dcp_zoo.zoo.registry import MODELS, SIZES, all_heads, get_head, trained_heads
@@ -72,7 +72,15 @@ def test_pretrained_means_can_be_loaded(monkeypatch):
     """CLIP's weights are pinned by whole commits, as a branch may move. Each seed has a head of its own."""
     assert all(re.fullmatch("[0-9a-f]{40}", spec.clip_revision) for spec in MODELS.values() if spec.clip_revision)
     bundled, published, planned = (dcp_zoo.list_heads(status=s) for s in ("bundled", "published", "planned"))
-    assert set(dcp_zoo.list_models(pretrained=True)) == {*bundled, *published} == trained_heads().keys()
+    assert {*bundled, *published} == trained_heads().keys()
+    clips = {f"{name}.clip" for name in MODELS}
+    assert set(dcp_zoo.list_pretrained()) == {*bundled, *published, *clips}
+    assert clips < set(dcp_zoo.list_models(include_tags=True))
+    for name, spec in MODELS.items():
+        cfg = dcp_zoo.get_pretrained_cfg(f"{name}.clip")
+        place = f"{spec.clip_repo}@{spec.clip_revision}" if spec.clip_revision else spec.clip_repo
+        assert cfg.get("hf_hub_id") == place
+        assert place or Path(cfg["file"]).exists()
     assert sorted(bundled + published + planned) == sorted(dcp_zoo.list_heads())
     assert len(planned) == 55 * (len(MODELS) - 1)  # not for the miniature
     for head in (all_heads()[name] for name in planned):
@@ -85,8 +93,8 @@ def test_pretrained_means_can_be_loaded(monkeypatch):
 
 
 def test_names_without_weights_say_why_and_what_there_is():
-    """Those of unknown models and heads the nearest; the head of a whole dataset is planned, though one of a part
-    exists."""
+    """Those of unknown models and heads the nearest; the head of a whole dataset is asked for, though one of
+    a part exists."""
     assert dcp_zoo.get_pretrained_cfg("dcp_mini.oxford_flowers-16shot")["num_classes"] == 102
     for name, pretrained, message in (
         ("dcp_vitb61", False, "Nearest: dcp_vitb16"),
@@ -96,14 +104,15 @@ def test_names_without_weights_say_why_and_what_there_is():
         ("dcp_vitb16.imagenet-16shot", "dtd-4shot", "pass only one"),
         ("web:dcp_vitb16", True, "hf-hub:org/repo"),
         ("ViT-B-32", "clip", "open_clip's ViT-B-32 is open_clip:ViT-B-32/TAG, with a tag of open_clip.list_pretrain"),
-        ("dcp_mini", "oxford_flowers-16shot", "^dcp_mini.oxford_flowers-16shot is planned: nobody has trained it"),
+        ("dcp_mini", "oxford_flowers-16shot", "^dcp_mini.oxford_flowers-16shot may be on the Hub, but it"),
     ):
         with offline(), pytest.raises(ZooError, match=message):
             dcp_zoo.create_model(name, pretrained)
 
 
 def test_training_transform_works_on_tensors_as_on_pil_images():
-    """With the same draws: equal for a PIL image and its tensor, and within 2 of 255 levels of PIL's filter."""
+    """With the same draws: equal for a PIL image and its tensor, and within 2 of 255 levels of PIL's
+    filter."""
     train = dcp_zoo.create_transform("dcp_vitb16", is_training=True)
     to_tensor, crop, flip, *rest = train.transforms
     by_pil = v2.Compose([crop, flip, to_tensor, *rest])
@@ -147,7 +156,7 @@ def test_a_head_is_trained_from_its_name_alone(run, tmp_path, monkeypatch):
 
     def train_head(run, output, options):
         seen.append((run, str(output)))
-        return SimpleNamespace(info={}), {}
+        return SimpleNamespace(info={}, text_probe=None, cannot_reject=""), {}
 
     monkeypatch.setattr("dcp_zoo.training.run.train_head", train_head)
     for args, lr in (((), 0.0035), (("--set", "lr=0.1", "--output", "o"), 0.1)):

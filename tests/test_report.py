@@ -1,13 +1,13 @@
 """The report, on made-up result files: no number here was measured."""
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import made_up_result as made_up
 from scipy import stats
-
-pytest.importorskip("pandas")
 
 from dcp_zoo.benchmark import report, store
 from dcp_zoo.benchmark.plan import Trial
@@ -67,7 +67,8 @@ def test_few_shot_averages_only_complete_rows(sweep):
 
 
 def test_differences_are_paired_and_have_intervals(sweep):
-    """DCP is 4 points ahead at 1 shot, always, and at 16 shots 64 on the only dataset with a linear probe."""
+    """DCP is 4 points ahead at 1 shot, always, and at 16 shots 64 on the only dataset with a linear
+    probe."""
     (table,) = report.against(report.with_labels(store.gather(sweep)))
     assert table.header == ["method", "pairs", "1 shot", "16 shots", "all"]
     found = rows(table)["Linear probe"]
@@ -75,6 +76,17 @@ def test_differences_are_paired_and_have_intervals(sweep):
     differences = [-34.0, -4.0]  # of two datasets, not of nine pairs
     mean, half = np.mean(differences), stats.t.ppf(0.975, 1) * stats.sem(differences)
     assert found[3] == f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+
+
+def test_differences_are_from_dcp_without_its_probe_whatever_its_options(tmp_path):
+    """As the guide to reproduce the paper sets them."""
+    for method, options, top1 in (("dcp", (("classifier", "none"),), 60.0), ("coop", (), 57.0)):
+        trial = Trial("few-shot", "dcp_mini", method, "dtd", 1, 1, (), options)
+        modes = (("stored", top1), ("batch", top1 + 1)) if method == "dcp" else (("", top1),)
+        store.save_result(tmp_path, made_up(trial, *(("dtd", "all", mode, value) for mode, value in modes)))
+    (table,) = report.against(report.with_labels(store.gather(tmp_path)))
+    assert table.caption == "Differences from DCP (classifier=none)"
+    assert rows(table) == {"CoOp": ["1", "-3.0", "-3.0"], "DCP (classifier=none), batch": ["1", "+1.0", "+1.0"]}
 
 
 def test_base_to_new_has_the_harmonic_mean_and_domain_shift_the_mean_of_the_targets(sweep):
@@ -107,3 +119,19 @@ def test_report_files(sweep, tmp_path, run):
     ):
         assert f"| DCP | none | - | {cells} |" in markdown.partition(title)[2]
     assert f"`{broken.key}`: <script>" in markdown.partition("## Failed")[2]
+
+
+def test_a_report_for_a_paper(sweep, tmp_path, run):
+    """The same tables in LaTeX, the best of each column bold, and figures. TeX compiles it where there is
+    one."""
+    out = run.ok("report", sweep, "--output", tmp_path)
+    tex = (tmp_path / "report.tex").read_text()
+    assert r"DCP & none & - & \textbf{57.0 $\pm$ 1.0} & \textbf{132.0 $\pm$ 1.0} \\" in tex
+    assert tex.count(r"\toprule") == tex.count(r"\bottomrule") == tex.count(r"\begin{table}") > 5
+    assert "imagenet\\_a" in tex
+    for name in ("accuracy1.png", "accuracy1.pdf", "differences1.pdf"):
+        assert (tmp_path / name).stat().st_size > 1000
+        assert name in out
+    if shutil.which("pdflatex"):
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "report.tex"]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)

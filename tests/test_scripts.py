@@ -1,5 +1,6 @@
-"""Scripts: the speed benchmark, which compares logits, and whose grid has what the page states; the backend for Label
-Studio, with a stand-in for it (hub/label_studio/check.py tries the real one); methods on given image features."""
+"""Scripts: the speed benchmark, which compares logits, and whose grid has what the page states; the backend
+for Label Studio, with a stand-in for it (hub/label_studio/check.py tries the real one); methods on given
+image features."""
 
 import re
 import runpy
@@ -14,11 +15,12 @@ import paper
 import pytest
 import speed
 import torch
-from helpers import read_csv
+from helpers import FEW_STEPS, read_csv
 from shared import CommandLine
 from starlette.testclient import TestClient
 from torch.nn import functional as F
 
+from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.training.methods.gda import gaussian_discriminant
 
@@ -139,6 +141,27 @@ def test_the_papers_experiments_on_image_features(tmp_path, monkeypatch):
             > 90
         )
         assert len(found) == 5 * 2 + 2 * 2 + 2 + 2 * 2
+
+
+@FEW_STEPS
+def test_what_cmpa_is_worth_is_measured_once(tmp_path, monkeypatch):
+    """With the number of trained parameters."""
+    items = [Item(path, path, label) for path, label in zip(sample_images(), (0, 1, 0, 0, 1, 1), strict=True)]
+    pool = ["animal", "thing"], items, items
+    monkeypatch.setattr(paper, "RESULTS", tmp_path)
+    monkeypatch.setattr(paper, "IMAGES", 2)
+    monkeypatch.setattr(paper, "REPORTING", {"photos": None})
+    monkeypatch.setattr(paper, "SETS", {"photos": lambda data, folder: pool})
+    once = {"epochs": 1}
+    prompted = (("zero-shot", {}), ("ivlp", once), ("dcp", once | {"coupling": "none"}))
+    monkeypatch.setattr(paper, "PROMPTED", prompted)
+    for _ in range(2):
+        paper.coupling(tmp_path, draws=1)
+        rows = pd.read_csv(tmp_path / "coupling.csv", keep_default_na=False)
+        assert [*rows.changes[:3]] == ["", "epochs=1", "epochs=1, coupling=none"]
+        assert [*rows.trained_parameters[:3]] == [0, 6 * 4 * (256 + 192), 16 * (256 + 192)]
+        assert {*rows.test_images} == {6}
+        assert len(rows) == 2 * 3
 
 
 E, C = 16, 3

@@ -1,4 +1,5 @@
-"""The server, started once: answers equal to Python's, batches, limits, bad input, and a stop that loses nothing."""
+"""The server, started once: answers equal to Python's, batches, limits, bad input, and a stop that loses
+nothing."""
 
 import http.client
 import json
@@ -119,6 +120,14 @@ def test_answers_are_pythons_alone_and_in_batches(ask, onnx_file):
 def test_forms(ask):
     _, answer = ask(form(("a.png", NOISE), ("b.jpg", Path(PHOTO).read_bytes())), path="/predict?top_k=2", **FORM)
     assert [(image["name"], len(image["predictions"])) for image in answer["images"]] == [("a.png", 2), ("b.jpg", 2)]
+    _, answer = ask(form(("a.png", NOISE[:99]), ("b.png", NOISE), ("c.txt", b"hello")), **FORM)
+    first, second, third = answer["images"]
+    assert second == ask(NOISE)[1]["images"][0] | {"name": "b.png"}
+    assert [*first, *third] == ["name", "error"] * 2
+    assert ("image a.png: " in first["error"], "image c.txt: not in a supported" in third["error"]) == (True, True)
+    for top_k in ("0", "-1", "two", "1.5", ""):
+        message = f"top_k must be an integer of at least 1, not {top_k!r}."
+        assert ask(NOISE, path=f"/predict?top_k={top_k}") == (422, {"detail": message})
     assert ask(NOISE, path="/predict?topk=3") == (422, {"detail": "There is no parameter topk: the only one is top_k."})
 
 
@@ -131,8 +140,8 @@ BAD = {
     "large": (b"x" * 5_000_000, {}, 413, "larger than 1,000,000 bytes"),
     "broken form": (b"--nonsense", FORM, 400, ""),
     "many": (form(*[("a.png", NOISE)] * 4), FORM, 400, "Maximum number of files is 3"),
-    "bad file in a form": (
-        form(("a.png", NOISE), ("b.txt", b"hello")),
+    "bad files in a form": (
+        form(("b.txt", b"hello"), ("c.png", NOISE[:99])),
         FORM,
         415,
         "image b.txt: not in a supported format",
@@ -153,7 +162,8 @@ def test_bad_input_is_answered(ask):
 
 
 def test_bad_input_leaves_nothing_behind(ask, server):
-    """No memory, threads, files or connections are kept after many bad requests, slow clients and endless uploads."""
+    """No memory, threads, files or connections are kept after many bad requests, slow clients and endless
+    uploads."""
     process, port = server
     state = Path(f"/proc/{process.pid}")
     if not state.is_dir():
@@ -191,7 +201,7 @@ def test_bad_input_leaves_nothing_behind(ask, server):
 
 def test_health_and_pages_that_need_no_network(ask, server, onnx_file):
     classes = OnnxClassifier(onnx_file).classnames
-    assert ask(path="/health", method="GET") == (200, {"head": "custom", "classes": classes})
+    assert ask(path="/health", method="GET") == (200, {"head": "custom", "file": onnx_file.name, "classes": classes})
     assert deploy_server.application(onnx_file, name="my_head").title == "my_head"
     _, page = ask(path="/docs", method="GET")
     assert b"https://" not in page.replace(b"https://github.com", b"")

@@ -5,27 +5,32 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import noisy_picture
 from torch.nn import functional as F
 
-from dcp_zoo import threads
+import dcp_zoo
+from dcp_zoo import FewShotClassifier, ZooError, threads
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.prediction import decode
+from dcp_zoo.features.cache import kept_features
+from dcp_zoo.features.device import pick_precision
+from dcp_zoo.features.extract import FeatureExtractor
+from dcp_zoo.features.loader import ImageLoader
+from dcp_zoo.features.photos import CACHE_BYTES, Photos, pixels_of
+from dcp_zoo.features.views import MIRRORED, PLAIN, crop_views
 from dcp_zoo.prediction.heads import HeadBackend
-from dcp_zoo.training.cache import kept_features
-from dcp_zoo.training.device import pick_precision
-from dcp_zoo.training.sources import image_source
 
 
 @pytest.mark.parametrize("augment", ["crop-flip", "flip"])
 def test_two_iterators_over_one_source_do_not_disturb_each_other(augment, clip, photos):
-    source = image_source(clip, photos, augment)
+    images = ImageLoader(Photos(photos, CACHE_BYTES), FeatureExtractor(clip), augment)
 
     def shuffled(seed: int) -> Iterator[torch.Tensor]:
-        batches = source.batches(4, torch.Generator().manual_seed(seed))
+        batches = images.shuffled([4, 4, 4], torch.Generator().manual_seed(seed))
         return (torch.cat([inputs.x.flatten(1), labels[:, None]], 1) for inputs, labels in batches)
 
     alone = [list(shuffled(seed)) for seed in (1, 2)]
@@ -35,15 +40,68 @@ def test_two_iterators_over_one_source_do_not_disturb_each_other(augment, clip, 
     assert not torch.equal(alone[0][0], alone[1][0])
 
 
-def test_crops_differ_from_pass_to_pass_with_any_number_of_workers(clip, photos):
-    """As methods average them, without a generator: they follow torch's random state."""
-    found = []
-    for workers in (0, 1):
-        torch.manual_seed(1)
-        source = image_source(clip, photos, "crop-flip", workers)
-        found.append([torch.cat([inputs.x for inputs, _ in source.batches(8)]) for _ in range(2)])
-    assert not torch.equal(*found[0])
-    assert all(map(torch.equal, *found))
+def test_a_random_crop_depends_on_its_seed_and_its_image_alone(clip, photos):
+    """Not on the other images, nor on torch's random state. A view that was not computed is an error."""
+    first, second = crop_views(2, seed=1)
+    extract = FeatureExtractor(clip)
+    table = extract(Photos(photos), views=(first, second))
+    torch.rand(1)
+    again = extract(Photos(photos[::-1]), views=(first,))
+    torch.testing.assert_close(again.views[first].flip(0), table.views[first])
+    assert not torch.allclose(table.views[first], table.views[second], atol=1e-3)
+    with pytest.raises(ZooError, match="Features of the view plain were not computed, only of crop"):
+        table.rows(PLAIN)
+
+
+def test_a_part_of_a_table_is_in_the_order_that_was_asked_for(clip, photos):
+    table = FeatureExtractor(clip)(Photos(photos), views=(PLAIN, MIRRORED))
+    part = table.of([1, 0])
+    assert [item.key for item in part.items] == ["1.png", "0.png"]
+    assert torch.equal(part.rows(MIRRORED)[0], table.rows(MIRRORED)[0, [1, 0]])
+    assert part.labels.tolist() == [1, 0]
+
+
+def test_a_view_that_is_not_there_is_an_error(clip, photos):
+    """Of given features there are those that are given."""
+    images = ImageLoader(Photos(photos[:2]), FeatureExtractor(clip))
+    given = ImageLoader.of_features(images.table())
+    assert torch.equal(given.table().rows(), images.table().rows())
+    with pytest.raises(ZooError, match="Features of the view mirrored were not computed, only of plain"):
+        given.table(views=(PLAIN, MIRRORED))
+    assert given.with_flips == (PLAIN,)
+
+
+def test_no_image_is_opened_decoded_or_encoded_twice(tmp_path, run, image_work):
+    """By no command and no function, from inspecting images to asking a head about others. To leave out what
+    a head was trained on, `eval` reads the bytes of a file before it decodes any; pages read the pictures
+    that they show again."""
+    rng = np.random.default_rng(7)
+    colors = {"red": (200, 30, 30), "blue": (30, 30, 200)}
+    labels = [*colors] * 6
+    known, new = tmp_path / "known", tmp_path / "new"
+    paths = [noisy_picture(known / label / f"{i}.png", colors[label], rng) for i, label in enumerate(labels)]
+    others = [noisy_picture(new / label / f"{i}.png", colors[label], rng) for i, label in enumerate(labels)]
+    contents = [Path(path).read_bytes() for path in others]
+    head, prompted, model = tmp_path / "head", tmp_path / "prompted", FewShotClassifier()
+    short = ("--method", "dcp", "--set", "epochs=1", "--set", "classifier=none")
+    for what, call, opened, decoded, encoded in (
+        ("inspect()", lambda: dcp_zoo.inspect(known), 12, 12, 24),  # with their mirror images
+        ("train", lambda: run.ok("train", known, "--output", head), 12, 0, 0),  # its hashes alone
+        ("train dcp", lambda: run.ok("train", known, *short, "--output", prompted), 12, 12, 24),  # tokens, not features
+        ("predict", lambda: run.ok("predict", *others, "--head", head), 12, 12, 12),
+        ("eval", lambda: run.ok("eval", new, "--head", head), 24, 12, 12),
+        ("search", lambda: run.ok("search", new, "--to-label", "--count", 3), 12, 12, 24),
+        ("predict()", lambda: dcp_zoo.predict(str(head), others), 12, 12, 12),
+        ("evaluate()", lambda: dcp_zoo.evaluate(str(head), others, labels), 12, 12, 12),
+        ("fit", lambda: model.fit(paths, labels), 12, 12, 24),
+        ("score", lambda: model.score(paths, labels), 0, 0, 0),
+        ("predict", lambda: model.predict(others), 12, 12, 12),
+        ("predict_proba", lambda: model.predict_proba(others), 0, 0, 0),
+        ("predict bytes", lambda: model.predict(contents), 0, 12, 12),
+    ):
+        image_work.reset()
+        call()
+        assert image_work.counts == (opened, decoded, encoded), what
 
 
 CPU = torch.device("cpu")
@@ -62,16 +120,16 @@ def test_auto_is_bfloat16_for_a_real_clip_where_the_processor_multiplies_it(mult
 
 def test_features_are_kept_by_their_precision(clip, photos):
     with kept_features():
-        rounded = image_source(clip, photos, precision="bfloat16").features()
-        exact = image_source(clip, photos).features()
+        rounded = FeatureExtractor(clip, "bfloat16")(Photos(photos)).rows()
+        exact = FeatureExtractor(clip)(Photos(photos)).rows()
     assert exact.dtype == rounded.dtype == torch.float32
-    assert torch.equal(exact, image_source(clip, photos).features())
+    assert torch.equal(exact, FeatureExtractor(clip)(Photos(photos)).rows())
     assert 0 < (exact - rounded).abs().max() < 0.02
 
 
 def test_logits_are_those_of_rounded_features_exactly(tiny_head):
     """A classifier in bfloat16 would round logits, too."""
-    pixels = np.stack([decode(path, tiny_head.pretrained_cfg) for path in sample_images()[:3]])
+    pixels = np.stack([pixels_of(path, tiny_head.pretrained_cfg) for path in sample_images()[:3]])
     found = HeadBackend(tiny_head, features=True, precision="bfloat16").compute(pixels)
     features, (weight, bias) = torch.from_numpy(found.features), tiny_head.linear()
     torch.testing.assert_close(torch.from_numpy(found.logits), F.linear(features, weight, bias), rtol=1e-5, atol=1e-4)
@@ -80,7 +138,8 @@ def test_logits_are_those_of_rounded_features_exactly(tiny_head):
 
 
 def test_functions_choose_the_threads_of_their_own_thread_only():
-    """Otherwise one that starts meanwhile keeps what another has set for itself, and all later ones with it."""
+    """Otherwise one that starts meanwhile keeps what another has set for itself, and all later ones with
+    it."""
 
     def elsewhere() -> int:
         with ThreadPoolExecutor(1) as pool:

@@ -3,20 +3,23 @@
 import pytest
 import reference
 import torch
-from helpers import close, gradients, loud
+from helpers import close, gradients, in_distribution, loud, vision_blocks
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 from torchvision.transforms.functional import center_crop
 from torchvision.transforms.functional import to_tensor as pil_to_tensor
 
 from dcp_zoo import DCP, create_model
 from dcp_zoo.backbone.towers.open_clip import attend
 from dcp_zoo.data import Item
+from dcp_zoo.features.device import autocast
+from dcp_zoo.features.loader import PhotoDataset
+from dcp_zoo.features.photos import Photos
 from dcp_zoo.heads.config import COUPLINGS
 from dcp_zoo.heads.head import Head
-from dcp_zoo.training.device import autocast, cast_frozen
-from dcp_zoo.training.sources import ImageDataset
+from dcp_zoo.training.methods.dcp import clip_in
 
 NAMES = ["ant", "wild_cat", "crocodile head", "a very long class name with many words", "emu"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -169,27 +172,53 @@ def kept_for_backward(model: Head) -> int:
     return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
 
 
-@pytest.mark.parametrize(("precision", "coupling"), zip(("bfloat16", "float16"), COUPLINGS, strict=True))
+@pytest.mark.parametrize(
+    ("precision", "coupling"), [("float16", "text_to_vision"), *(("bfloat16", coupling) for coupling in COUPLINGS)]
+)
 def test_half_precision_stores_clip_once_and_trains_in_float32(tiny_clip, coupling, precision):
     model = build(tiny_clip, coupling=coupling).train()
     expected, logits = gradients(model, model(IMAGES)), model(IMAGES).detach()
-    cast_frozen(model, precision)
-    held = {p.dtype for p in model.encoder.clip.parameters() if p.numel() > 1}
-    assert held == {getattr(torch, precision)}
-    with autocast(torch.device("cpu"), precision):
-        assert close(model(IMAGES).detach(), logits, 0.1)
-        found = gradients(model, model(IMAGES))
-    for name, gradient in found.items():
-        assert gradient.dtype == torch.float32
-        assert F.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0) > 0.9, name
-    model.store_stats(IMAGES)  # without autocast too
-    with torch.no_grad():
-        assert close(model.eval()(IMAGES), logits, 0.1)
+    with clip_in(model, precision):
+        held = {p.dtype for p in model.encoder.clip.parameters() if p.numel() > 1}
+        assert held == {getattr(torch, precision)}
+        with autocast(torch.device("cpu"), precision):
+            assert close(model(IMAGES).detach(), logits, 0.1)
+            found = gradients(model, model(IMAGES))
+        for name, gradient in found.items():
+            assert gradient.dtype == torch.float32
+            assert F.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0) > 0.9, name
+        model.store_stats(IMAGES)  # without autocast too
+        with torch.no_grad():
+            assert close(model.eval()(IMAGES), logits, 0.1)
+
+
+def test_clip_in_float32_is_copied_nowhere(tiny_clip):
+    """Of weights without a place no copy can be made."""
+    model = build(tiny_clip).to("meta")
+    with clip_in(model, "float32"):
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta"), clip_in(model, "bfloat16"):
+        pass
+
+
+def test_to_reject_takes_no_second_pass():
+    head, passes = create_model("dcp_mini.caltech101-1shot", True), []
+    images = torch.randn(3, *head.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
+    head.text_probe.threshold.fill_(in_distribution(head.eval(), images).median())
+    for block in vision_blocks(head):
+        block.ln_2.register_forward_hook(lambda *_: passes.append(1))
+    named = head.predict(images)
+    once = len(passes)
+    found = head.predict(images, reject=True)
+    assert len(passes) == 2 * once
+    assert found.count(None) == 1
+    assert all(name in (None, known) for name, known in zip(found, named, strict=True))
 
 
 @torch.no_grad()
 def test_every_parameter_of_a_head_is_loaded(monkeypatch):
-    """Tensors that `skip_init` leaves uninitialised and no file fills would be NaN here; nothing is drawn for them."""
+    """Tensors that `skip_init` leaves uninitialised and no file fills would be NaN here; nothing is drawn
+    for them."""
     empty, state = torch.empty, torch.get_rng_state()
 
     def filled(*args, **options):
@@ -207,7 +236,7 @@ def test_decoded_images_are_cached_up_to_a_size_and_unchanged(tmp_path):
     items = [Item(str(tmp_path / f"{i}.png"), f"{i}.png", i) for i in range(6)]
     for i, item in enumerate(items):
         Image.effect_noise((40 + i, 30), 80).convert("RGB").save(item.path)
-    dataset = ImageDataset(items, to_tensor, 8000)
+    dataset = PhotoDataset(Photos(items, 8000), to_tensor, TensorDataset(torch.arange(6)))
     plain = torch.stack([to_tensor(Image.open(item.path).convert("RGB")) for item in items])
     for _ in range(2):
         images, labels = zip(*dataset.__getitems__(range(6)), strict=True)

@@ -1,9 +1,11 @@
-"""The text probe: its equations, its way through checkpoints and states, new classes, and how it is fitted."""
+"""The text probe: its equations, its way through checkpoints and states, new classes, and how it is
+fitted."""
 
 import doctest
 import json
 import math
-from dataclasses import replace
+from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from statistics import NormalDist
 from typing import NamedTuple
@@ -19,16 +21,23 @@ from torch.nn import functional as F
 
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.backbone.clip import FrozenCLIP, join
+from dcp_zoo.backbone.inputs import Pixels
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError
-from dcp_zoo.heads.checkpoint import load_head
+from dcp_zoo.features.extract import FeatureExtractor
+from dcp_zoo.features.loader import ImageLoader
+from dcp_zoo.features.photos import Photos
+from dcp_zoo.features.table import FeatureTable
+from dcp_zoo.features.views import MIRRORED, PLAIN
 from dcp_zoo.heads.dcp import DCP
+from dcp_zoo.heads.head import load_head
+from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.probe import ReadingFeatures, fit_on_features, folds
-from dcp_zoo.probe.candidates import Family, TrainingSet
-from dcp_zoo.probe.evidence import without_evidence
+from dcp_zoo.probe.candidates import Configuration, TrainingSet
+from dcp_zoo.probe.stacking import prior_weights
 from dcp_zoo.training.methods.text_probe import fit_probe
-from dcp_zoo.training.sources import ImageSource, features_of
+from dcp_zoo.training.task import ProbeInputs
 from dcp_zoo.zoo.factory import create_model, create_transform
 
 NAMES = ["bus", "cat", "kite"]
@@ -46,7 +55,7 @@ def built(golden):
     plain.store_stats(images(4))
     model = copied(plain)
     with torch.no_grad():
-        read = [ReadingFeatures(each.encode(images(12))[None], each.start(), each.widths) for each in model.readings]
+        read = [ReadingFeatures(each.encode(images(12))[None], each.linear(), each.widths) for each in model.readable]
         model.text_probe, _ = fit_on_features(model.classes, torch.arange(12) % 3, read)
     model.text_probe.text_scale.fill_(0.5)
     model.text_probe.threshold.fill_(NEVER)
@@ -65,7 +74,7 @@ def model(built):
 
 def text_logits(model: DCP, x: Tensor) -> Tensor:
     """The mean of the method's own logits and zero-shot CLIP's."""
-    scale, (own, plain) = model.encoder.clip.logit_scale.exp(), (reading.encode(x) for reading in model.readings)
+    scale, (own, plain) = model.encoder.clip.logit_scale.exp(), (reading.encode(x) for reading in model.readable)
     zero_shot = model.encoder.zero_shot_classifier(model.classnames)
     return scale * (own @ model.encode_text().T + plain[:, : own.shape[1]] @ zero_shot.T) / 2
 
@@ -86,7 +95,8 @@ def test_its_equations(model):
 
 @torch.no_grad()
 def test_a_gate_goes_with_the_head(plain, model, tiny_clip, tmp_path):
-    """By every path to the logits, in a checkpoint and a state; of classes without images it says nothing."""
+    """By every path to the logits, in a checkpoint and a state; of classes without images it says
+    nothing."""
     x, before = images(5, 1), model(images(5, 1))
     features, probe = model.encode_image(x), model.text_probe
     probe.spread.mul_(model.distances(features).mean() / 1.2)
@@ -97,7 +107,8 @@ def test_a_gate_goes_with_the_head(plain, model, tiny_clip, tmp_path):
     loaded = load_head(DCP(tiny_clip, NAMES, n_ctx=2).eval(), tmp_path)
     plain.load_state_dict(model.state_dict())
     model.stats = "stored"
-    for found in (model(x), model.fuse()(x), model.forward_head(features), loaded(x), plain(x)):
+    by_layer = model.get_classifier()(features)
+    for found in (model(x), model.fuse()(x), model.forward_head(features), by_layer, loaded(x), plain(x)):
         assert close(found.softmax(-1), expected, 1e-3)
     model.set_classnames(["zebra", "lion"])
     assert close(model(x), 0.5 * text_logits(model, x), 1e-4)
@@ -212,8 +223,8 @@ EACH = len(REGRESSIONS) + len(STRENGTHS)
 
 
 class Plain(NamedTuple):
-    """K candidates: their logits are `texts` (K,) times the scaled text logits, and a linear function of the features
-    by `weight` (K, C, W) and `bias` (K, C); the class means (C, W) that they are fitted with."""
+    """K candidates: their logits are `texts` (K,) times the scaled text logits, and a linear function of the
+    features by `weight` (K, C, W) and `bias` (K, C); the class means (C, W) that they are fitted with."""
 
     texts: Tensor
     weight: Tensor
@@ -227,7 +238,8 @@ class Plain(NamedTuple):
 
 
 def plain_candidates(views: Tensor, widths: tuple[int, ...], labels: Tensor, text: tuple, inside: int = 0) -> Plain:
-    """Fitted on features (V, n, W), to convergence: text (C, E) and (C,) is scaled. The last parts are from inside."""
+    """Fitted on features (V, n, W), to convergence: text (C, E) and (C,) is scaled. The last parts are from
+    inside."""
     x, y, classes = views.flatten(0, 1).double(), labels.repeat(len(views)), len(text[0])
     z = F.linear(x[:, : widths[0]], *(t.double() for t in text))
     seen, n = torch.bincount(y, minlength=classes) > 0, len(labels)
@@ -277,7 +289,8 @@ def plain_scale(z: Tensor, labels: Tensor) -> float:
 
 
 def plain_folds(labels: Tensor) -> list[Tensor]:
-    """Every fourth image of each class; the only one of a class is never left out, and of many the first fold alone."""
+    """Every fourth image of each class; the only one of a class is never left out, and of many the first
+    alone."""
     place = torch.tensor([int((labels[:i] == y).sum()) for i, y in enumerate(labels)])
     counts = torch.bincount(labels)
     number = min(4, int(counts.max()))
@@ -286,8 +299,8 @@ def plain_folds(labels: Tensor) -> list[Tensor]:
 
 
 class Evidence(NamedTuple):
-    """Of the candidates (K,), by images that were left out; of these the logits, the text's, and distances to the
-    nearest mean."""
+    """Of the candidates (K,), by images that were left out; of these the logits, the text's, and distances
+    to the nearest mean."""
 
     weights: Tensor
     logits: Tensor
@@ -296,26 +309,45 @@ class Evidence(NamedTuple):
 
 
 def plain_evidence(views: Tensor, widths: tuple[int, ...], labels: Tensor, text: tuple, inside: int = 0) -> Evidence:
-    """As if of at most 16 images, of 64 between families; what reads the inside must be better by 1.5, and families
-    below 1 % do not count."""
-    outs = plain_folds(labels)
-    fitted = [plain_candidates(views[:, ~out], widths, labels[~out], text, inside) for out in outs]
-    losses, logits, distances = torch.zeros(len(fitted[0].texts)), [], []
-    texts = [F.linear(views[0, out, : widths[0]], *text) for out in outs]
-    for each, out, z in zip(fitted, outs, texts, strict=True):
-        logits.append(each.logits(z, views[0, out]))
-        losses += torch.stack([F.cross_entropy(z, labels[out], reduction="sum") for z in logits[-1]])
-        distances.append(to(views[0, out], each.means))
-    n, losses = sum(int(out.sum()) for out in outs), losses.unflatten(0, (-1, EACH))
-    shares = (-min(1, 16 / n) * losses).softmax(1)
-    level = min(1, 64 / n) * (shares * losses).sum(1)
-    level[len(level) - 2 * inside :] += 1.5
-    families = (-level).softmax(0)
-    families *= families > 0.01
-    weights = sharper(views, widths[0], labels, text) * (families / families.sum())[:, None].mul(shares).flatten()
-    mean = torch.cat([torch.einsum("k,kmc->mc", weights, z) for z in logits])
-    strength = (weights * fitted[0].texts).sum()
-    return Evidence(weights, mean, strength * torch.cat(texts), torch.cat(distances) / math.sqrt(len(widths)))
+    """As if of at most 16 images, of 64 between families; what reads the inside must be better by 1.5, and
+    families below 1 % do not count. What is said of a fold is weighed by images of the others, of up to 100
+    images by what was fitted without both."""
+    outs, z = plain_folds(labels), F.linear(views[0, :, : widths[0]], *text)
+
+    @cache
+    def fitted(*left_out: int) -> tuple[Plain, float]:
+        kept = ~sum(outs[i] for i in left_out).bool()
+        scale = plain_scale(z[kept], labels[kept])
+        return plain_candidates(views[:, kept], widths, labels[kept], times(scale, text), inside), scale
+
+    def said(fold: int, *left_out: int) -> Tensor:
+        candidates, scale = fitted(*left_out)
+        return candidates.logits(scale * z[outs[fold]], views[0, outs[fold]])
+
+    def weighed(folds: Mapping[int, tuple[int, ...]]) -> Tensor:
+        losses = 0
+        for fold, left_out in folds.items():
+            of_each = [F.cross_entropy(each, labels[outs[fold]], reduction="sum") for each in said(fold, *left_out)]
+            losses = losses + torch.stack(of_each)
+        n, losses = sum(int(outs[fold].sum()) for fold in folds), losses.unflatten(0, (-1, EACH))
+        shares = (-min(1, 16 / n) * losses).softmax(1)
+        level = min(1, 64 / n) * (shares * losses).sum(1)
+        level[len(level) - 2 * inside :] += 1.5
+        families = (-level).softmax(0)
+        families *= families > 0.01
+        weights = (families / families.sum())[:, None].mul(shares).flatten()
+        return sharper(views, widths[0], labels, times(plain_scale(z, labels), text)) * weights
+
+    logits, texts, distances = [], [], []
+    for fold, out in enumerate(outs):
+        others = [other for other in range(len(outs)) if other != fold or (len(outs) == 1 and len(labels) > 100)]
+        weights = weighed({o: tuple(sorted((fold, o))) if len(labels) <= 100 else (o,) for o in others})
+        candidates, scale = fitted(fold)
+        logits.append(torch.einsum("k,kmc->mc", weights, said(fold, fold)))
+        texts.append((weights * candidates.texts).sum() * scale * z[out])
+        distances.append(to(views[0, out], candidates.means) / math.sqrt(len(widths)))
+    whole = weighed({fold: (fold,) for fold in range(len(outs))})
+    return Evidence(whole, torch.cat(logits), torch.cat(texts), torch.cat(distances))
 
 
 def behind_the_gate(own: Tensor, text: Tensor, distances: Tensor, near: float, width: float) -> Tensor:
@@ -327,7 +359,8 @@ def behind_the_gate(own: Tensor, text: Tensor, distances: Tensor, near: float, w
 
 
 def sharper(views: Tensor, width: int, labels: Tensor, text: tuple) -> float:
-    """What the logits are multiplied by: more for few images per class, and for text that explains them badly."""
+    """What the logits are multiplied by: more for few images per class, and for text that explains them
+    badly."""
     loss = F.cross_entropy(F.linear(views[0, :, :width], *text), labels).item() / math.log(len(text[0]))
     return 1 + 0.15 * (1 + len(labels.unique()) / len(labels)) * min(1, 20 * max(0, loss - 0.25))
 
@@ -345,15 +378,17 @@ def score(z: Tensor, distances: Tensor) -> Tensor:
     return (z.softmax(-1) * z.log_softmax(-1)).nan_to_num().sum(-1) - 4 * distances
 
 
-def source(model: DCP, n: int, seed: int) -> ImageSource:
-    """n images of alternating classes, each with its mirror image as the second view."""
+def source(model: DCP, n: int, seed: int) -> ImageLoader:
+    """n images of alternating classes, and their mirror images."""
     items = [Item(str(i), "", i % 3) for i in range(n)]
     x = images(n, seed)
-    return ImageSource(model.encoder, items, str, views=torch.stack([x, x.flip(-1)]))  # type: ignore[arg-type]
+    pixels = FeatureTable(items, {PLAIN: x, MIRRORED: x.flip(-1)}, [])
+    return ImageLoader(Photos(items), FeatureExtractor(model.frozen), "flip", precomputed=pixels, form=Pixels)
 
 
 def in_a_cone(counts: list[int], width: int = 12, views: int = 2) -> tuple[Tensor, Tensor, tuple]:
-    """Features (V, n, E) of classes with so many images, their labels, and their text logits at CLIP's scale."""
+    """Features (V, n, E) of classes with so many images, their labels, and their text logits at CLIP's
+    scale."""
     torch.manual_seed(0)
     labels = torch.cat([torch.full((count,), c) for c, count in enumerate(counts)])
     text = F.normalize(torch.randn(len(counts), width) + 2, dim=-1)
@@ -368,7 +403,7 @@ def with_backbone(views: Tensor, labels: Tensor, width: int = 6) -> Tensor:
     return torch.cat([views, F.normalize(means[labels] + noise / 2, dim=-1)], -1)
 
 
-@pytest.mark.parametrize("part", ["folds", "candidates", "evidence", "threshold", "model"])
+@pytest.mark.parametrize("part", ["folds", "candidates", "stacking", "threshold", "model"])
 def test_worked_examples(part):
     results = doctest.testmod(import_module(f"dcp_zoo.probe.{part}"))
     assert results.attempted > 0 == results.failed
@@ -408,15 +443,15 @@ def test_a_group_counts_as_one_image(few_candidates):
 
 @pytest.mark.parametrize("counts", [[1, 0, 6], [8, 8, 8], [700, 0, 1400]])
 def test_the_probe_is_the_mean_of_all_candidates_by_evidence(counts):
-    """For classes of equal and other sizes, one without images, which is its text, more features than images and fewer,
-    and so many images that steps are few and one fold is left out."""
+    """For classes of equal and other sizes, one without images, which is its text, more features than images
+    and fewer, and so many images that one fold is left out."""
     views, labels, text = in_a_cone(counts, views=2 if sum(counts) < 100 else 1)
     views, widths = with_backbone(views, labels), (12, 6)
     probe, info = fit_on_features(NAMES, labels, [ReadingFeatures(views, text, widths)])
     scale = plain_scale(F.linear(views[0, :, :12], *text), labels)
     assert info["text_scale"] == pytest.approx(scale, rel=1e-3)
     scaled = times(scale, text)
-    evidence, fitted = plain_evidence(views, widths, labels, scaled), plain_candidates(views, widths, labels, scaled)
+    evidence, fitted = plain_evidence(views, widths, labels, text), plain_candidates(views, widths, labels, scaled)
     expected = torch.einsum("k,kmc->mc", evidence.weights, fitted.logits(F.linear(views[0, :, :12], *scaled), views[0]))
     z, f = F.linear(views[0, :, :12], *text), views[0] / math.sqrt(2)
     whole, probe.gate = probe(z, f, probe.classes), torch.empty(0)
@@ -448,8 +483,9 @@ def test_with_one_image_per_class_all_penalties_count_unless_text_explains_littl
     zero = torch.zeros(3)
     for text, equal in ((weight, True), (weight.roll(1, 0), False)):
         probe, info = fit_on_features(NAMES, labels, [ReadingFeatures(views, (text, zero))])
-        images = TrainingSet(views, [24], labels, (text, zero), info["text_scale"])
-        weights = 2 * without_evidence(images, 1)[Family(0, 1.0)][: len(REGRESSIONS)]
+        images = TrainingSet(views, [24], labels, (text, zero), torch.ones(3))
+        evidence = prior_weights(images, images.all[0], torch.tensor(info["text_scale"]))
+        weights = 2 * evidence[Configuration(0, 1.0)][: len(REGRESSIONS)]
         assert (weights[0].item() == pytest.approx(1 / len(REGRESSIONS), abs=1e-6)) is equal
         assert weights.diff().min() >= 0
         assert info["text_strength"] == 0.75  # all of it, and half of it
@@ -460,11 +496,15 @@ def test_what_passes_of_things_like_the_classes_is_counted_by_fits_without_every
     views, labels, text = in_a_cone([10, 10, 10], 24)
     probe, info = fit_on_features(NAMES, labels, [ReadingFeatures(views, text)])
     scaled = times(info["text_scale"], text)
-    evidence = plain_evidence(views, (24,), labels, scaled).weights
+    evidence = plain_evidence(views, (24,), labels, text).weights
     middle = labels == 1  # the first half, without classes 0 and 2, would leave a single class
     fitted = plain_candidates(views[:, ~middle], (24,), labels[~middle], scaled)
-    logits = torch.einsum("k,kmc->mc", evidence, fitted.logits(F.linear(views[0, middle], *scaled), views[0, middle]))
-    passed = score(logits[:, [0, 2]], to(views[0, middle], fitted.means) / probe.spread) >= probe.threshold
+    z = F.linear(views[0, middle], *scaled)
+    logits = torch.einsum("k,kmc->mc", evidence, fitted.logits(z, views[0, middle]))
+    distances = to(views[0, middle], fitted.means) / probe.spread
+    text_logits = (evidence * fitted.texts).sum() * z
+    answers = behind_the_gate(logits[:, [0, 2]], text_logits[:, [0, 2]], distances, probe.gate[0].item(), 0.1)
+    passed = score(answers, distances) >= probe.threshold
     assert info["like_accepted"]["0.05"] == pytest.approx(100 * passed.float().mean().item(), abs=4)
     assert [*info["like_accepted"]] == [*info["thresholds"]] == ["0.01", "0.02", "0.05", "0.1", "0.2", "0.3"]
     assert [*info["thresholds"].values()] == sorted(info["thresholds"].values())
@@ -473,7 +513,8 @@ def test_what_passes_of_things_like_the_classes_is_counted_by_fits_without_every
 
 @pytest.mark.parametrize("corrections", [0, 40])
 def test_about_the_promised_share_of_known_images_is_refused(corrections):
-    """Of images of the classes that it has not seen, over several draws; also with corrections, which are hard ones."""
+    """Of images of the classes that it has not seen, over several draws; also with corrections, which are
+    hard ones."""
     torch.manual_seed(0)
     text = F.normalize(torch.randn(10, 24) + 2, dim=-1)
     linear, labels, refused = (20 * text, torch.zeros(10)), torch.arange(10).repeat(8), []
@@ -494,13 +535,14 @@ def test_about_the_promised_share_of_known_images_is_refused(corrections):
 
 @torch.no_grad()
 def test_a_head_reads_its_own_features_and_the_frozen_towers(plain):
-    """Its logits are the mean of two probes, on its own and on CLIP's embedding, each beside what the frozen tower has
-    before it; evidence, scale and distances are those of the frozen tower, as the prompts have seen the training
-    images. Fused they are the same."""
+    """Its logits are the mean of two probes, on its own and on CLIP's embedding, each beside what the frozen
+    tower has before it; evidence, scale and distances are those of the frozen tower, as the prompts have
+    seen the training images. Fused they are the same."""
     train, x, width = source(plain, 24, 0), images(5, 1), plain.encoder.num_features
-    own, frozen = plain.readings
+    own, frozen = plain.readable
     assert (own.widths, frozen.widths) == ((width,), plain.encoder.widths)
-    views = [train.read_by(reading, 2) for reading in (own, frozen)]
+    table = train.table([own, frozen], train.with_flips)
+    views = [table.reading(i).rows(PLAIN, MIRRORED) for i in (0, 1)]
     text, zero_shot = plain.own_linear(), plain.zero_shot_linear()
     with_frozen = torch.cat([views[0], views[1][..., width:]], -1)
     alone, parts = [ReadingFeatures(views[1], zero_shot, frozen.widths, frozen.inside)], len(frozen.widths)
@@ -511,7 +553,7 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain):
     assert (info["text_scale"], info["thresholds"]) == (wanted["text_scale"], wanted["thresholds"])
     assert (len(plain.reads), plain.num_features) == (2, width + sum(frozen.widths))
     scaled = [times(info["text_scale"], linear) for linear in (text, zero_shot)]
-    evidence = plain_evidence(views[1], frozen.widths, train.labels, scaled[1], frozen.inside)
+    evidence = plain_evidence(views[1], frozen.widths, train.labels, zero_shot, frozen.inside)
     fitted = plain_candidates(with_frozen, frozen.widths, train.labels, scaled[0], frozen.inside)
     mixed = torch.cat([x_own, x_frozen[:, width:]], 1)
     z = [
@@ -532,19 +574,20 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain):
 @pytest.fixture
 def few_candidates(monkeypatch) -> None:
     """Of all of them a fit takes seconds."""
-    monkeypatch.setattr("dcp_zoo.probe.candidates.TEXTS", (1.0,))
+    monkeypatch.setattr("dcp_zoo.probe.candidates.TEXT_SHARES", (1.0,))
 
 
 @torch.no_grad()
 def test_examples_of_no_class_reject_what_is_nearer_to_them(plain, tiny_clip, tmp_path, few_candidates):
-    """By more than of 98 % of the images that are left out, if that is normally distributed. The frozen features alone
-    say so: prompts have seen the images of the classes, and not these."""
+    """By more than of 98 % of the images that are left out, if that is normally distributed. The frozen
+    features alone say so: prompts have seen the images of the classes, and not these."""
     train, none = source(plain, 30, 0), source(plain, 4, 7)
     x = torch.cat([images(4, 7) + images(4, 8) / 10, images(8, 1)])
     without = fit_probe(plain, train)
     f = plain.encode_image(x)
-    distances, frozen = plain.distances(f), plain.readings[1]
-    views, examples = train.read_by(frozen, 2), none.read_by(frozen, 1)[0]
+    distances, frozen = plain.distances(f), plain.readable[1]
+    views = train.table([frozen], train.with_flips).rows(PLAIN, MIRRORED)
+    examples = none.table([frozen]).rows()[0]
     unit = math.sqrt(2) * plain.text_probe.spread
     margins = []
     for out in plain_folds(train.labels):
@@ -552,7 +595,7 @@ def test_examples_of_no_class_reject_what_is_nearer_to_them(plain, tiny_clip, tm
         margins.append((to(views[0, out], torch.stack(means)) - to(views[0, out], examples)) / unit)
     margins = torch.cat(margins)
     limit = margins.mean() + 2.0537 * margins.std()
-    info = fit_probe(plain, train, none=none)
+    info = fit_probe(plain, train, ProbeInputs(none=none))
     assert info.pop("examples") == 4
     assert info == {**without, "others_accepted": info["others_accepted"]}
     alike = distances - to(frozen.encode(x), examples) / unit > limit
@@ -561,18 +604,19 @@ def test_examples_of_no_class_reject_what_is_nearer_to_them(plain, tiny_clip, tm
     plain.save_pretrained(tmp_path, torch.float32)
     for head in (plain, load_head(DCP(tiny_clip, NAMES, n_ctx=2), tmp_path).eval(), plain.fuse(), copied(plain)):
         assert close(head.distances(head.encode_image(x)), expected, 1e-3)
-    assert plain.distances(features_of(plain, none, 1)[0]).tolist() == [1e4] * 4
+    assert plain.distances(none.table(plain.reads).joined).tolist() == [1e4] * 4
     with pytest.warns(UserWarning, match="The 4 images of none of the classes are not used: .* It needs 20 images"):
-        found = fit_probe(plain, source(plain, 12, 0), none=none)
+        found = fit_probe(plain, source(plain, 12, 0), ProbeInputs(none=none))
     assert not {"examples", "thresholds", "others_accepted"} & found.keys()
     assert cannot_reject(plain, "fitted on too few")
 
 
-def test_added_images_set_the_threshold_only_where_others_are_few(plain, few_candidates):
-    train, thresholds = source(plain, 30, 0), []
+def test_added_images_set_the_threshold_only_where_others_are_few(tiny_clip, few_candidates):
+    head = PromptHead(FrozenCLIP(tiny_clip, pretrained_cfg=CFG), NAMES, texts="a photo of a {}.").eval()
+    train, thresholds = source(head, 30, 0), []
     for first in (30, 24, 15):
-        added = replace(train, items=[item._replace(added=i >= first) for i, item in enumerate(train.items)])
-        thresholds.append(fit_probe(plain, added)["thresholds"])
+        added = train.with_items([item._replace(added=i >= first) for i, item in enumerate(train.items)])
+        thresholds.append(fit_probe(head, added)["thresholds"])
     assert thresholds[0] == thresholds[2] != thresholds[1]
 
 
@@ -597,7 +641,7 @@ def test_the_papers_logits_are_one_argument_away():
     x = torch.randn(2, 3, 192, 192)
     assert plain.text_probe is None
     assert close(
-        plain(x), head.encoder.clip.logit_scale.exp() * head.readings[0].encode(x) @ head.encode_text().T, 1e-5
+        plain(x), head.encoder.clip.logit_scale.exp() * head.readable[0].encode(x) @ head.encode_text().T, 1e-5
     )
     with pytest.raises(ZooError, match="Unknown classifier 'gaussian': choose from none"):
         create_model("dcp_mini.eurosat_small-16shot", True, classifier="gaussian")

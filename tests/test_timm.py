@@ -1,17 +1,23 @@
-"""timm as the host: its functions, names and scripts on the zoo's models, and how its training handles their state.
+"""timm as the host: its functions, names and scripts on the zoo's models, and how its training handles their
+state.
 
 Passes with timm 1.0.21, 1.0.28 and 1.0.31. `hf-hub:` names are in test_hub.py, which runs a Hub.
 """
 
+import ast
 import copy
 import importlib
+import inspect
 import io
+import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import model_stubs
 import numpy as np
 import pytest
 import timm
@@ -30,10 +36,10 @@ from dcp_zoo import DCP, ZooError, models
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.zoo.factory import DROP_RATES
-from dcp_zoo.zoo.registry import MODELS, all_heads
+from dcp_zoo.zoo.registry import MODELS, all_heads, trained_heads
 
 DEFAULT = "dcp_mini.caltech101-16shot"
-HEADS = (next(name for name in dcp_zoo.list_models(pretrained=True) if name != DEFAULT), DEFAULT)  # both bundled
+HEADS = (next(name for name in trained_heads() if name != DEFAULT), DEFAULT)  # both bundled
 SIZE = MODELS["dcp_mini"].image_size
 IMAGES = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
@@ -74,6 +80,10 @@ def test_names_and_configs():
     )
     assert dcp_zoo.get_pretrained_cfg_value(DEFAULT, "crop_pct") == timm.get_pretrained_cfg_value(DEFAULT, "crop_pct")
     assert dcp_zoo.get_pretrained_cfg_value(DEFAULT, "none") is None
+    for name in MODELS:
+        found, ours = timm.get_pretrained_cfg(f"{name}.clip").to_dict(), dcp_zoo.get_pretrained_cfg(f"{name}.clip")
+        assert {key: found.get(key) for key in ours} == ours | {"fixed_input_size": True}, name
+        assert timm.is_model_pretrained(f"{name}.clip")
     cfg = timm.models.get_pretrained_cfg(planned := "dcp_vitl14_336.food101-2shot")
     assert (cfg.num_classes, cfg.hf_hub_id, cfg.url, cfg.file, cfg.source) == (101, None, None, None, None)
     assert dcp_zoo.get_pretrained_cfg(planned)["hf_hub_id"] == f"dcp-zoo/{planned}"
@@ -108,6 +118,23 @@ def test_models_are_functions_to_import():
         assert function is timm.model_entrypoint(name) is dcp_zoo.model_entrypoint(f"{name}.any-tag")
 
 
+def test_torch_hub_finds_the_models():
+    head = torch.hub.load(str(Path(__file__).parents[1]), "dcp_mini", source="local", pretrained="caltech101-16shot")
+    assert head.num_classes == 100
+
+
+def test_editors_find_a_function_of_each_model():
+    """In the stub, with its signature; after a change of the table or of `create_model`: python
+    hub/model_stubs.py."""
+    assert model_stubs.STUB.read_text() == model_stubs.stub()
+    functions = {node.name: node for node in ast.parse(model_stubs.stub()).body if isinstance(node, ast.FunctionDef)}
+    assert list(functions) == list(MODELS)
+    expected = [name for name in inspect.signature(dcp_zoo.create_model).parameters if name != "model_name"]
+    for function in functions.values():
+        parameters = [*function.args.args, *function.args.kwonlyargs, function.args.kwarg]
+        assert [parameter.arg for parameter in parameters] == expected
+
+
 def test_local_dir(tmp_path, model):
     model.save_pretrained(tmp_path)
     overlay = {"file": f"{tmp_path}/model.safetensors"}
@@ -134,7 +161,7 @@ def test_timm_saves_what_timm_can_load(tmp_path, model):
     assert not (tmp_path / "other").exists()
 
 
-def test_data_config_and_transform(model):
+def test_data_config_and_transform(model, tmp_path):
     cfg = resolve_model_data_config(model)
     assert cfg["input_size"] == (3, SIZE, SIZE)
     assert (cfg["crop_pct"], cfg["interpolation"], cfg["crop_mode"]) == (1.0, "bicubic", "center")
@@ -151,23 +178,30 @@ def test_data_config_and_transform(model):
     assert getattr(model, model.default_cfg["classifier"]) is model.text_probe
     assert dcp_zoo.create_model(DEFAULT, True, classifier="none").default_cfg["classifier"] == ()  # names are read
     changed = timm.create_model("dcp_mini", "clip", pretrained_cfg_overlay={"crop_pct": 0.875})
-    assert resolve_model_data_config(changed)["crop_pct"] == 0.875
+    saved = timm.create_model(f"local-dir:{changed.save_pretrained(tmp_path)}", pretrained=True)
+    assert resolve_model_data_config(saved) == resolve_model_data_config(changed)
+    assert resolve_model_data_config(saved)["crop_pct"] == 0.875
     found = dcp_zoo.evaluate(changed, [image], [changed.classnames[0]]).logits
     torch.testing.assert_close(found, changed(dcp_zoo.create_transform(changed)(image)[None]))
 
 
 @torch.inference_mode()
 def test_features_the_head_and_another_classifier():
-    """From names to features, to other names, to a fresh classifier, and back: nothing that was trained is lost."""
+    """From names to features, to other names, to a fresh classifier, and back: nothing that was trained is
+    lost."""
     head = timm.create_model(DEFAULT, pretrained=True).eval()
     names, logits, head.info = head.classnames, head(IMAGES), {"metrics": {"top1": 50.0}}
     features = head.forward_features(IMAGES)
     assert features.shape == (2, head.num_features) == (2, head.head_hidden_size)
     assert torch.equal(head.forward_head(features, pre_logits=True), features)
     torch.testing.assert_close(head.forward_head(features), logits)
-    gate, head.text_probe.gate = head.text_probe.gate, head.text_probe.gate[:0]  # which is not linear in the features
-    torch.testing.assert_close(head.get_classifier()(features), head(IMAGES))
-    head.text_probe.gate = gate
+    layer = head.get_classifier()
+    torch.testing.assert_close(layer(features), logits)
+    assert not torch.allclose(
+        logits, torch.nn.functional.linear(features, *head.linear()), atol=0.1
+    )  # without the gate
+    layer.gate.zero_()
+    torch.testing.assert_close(head(IMAGES), logits)
     assert head.get_classifier() is not head.get_classifier()  # computed from the names and the text probe
     assert (head.embed_dim, head.num_prefix_tokens) == (256, 1)
     with pytest.raises(ZooError, match="num_classes=3, but there are 2 class names"):
@@ -270,7 +304,8 @@ def test_the_zoos_create_model_takes_timms_arguments(tmp_path, model):
 
 @torch.inference_mode()
 def test_forward_intermediates(model):
-    """Before the first coupled block no prompt has been rewritten: an open_clip block gives the same tokens."""
+    """Before the first coupled block no prompt has been rewritten: an open_clip block gives the same
+    tokens."""
     visual, n = model.encoder.visual, 1 + 36
     patches = visual.conv1(IMAGES).flatten(2).mT
     x = torch.cat([visual.class_embedding.expand(2, 1, -1), patches], 1) + visual.positional_embedding
@@ -425,6 +460,33 @@ def test_timms_own_tests(test, name, monkeypatch, request):
     getattr(importlib.import_module("test_models"), f"test_model_{test}")(name, 1)
 
 
+@pytest.mark.scripts  # which train
+@pytest.mark.skipif("TIMM_CHECKOUT" not in os.environ, reason="TIMM_CHECKOUT: a checkout of timm's repository")
+def test_timms_scripts_run_as_the_page_says(tmp_path):
+    page = Path(__file__).parents[1] / "docs" / "models.md"
+    lines = page.read_text().replace("\\\n", " ").splitlines()
+    scripts = [shlex.split(line) for line in lines if line.startswith("python -m dcp_zoo.timm_script")]
+    assert [Path(line[3]).name for line in scripts] == ["train.py", "validate.py", "inference.py", "benchmark.py"]
+    (tmp_path / "pytorch-image-models").symlink_to(os.environ["TIMM_CHECKOUT"])
+    for part, number, name in itertools.product(("train", "validation"), range(4), ("cat", "dog")):
+        file = tmp_path / "PHOTOS" / part / name / f"{name}{number}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((60, 50), 20 + 30 * (name == "dog")).convert("RGB").save(file)
+    said = {}
+    for _, *arguments in scripts:
+        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        said[Path(arguments[2]).name] = done.stdout
+    assert json.loads(said["train.py"].partition("--result")[2])[-1]["epoch"] <= 2
+    assert json.loads(said["validate.py"].partition("--result")[2])["img_size"] == SIZE
+    (table,) = (tmp_path / "answers").glob("*.csv")
+    assert len(table.read_text().splitlines()) == 1 + 8
+    assert json.loads(said["benchmark.py"].partition("--result")[2])["infer_samples_per_sec"] > 0
+    runner = [sys.executable, "-m", "dcp_zoo.timm_script"]
+    missing = subprocess.run([*runner, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (missing.returncode, "There is no script train.py: pass the path" in missing.stderr) == (1, True)
+
+
 IMPORTS = {
     "dcp_zoo, timm": "import dcp_zoo, sys; assert 'timm' not in sys.modules; import timm",
     "timm, dcp_zoo": "import timm; assert not timm.is_model('dcp_mini'); import dcp_zoo",
@@ -456,7 +518,8 @@ def test_torch_export_names_what_can_be_exported(golden):
 
 @pytest.mark.filterwarnings("ignore")  # of torch's tracer
 def test_timms_onnx_export(tmp_path, golden):
-    """What onnx_export.py calls; the batch size stays free. The new exporter, which takes long, is torch's own."""
+    """What onnx_export.py calls; the batch size stays free. The new exporter, which takes long, is torch's
+    own."""
     pytest.importorskip("onnx", reason="pip install dcp_zoo[export]")
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install dcp_zoo[export]")
     from timm.utils.onnx import onnx_export

@@ -1,5 +1,5 @@
-"""DCP on every kind of tower and of torch: each fast path against the plain forward pass with the library's own blocks;
-open_clip's attention, compilers; and the fused head, a plain module."""
+"""DCP on every kind of tower and of torch: each fast path against the plain forward pass with the library's
+own blocks; open_clip's attention, compilers; and the fused head, a plain module."""
 
 import io
 import shutil
@@ -9,15 +9,16 @@ from copy import deepcopy
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import open_clip
 import open_clip.timm_model
 import pytest
 import reference
 import timm
 import torch
-from helpers import close, gradients, loud
+from helpers import FEW_STEPS, close, empty_probe, gradients, loud
 from open_clip.transformer import Attention
-from shared import build_tiny_clip
+from shared import CFG, build_tiny_clip
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 from torch.nn import functional as F
@@ -27,14 +28,17 @@ from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.backbone.towers.open_clip import VisionTower
 from dcp_zoo.backbone.towers.text import TextTower
 from dcp_zoo.data import Item
+from dcp_zoo.features.extract import FeatureExtractor
+from dcp_zoo.features.loader import ImageLoader
+from dcp_zoo.features.photos import Photos
 from dcp_zoo.heads.config import COUPLINGS
 from dcp_zoo.heads.head import Head
 from dcp_zoo.heads.kinds import LinearHead
-from dcp_zoo.prediction.explain import logit_shares
-from dcp_zoo.training.evaluation import read
-from dcp_zoo.training.methods.base import Task
-from dcp_zoo.training.methods.table import METHODS, fit_head
-from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.prediction.explain import logit_shares, weight_of
+from dcp_zoo.prediction.heads import outputs_of_loader
+from dcp_zoo.training.methods.fit import fit_head
+from dcp_zoo.training.methods.table import METHODS
+from dcp_zoo.training.task import Task
 from dcp_zoo.zoo.build import build_open_clip, plain_clip
 
 NAMES = ["ant", "wild_cat", "crocodile head", "emu"]
@@ -51,8 +55,8 @@ TWO = {"vision_cfg": {"layers": 2}, "text_cfg": {"layers": 2}}
 
 
 def word_tokenizer(start: bool) -> Callable[..., torch.Tensor]:
-    """One id per word, like SigLIP's tokenizer (no start token, padded with the end token) or, with `start`, like
-    CLIPA's (no end token, padded with 0)."""
+    """One id per word, like SigLIP's tokenizer (no start token, padded with the end token) or, with `start`,
+    like CLIPA's (no end token, padded with 0)."""
 
     def tokenize(texts: list[str], context_length: int = 16) -> torch.Tensor:
         rows = torch.full((len(texts), context_length), 0 if start else 1)
@@ -133,11 +137,17 @@ def build_dcp(kind: str, **options: Any) -> DCP:
     return loud(DCP(clip, NAMES, n_ctx=3, tokenizer=tokenizer, **options)).eval()
 
 
-OPTIONS = [{}, {"coupling": "text_to_vision", "share_cmpa": False, "pooling": "max"}]
+OPTIONS = [
+    {},
+    {"coupling": "text_to_vision", "share_cmpa": False, "pooling": "max"},
+    {"coupling": "vision_to_text"},
+    {"coupling": "self", "share_cmpa": False},
+    {"coupling": "none"},
+]
 
 
 def test_logits_and_gradients_equal_the_plain_forward_pass(kind):
-    options = OPTIONS[[*KINDS].index(kind) % 2]
+    options = OPTIONS[[*KINDS].index(kind) % len(OPTIONS)]
     model = build_dcp(kind, **options)
     logits, expected = model(IMAGES), reference.forward(model, IMAGES)
     assert close(logits, expected)
@@ -182,7 +192,8 @@ def inside(tower: VisionTower, images: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def test_what_is_read_of_the_inside_is_what_the_library_computes(kind):
-    """Also by DCP's fused head and by a head that reads less; a pooling by attention reads the last block itself."""
+    """Also by DCP's fused head and by a head that reads less; a pooling by attention reads the last block
+    itself."""
     model = build_dcp(kind)
     plain, images = model.encoder, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     found = dict(zip(plain.parts, plain.read(images).split(plain.widths, 1), strict=True))
@@ -194,7 +205,7 @@ def test_what_is_read_of_the_inside_is_what_the_library_computes(kind):
     for parts in range(1, 1 + len(plain.parts)):
         assert close(plain.read(images, parts), torch.cat([*found.values()][:parts], 1))
         columns = plain.num_features + sum(plain.widths[:parts])
-        model.text_probe = model._probe_of(model.classes, columns)
+        model.text_probe = empty_probe(model, parts)
         assert model.num_features == columns
         model.text_probe.weight.copy_(torch.randn(len(NAMES), columns))
         assert close(model.fuse()(images), model(images))
@@ -215,7 +226,7 @@ def test_where_a_logit_comes_from(kind):
         LinearHead(plain, NAMES, torch.zeros(4, plain.num_features), torch.zeros(4)).eval(),
         plain.vision_tower,
     )
-    head.text_probe = head._probe_of(NAMES, sum(plain.widths))
+    head.text_probe = empty_probe(head)
     weight = dict(zip(plain.parts, head.text_probe.weight.split(plain.widths, 1), strict=True))
     means = [part[:, -tower.width :] for name, part in weight.items() if name in ("middle", "last")]
     for part in means:
@@ -233,19 +244,40 @@ def test_where_a_logit_comes_from(kind):
 def test_where_a_logit_of_the_miniature_comes_from():
     plain, image = plain_clip("dcp_mini"), torch.randn(1, 3, 192, 192, generator=torch.Generator().manual_seed(0))
     head = LinearHead(plain, NAMES, torch.zeros(4, 512), torch.zeros(4)).eval()
-    head.text_probe = head._probe_of(NAMES, sum(plain.widths))
+    head.text_probe = empty_probe(head)
     head.text_probe.weight[:, 512:].normal_()
     assert close(logit_shares(head, image, 1).sum(), centred(head, image), 1e-4)
 
 
 @torch.no_grad()
+def test_a_gate_changes_where_a_logit_comes_from():
+    """Weight and features multiply to the logit of the classifier that answers, and shares are by that
+    weight."""
+    plain, images = plain_clip("dcp_mini"), torch.randn(1, 3, 192, 192, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    head = LinearHead(plain, NAMES, 10 * torch.randn(4, 512), torch.zeros(4)).eval()
+    probe = head.text_probe = empty_probe(head)
+    probe.weight.normal_(std=5)
+    features = head.encode_image(images)
+    before, ungated = logit_shares(head, images, 1), features @ weight_of(head, features, 1)
+    assert close(ungated, centred(head, images), 1e-4)
+    distance = head.distances(features).item()
+    for near, is_open in ((0.9, True), (1.1, False)):
+        probe.gate = torch.tensor([near * distance, near * distance + 0.2, 0.25])
+        assert close(features @ weight_of(head, features, 1), centred(head, images), 1e-3)
+        assert close(centred(head, images), ungated, 1e-3) != is_open
+        assert close(logit_shares(head, images, 1), before, 1e-4) != is_open
+
+
+@torch.no_grad()
 def test_text_prompts_that_are_words_give_the_sentence(kind):
-    """Prompts that equal word embeddings, never rewritten: the features are open_clip's of the whole sentence."""
+    """Prompts that equal word embeddings, never rewritten: the features are open_clip's of the whole
+    sentence."""
     clip, tokenizer = build_clip(kind)
     tokenizer = tokenizer or open_clip.SimpleTokenizer()
     model = DCP(clip, NAMES, n_ctx=3, tokenizer=tokenizer, coupling="text_to_vision", ctx_init="a photo of")
     model.prompts["text"].copy_(
-        clip.text.token_embedding(tokenizer(["a photo of"]))[0, model.name_tokens.inside.start :][:3]
+        clip.text.token_embedding(tokenizer(["a photo of"]))[0, model.name_tokens.prompts.start :][:3]
     )
     sentences = [f"a photo of {name.replace('_', ' ')}." for name in NAMES]
     expected = clip.encode_text(tokenizer(sentences, context_length=16), normalize=True)
@@ -280,17 +312,24 @@ def test_other_image_towers_are_refused_with_the_reason(monkeypatch, vision, mes
         assert close(FrozenCLIP(clip).encode_image(IMAGES), F.normalize(clip.encode_image(IMAGES), dim=-1))
 
 
-@pytest.mark.parametrize("method", ["promptsrc", "2sfs"])
-def test_other_methods_train_on_towers_that_are_not_clips(method):
-    clip, tokenizer = build_clip("siglip")
-    plain = FrozenCLIP(clip, tokenizer)
-    source = ImageSource(plain, [Item("", "", i % 2) for i in range(3)], None)
-    source.views = IMAGES[None]
+RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+
+
+@FEW_STEPS
+@pytest.mark.parametrize(("method", "kind"), [("promptsrc", "siglip"), ("2sfs", "siglip"), ("coop", "resnet")])
+def test_other_methods_train_on_towers_that_are_not_clips(method, kind, monkeypatch):
+    """Prompts in the text alone do so on any image tower."""
+    monkeypatch.setitem(KINDS, "resnet", (RESNET, CAUSAL, None))
+    clip, tokenizer = build_clip(kind)
+    plain = FrozenCLIP(clip, tokenizer, CFG)
+    pictures = [np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8) for i in range(3)]
+    items = [Item(picture, str(i), i % 2) for i, picture in enumerate(pictures)]
+    images = ImageLoader(Photos(items), FeatureExtractor(plain))
     published = METHODS[method].recipe("dcp_vitb16", "dtd", 2, "few-shot")
     short = {"epochs": 1, "n_ctx": 3, "batch_size": 3, "steps": 2, "augment": "none"}
     recipe = published.updated({name: value for name, value in short.items() if hasattr(published, name)})
-    task = Task(plain, "dcp_vitb16", NAMES[:2], "a {}.", source, None, recipe)
-    logits = read(fit_head(method, task), source, 3)[0]
+    task = Task(plain, "dcp_vitb16", NAMES[:2], "a {}.", images, None, recipe)
+    logits = torch.from_numpy(outputs_of_loader(fit_head(method, task), images, 100).logits)
     assert logits.shape == (3, 2)
     assert logits.isfinite().all()
 
@@ -310,7 +349,8 @@ def blocks(clip: nn.Module) -> list[nn.Module]:
 
 
 def with_own_attention(clip: nn.Module) -> nn.Module:
-    """The CLIP with `open_clip.transformer.Attention` in every block, as in open_clip 4, and the same weights."""
+    """The CLIP with `open_clip.transformer.Attention` in every block, as in open_clip 4, and the same
+    weights."""
     for block in blocks(clip):
         attention = Attention(block.attn.embed_dim, block.attn.num_heads)
         attention.load_state_dict(block.attn.state_dict())
@@ -337,12 +377,13 @@ def test_a_norm_inside_attention_is_refused(golden):
     assert build(clip)(IMAGES).shape == (3, 4)
 
 
+@pytest.mark.scripts  # compiles for seconds; the fused head is compiled in every run
 @torch.no_grad()
 def test_compiled_models_read_no_texts(golden, monkeypatch):
     """Texts are read once, between the graphs, as without a compiler."""
     short = build(build_tiny_clip(golden, **TWO), depth=1)  # more blocks are compiled like these, for seconds
     short.store_stats(IMAGES)
-    short.text_probe = short._probe_of(short.classes, sum(sum(reading.widths) for reading in short.readings))
+    short.text_probe = empty_probe(short)
     expected = short(IMAGES)
     monkeypatch.setattr(short.encoder, "tokenizer", None)
     monkeypatch.setattr(TextTower, "begin", None)

@@ -1,4 +1,5 @@
-"""Images that cannot be read cost no answer for the others: each door names all of them, or leaves them out."""
+"""Images that cannot be read cost no answer for the others: each door names all of them, or leaves them
+out."""
 
 import io
 import json
@@ -18,8 +19,6 @@ from sklearn.base import clone
 import dcp_zoo
 from dcp_zoo import FewShotClassifier, UnreadableImages, ZooError
 from dcp_zoo.data import load_image
-
-pytestmark = pytest.mark.usefixtures("quick_probe")
 
 
 def cut(path: Path) -> bytes:
@@ -54,7 +53,7 @@ def bad(request, tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(pictures, quick_probe) -> FewShotClassifier:
+def trained(pictures) -> FewShotClassifier:
     return FewShotClassifier().fit(*pictures)
 
 
@@ -88,6 +87,22 @@ def test_all_unreadable_images_are_named_at_once(pictures, bad, fitted):
     keep = fitted.set_params(errors="keep")
     with pytest.warns(UserWarning, match=r"6 of 18 images .*no image \(None or NaN\)"):
         assert [isinstance(label, str) for label in keep.predict(images)] == [*[True] * 12, *[False] * 6]
+
+
+def test_a_file_is_opened_once_and_nothing_is_computed_behind_a_bad_one(pictures, bad, fitted, image_work):
+    (paths, labels), head = pictures, fitted.model_
+    for call, files in (
+        (lambda: dcp_zoo.predict(head, paths), 12),
+        (lambda: dcp_zoo.evaluate(head, paths, labels), 12),
+        (lambda: fitted.predict(paths), 0),  # what is known of them since they were fitted
+    ):
+        image_work.reset()
+        call()
+        assert sum(image_work.opened.values()) == files
+    image_work.reset()
+    with pytest.raises(UnreadableImages, match=r"2 of 14 images .*a\.png.*b\.png"):
+        dcp_zoo.predict(head, [*paths[:2], *bad, *paths[2:]], batch_size=2)
+    assert image_work.encoded == 2  # the first batch
 
 
 def test_the_others_are_answered_as_if_alone(pictures, bad, fitted):
@@ -174,8 +189,8 @@ def test_load_image_takes_every_form(flowers):
         (None, r"no image \(None or NaN\)"),
         (object(), "object is not an image: an image is a path"),
         (np.zeros(7), r"shape \(7,\) is not an image: an image is a path"),
-        (np.full((4, 4), 200), "int64 from 200 to 200 is not an image"),
-        (torch.full((3, 4, 4), -1.5), "float32 from -1.5 to -1.5 is not an image"),
+        (np.full((4, 4), 200), "An array of int64 is not an image"),
+        (torch.full((3, 4, 4), -1.5), "float32 with numbers below 0 is not an image"),
     ):
         with pytest.raises(ZooError, match=message):
             load_image(form)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dcp_zoo.data import DATASETS, VARIANTS, classnames, packaged
+from dcp_zoo.data import DATASETS, classnames, packaged
 
 LISTED = [name for name, spec in DATASETS.items() if spec.layout == "listed"]
 
@@ -38,7 +38,8 @@ def rows(name: str) -> dict[str, list[list]]:
 
 
 def write_listed(root: Path, name: str, content: object = None, make: Callable[[Path], object] = touch) -> Path:
-    """A tiny dataset with a JSON split under `root`, its images created by `make`; returns the split file."""
+    """A tiny dataset with a JSON split under `root`, its images created by `make`; returns the split
+    file."""
     spec = DATASETS[name]
     content = rows(name) if content is None else content
     folder = root / spec.folder
@@ -98,7 +99,7 @@ def write_tree(root: Path, name: str, make: Callable[[Path], object] = touch) ->
         write_aircraft(root, make)
     elif name == "imagenet":
         write_imagenet(root, make)
-    elif name in VARIANTS:
+    elif name in DATASETS["imagenet"].shifts:
         write_folders(root / spec.folder / spec.images, list(variant_folders(name)), ("a.jpg",), make)
     else:
         write_folders(root / spec.folder / spec.images, classnames(name), ("a.jpg", "b.jpg"), make)

@@ -1,7 +1,7 @@
 """A Hub in memory that takes uploads from the stock client: repositories, commits and LFS objects.
 
-It answers the client's requests: create, preupload, LFS batch (basic transfer), commit (NDJSON), info, resolve. No
-package at hand does: olah has no uploads, and hf-local-hub's wheel comes without its server.
+It answers the client's requests: create, preupload, LFS batch (basic transfer), commit (NDJSON), info,
+resolve. No package at hand does: olah has no uploads, and hf-local-hub's wheel comes without its server.
 """
 
 import base64
@@ -58,7 +58,8 @@ class UploadHub:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.gated: set[str] = set()  # nobody has access to these
-        # pattern and status; 0 cuts the connection after the work is done, 206 within a file; 200 takes no range
+        # pattern and status; 0 cuts the connection after the work is done, 206 within a file; 200 takes no
+        # range
         self.faults: list[tuple[str, int]] = []
         self.ranges: list[str] = []  # that were asked for
         self.requests: list[str] = []
@@ -114,7 +115,8 @@ class Answers(BaseHTTPRequestHandler):
                 content, status = self.dispatch(path), 200
             except Refusal as refusal:
                 content, status = refusal.body, refusal.status
-                self.extra |= {"X-Error-Code": refusal.code, "Retry-After": "0"}
+                told = {"X-Error-Code": refusal.code} if refusal.code else {"X-Error-Message": "Invalid username."}
+                self.extra |= {**told, "Retry-After": "0"}
         if fault == 0:
             self.close_connection = True
             return
@@ -123,8 +125,9 @@ class Answers(BaseHTTPRequestHandler):
             self.hub.ranges.append(wanted)
             if fault != 200:
                 start = int(wanted.removeprefix("bytes=").rstrip("-"))
+                status = 206 if start < len(data) else 416
                 self.extra["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-                data, status = data[start:], 206
+                data = data[start:]
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(data))} | self.extra).items():
             self.send_header(name, value)
@@ -148,11 +151,11 @@ class Answers(BaseHTTPRequestHandler):
     def check_token(self) -> None:
         given = self.headers.get("Authorization", "")
         if given != f"Bearer {TOKEN}":
-            raise Refusal(403 if given else 401, "" if given else "RepoNotFound")
+            raise Refusal(403 if given else 401)
 
     def repo(self, repo_id: str) -> Repo:
-        if repo_id not in self.hub.repos:
-            raise Refusal(401, "RepoNotFound")
+        if repo_id not in self.hub.repos:  # those who are not logged in are told what they are told of private repos
+            raise Refusal(404, "RepoNotFound") if "Authorization" in self.headers else Refusal(401)
         return self.hub.repos[repo_id]
 
     def revision(self, repo_id: str, revision: str) -> tuple[str, dict[str, bytes]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import compress
 from multiprocessing import parent_process
 from numbers import Integral
 from pathlib import Path
@@ -16,12 +17,13 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from dcp_zoo.answers import Outputs
-from dcp_zoo.api.functions import outputs_of, plan_own, warn_of
+from dcp_zoo.api.functions import plan_own, warn_of
 from dcp_zoo.api.inputs import (
     Groups,
     Images,
     Labelled,
     Labels,
+    check_is_no_table,
     is_nan,
     labelled,
     one_column,
@@ -29,22 +31,21 @@ from dcp_zoo.api.inputs import (
     with_classes,
 )
 from dcp_zoo.backbone._torch import out_of_inference_mode
-from dcp_zoo.data.images import bar
 from dcp_zoo.data.unreadable import all_named
 from dcp_zoo.errors import ZooError, as_zoo_error, warn
+from dcp_zoo.features.cache import kept_features
 from dcp_zoo.fields import Values
 from dcp_zoo.files import alone_in, packed, unpacked
-from dcp_zoo.heads.checkpoint import SAVE_SECONDS
 from dcp_zoo.heads.config import is_checkpoint
+from dcp_zoo.heads.file import SAVE_SECONDS
 from dcp_zoo.heads.head import Head
-from dcp_zoo.prediction.heads import loaded
+from dcp_zoo.prediction.heads import loaded, outputs_of
 from dcp_zoo.prediction.together import refined
+from dcp_zoo.progress import Progress, bar
 from dcp_zoo.threads import fair_threads
-from dcp_zoo.training.cache import kept_features
-from dcp_zoo.training.loop import Callback, Epoch
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
 from dcp_zoo.training.run import RunOptions, train_head
-from dcp_zoo.training.sources import Progress
+from dcp_zoo.training.task import Callback, Epoch
 
 SEEDS = 2**31  # how many there are to draw from
 Weights = ArrayLike | None  # of images
@@ -52,29 +53,32 @@ LABELS = "labels"  # in a checkpoint's info: those of `classes_`, where they are
 
 
 class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClassifierMixin, BaseEstimator):
-    """A classifier for images, trained on a few per class, that works wherever scikit-learn's classifiers do.
+    """A classifier for images, trained on a few per class, that works wherever scikit-learn's classifiers
+    do.
 
-    Images are a folder with one folder per class, or a sequence of paths, PIL images, arrays or tensors; paths may also
-    be a DataFrame with one column. Methods that need only features take those in their place, see `transform`.
+    Images are a folder with one folder per class, or a sequence of paths, PIL images, arrays or tensors;
+    paths may also be a DataFrame with one column.
 
     Args:
         model, classifier, recipe, classnames, callbacks, device, precision, encoder: see `dcp_zoo.train`.
         method: also see there; any name in `dcp_zoo.training.METHODS`.
-        batch_size: images per forward pass when it classifies: fewer need less memory; it does not affect the
-            predictions.
-        random_state: seed of all randomness; or, as in scikit-learn, a RandomState or Generator, or None for NumPy's
-            own, from which each fit takes a seed.
-        memory: a folder, or joblib.Memory, that keeps image features for later processes; False keeps none. By default
-            up to 512 MB are kept within a process: further fits, folds and methods on the same images are fast.
+        batch_size: images per forward pass when it classifies: fewer need less memory; it does not affect
+            the predictions.
+        random_state: seed of all randomness; or, as in scikit-learn, a RandomState or Generator, or None for
+            NumPy's own, from which each fit takes a seed.
+        memory: a folder, or joblib.Memory, that keeps image features for later processes; False keeps none.
+            By default up to 512 MB are kept within a process: further fits, folds and methods on the same
+            images are fast.
         verbose: show progress bars. Default: in a terminal or notebook.
-        errors: "raise" `dcp_zoo.UnreadableImages`, as scikit-learn does for bad rows; it names all images that cannot
-            be read. Or "keep" on without them, with a warning: their labels, probabilities and features are NaN,
-            and `fit` and `score` leave them out.
+        errors: "raise" `dcp_zoo.UnreadableImages`, as scikit-learn does for bad rows; it names all images
+            that cannot be read. Or "keep" on without them, with a warning: their labels, probabilities and
+            features are NaN, and `fit` and `score` leave them out.
 
     Attributes:
         classes_: the labels, sorted (C,).
         model_: the trained model.
-        history_: every epoch in which prompts were trained, see `dcp_zoo.training.Epoch`; empty if none were.
+        history_: every epoch in which prompts were trained, see `dcp_zoo.training.Epoch`; empty if none
+            were.
     """
 
     def __init__(
@@ -121,33 +125,49 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         *,
         validation: Images = None,
     ) -> "FewShotClassifier":
-        """Train on labelled images: in seconds for methods on frozen features, in minutes for DCP. ZooError for bad
-        input, an unknown model or method, or images that cannot be read.
+        """Train on labelled images: in seconds for methods on frozen features, in minutes for DCP. ZooError
+        for bad input, an unknown model or method, or images that cannot be read.
 
         Args:
             images, labels: see `dcp_zoo.train`.
             sample_weight: what the loss of each image is multiplied with (n,); of a text probe alone, as by
                 default. Images with weight 0 are left out.
-            groups: see `dcp_zoo.train`. With scikit-learn's metadata routing, `set_fit_request(groups=True)` passes
-                those of `cross_val_score` and `GridSearchCV` on.
-            validation: (images, labels), or a folder, on which some methods choose their hyperparameters. Not the
-                images of a test.
+            groups: see `dcp_zoo.train`. With scikit-learn's metadata routing, `set_fit_request(groups=True)`
+                passes those of `cross_val_score` and `GridSearchCV` on.
+            validation: (images, labels), or a folder, on which some methods choose their hyperparameters.
+                Not the images of a test.
         """
-        data, epochs = labelled(images, labels, self.classnames, groups), list[Epoch]()
+        data = labelled(images, labels, self.classnames, groups)
         if sample_weight is not None:
             data, sample_weight = weighted(data, sample_weight)
-        named = ("recipe", "classifier", "device", "precision", "encoder", "errors")
-        options: Values = {name: getattr(self, name) for name in named} | {"sample_weight": sample_weight}
-        options |= {"seed": seed_of(self.random_state), "progress": self._progress()}
         if self.memory is None and parent_process():
-            advice = 'memory="FOLDER" shares them, and is faster from the second fit on'
-            warn(f"Each process computes image features of its own: {advice}.")
-        run = plan_own(data, validation, self.model, self.method, **options)
-        kept = [lambda model, epoch: epochs.append(epoch)] if run.recipe.is_trained else []
-        callbacks = [*kept, *(self.callbacks or ())]
-        with kept_features(self.memory), all_named([*run.split.items, *run.split.none]):
+            warn(
+                'Each process computes image features of its own: memory="FOLDER" shares them, and is faster from the '
+                "second fit on."
+            )
+        run = plan_own(
+            data,
+            validation,
+            self.model,
+            self.method,
+            recipe=self.recipe,
+            classifier=self.classifier,
+            device=self.device,
+            precision=self.precision,
+            encoder=self.encoder,
+            errors=self.errors,
+            sample_weight=sample_weight,
+            seed=seed_of(self.random_state),
+            progress=self._progress(),
+        )
+        epochs: list[Epoch] = []
+        callbacks = list(self.callbacks or ())
+        if run.recipe.is_trained:
+            callbacks.insert(0, lambda model, epoch: epochs.append(epoch))
+        with kept_features(self.memory), all_named(run.split.all_items):
             self.model_, _ = train_head(run, None, RunOptions(progress=self._progress(), callbacks=callbacks))
-        self.history_, self.classes_ = epochs, data.classes
+        self.history_ = epochs
+        self.classes_ = data.classes
         return self
 
     def predict_proba(self, images: Images, *, together: bool = False) -> np.ndarray:
@@ -161,7 +181,8 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
     def transform(self, images: Images) -> np.ndarray:
-        """The features (n, F) that the classifier reads, of length 1, for another classifier in a pipeline."""
+        """The features (n, F) that the classifier reads, of length 1, for another classifier in a
+        pipeline."""
         features = self._outputs(images).features
         assert features is not None  # a fitted head has stored statistics
         return features
@@ -173,68 +194,87 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
 
     def _outputs(self, images: Images, reject: float | None = None) -> Outputs:
         """The outputs for images, NaN for those that cannot be read."""
-        head, items = self._head(), unlabelled(images)
+        head = self._head()
+        items = unlabelled(images)
         with kept_features(self.memory):
-            options = self.batch_size, self.precision, self._progress(), reject, self.errors
-            outputs, broken = outputs_of(head, items, *options, features=head.stats == "stored")
+            outputs, broken = outputs_of(
+                head,
+                items,
+                self.batch_size,
+                self.precision,
+                self._progress(),
+                reject,
+                self.errors,
+                features=head.stats == "stored",
+            )
         if broken:
             warn_of(items, broken)
         return outputs
 
     def predict(self, images: Images, *, reject: float | None = None) -> np.ndarray:
-        """The most probable label of each image (n,); with `reject`, None for images of none of the classes, see
-        `dcp_zoo.predict`. ZooError for `reject`, and a head without a threshold for its classes."""
+        """The most probable label of each image (n,); with `reject`, None for images of none of the classes,
+        see `dcp_zoo.predict`. ZooError for `reject`, and a head without a threshold for its classes."""
         outputs = self._outputs(images, reject)
-        labels, broken = self.classes_[outputs.logits.argmax(-1)], np.isnan(outputs.logits[:, 0])
-        if outputs.rejected is not None or (broken.any() and labels.dtype.kind != "f"):
-            labels = labels.astype(object)
+        labels = self.classes_[outputs.logits.argmax(-1)]
+        broken = np.isnan(outputs.logits[:, 0])
         if outputs.rejected is not None:
+            labels = labels.astype(object)
             labels[outputs.rejected] = None
         if broken.any():
+            labels = labels if labels.dtype.kind == "f" else labels.astype(object)
             labels[broken] = np.nan
         return labels
 
     def score(self, images: Images, labels: Labels = None, sample_weight: Weights = None) -> float:
-        """Accuracy from 0 to 1 on labelled images, which may be a folder with one folder per class, by its name or its
-        label. As in scikit-learn, training images count as well: for an honest figure pass new ones. ZooError for
-        a folder of another class."""
+        """Accuracy from 0 to 1 on labelled images, which may be a folder with one folder per class, by its
+        name or its label. As in scikit-learn, training images count as well: for an honest figure pass new
+        ones. ZooError for a folder of another class."""
         if labels is None:
             items = with_classes(images, None, self.classes_.tolist(), self._head().classnames)
-            images, labels = [item.path for item in items], self.classes_[[item.label for item in items]]
+            images = [item.path for item in items]
+            labels = self.classes_[[item.label for item in items]]
+        check_is_no_table(one_column(images), len(labels))
         predicted = self.predict(images)
         check_consistent_length(predicted, labels, sample_weight)
-        if not (readable := [i for i, label in enumerate(predicted) if not is_nan(label)]):
+        readable = [i for i, label in enumerate(predicted) if not is_nan(label)]
+        if not readable:
             raise ZooError("None of these images can be read: pass readable ones.")
-        weights = None if sample_weight is None else np.asarray(sample_weight)[readable]
-        answers = predicted[readable].astype(self.classes_.dtype)
-        return float(accuracy_score(np.asarray(one_column(labels))[readable], answers, sample_weight=weights))
+        if sample_weight is not None:
+            sample_weight = np.asarray(sample_weight)[readable]
+        true = np.asarray(one_column(labels))[readable]
+        labels = predicted[readable].astype(self.classes_.dtype)
+        return float(accuracy_score(true, labels, sample_weight=sample_weight))
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """Write a checkpoint, which `load`, `dcp_zoo.create_model` and the command line read. ZooError for a folder
-        that has a checkpoint, unless `overwrite`, or one that is not writable."""
+        """Write a checkpoint, which `load`, `dcp_zoo.create_model` and the command line read. ZooError for a
+        folder that has a checkpoint, unless `overwrite`, or one that is not writable."""
         model = self._head()
-        labels = [list(pair) for pair in zip(model.classnames, self.classes_.tolist(), strict=True)]
-        info = model.info | {LABELS: labels}
-        if all(name == label for name, label in labels):
-            del info[LABELS]
+        info: Values = {}
+        labels = self.classes_.tolist()
+        if labels != model.classnames:
+            info[LABELS] = [list(pair) for pair in zip(model.classnames, labels, strict=True)]
         with alone_in(Path(folder), SAVE_SECONDS):
             if is_checkpoint(folder) and not overwrite:
                 raise ZooError(f"{folder} already holds a checkpoint: choose another folder, or pass overwrite=True.")
-            return model.save_pretrained(folder, **info)
+            return model.save_pretrained(folder, overwrite=True, **info)
 
     @classmethod
     def load(cls, folder: str | Path, **params: Any) -> "FewShotClassifier":
-        """A fitted classifier from a checkpoint; `params` are arguments of the class, such as device="cuda". ZooError
-        for no checkpoint, a damaged one, or one with a class whose label is not known."""
+        """A fitted classifier from a checkpoint; `params` are arguments of the class, such as device="cuda".
+        ZooError for no checkpoint, a damaged one, or one with a class whose label is not known."""
         model = loaded(f"local-dir:{folder}", params.get("device", "auto"))
-        encoders = [encoder.source for encoder in model.image_encoders]
-        stored: Values = {"method": model.method, "classifier": "text-probe" if model.text_probe else "none"}
-        stored |= {"encoder": encoders} if encoders else {}
+        stored: Values = {
+            "method": model.method,
+            "classifier": "text-probe" if model.text_probe else "none",
+            "encoder": [encoder.source for encoder in model.image_encoders] or None,
+        }
         self = cls(model.encoder.architecture, **(stored | params))
-        self.model_, self.history_ = model, []
+        self.model_ = model
+        self.history_ = []
         labels = np.asarray(_labels(model))
         order = np.argsort(labels, kind="stable")  # as scikit-learn's scores expect them
-        self.classes_, names = labels[order], [model.classnames[i] for i in order]
+        self.classes_ = labels[order]
+        names = [model.classnames[i] for i in order]
         if names != model.classnames:
             model.set_classnames(names)
         return self
@@ -248,7 +288,8 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.input_tags.two_d_array, tags.input_tags.string = False, True
+        tags.input_tags.two_d_array = False
+        tags.input_tags.string = True
         tags.no_validation = True
         return tags
 
@@ -262,7 +303,8 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         return state
 
     def __setstate__(self, state: Values) -> None:
-        if isinstance(files := state.get("model_"), dict):
+        files = state.get("model_")
+        if isinstance(files, dict):
             with unpacked(files) as folder:
                 state = state | {"model_": loaded(f"local-dir:{folder}", state["device"])}
         super().__setstate__(state)
@@ -275,14 +317,15 @@ def weighted(data: Labelled, sample_weight: Weights) -> tuple[Labelled, tuple[fl
     weights = np.asarray(sample_weight, float)
     if weights.shape != (len(data.items),) or not np.isfinite(weights).all() or (weights < 0).any():
         raise ZooError(f"sample_weight needs {len(data.items)} numbers from 0, one per image.")
-    kept = np.flatnonzero(weights)
-    if len({data.items[i].label for i in kept}) < 2:
+    items = list(compress(data.items, weights))
+    if len({item.label for item in items}) < 2:
         raise ZooError("sample_weight leaves images of fewer than two classes: raise some of the weights above 0.")
-    return data._replace(items=[data.items[i] for i in kept]), tuple(weights[kept].tolist())
+    return data._replace(items=items), tuple(weights[weights > 0].tolist())
 
 
 def seed_of(random_state: object) -> int:
-    """A seed: the integer itself, or one drawn from a random state of NumPy's. ZooError for anything else."""
+    """A seed: the integer itself, or one drawn from a random state of NumPy's. ZooError for anything
+    else."""
     if isinstance(random_state, Integral) and int(random_state) >= 0:
         return int(random_state)
     if isinstance(random_state, np.random.Generator):
@@ -296,11 +339,12 @@ def _labels(model: Head) -> list[Any]:
     pairs: list[Any] = model.info.get(LABELS, [])
     if [name for name, _ in pairs] == model.classnames:
         return [label for _, label in pairs]
-    known = dict(pairs)
-    if len(known) < len(pairs):
+    label_of = dict(pairs)
+    if len(label_of) < len(pairs):
         raise ZooError("Several classes have one name, and it is not known which label is whose: fit again.")
-    if all(isinstance(label, str) for label in known.values()):
-        return [known.get(name, name) for name in model.classnames]
-    if added := [name for name in model.classnames if name not in known]:
+    if all(isinstance(label, str) for label in label_of.values()):
+        label_of = {name: name for name in model.classnames} | label_of
+    added = [name for name in model.classnames if name not in label_of]
+    if added:
         raise ZooError(f"No label is stored for {', '.join(added[:5])}: fit again.")
-    return [known[name] for name in model.classnames]
+    return [label_of[name] for name in model.classnames]

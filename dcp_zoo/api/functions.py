@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dcp_zoo.answers import Outputs, Prediction, best
+from dcp_zoo.answers import Prediction, best
 from dcp_zoo.api.inputs import (
     ClassNames,
     Groups,
@@ -23,21 +23,22 @@ from dcp_zoo.api.inputs import (
     with_classes,
 )
 from dcp_zoo.backbone._torch import in_eval_mode, out_of_inference_mode
-from dcp_zoo.data import Item, Split, check_images
-from dcp_zoo.data.images import ImageLike, Progress, bar, load_image, no_progress
-from dcp_zoo.data.unreadable import ERRORS, KEEP, all_named, damaged, refuse, told, without_unreadable
+from dcp_zoo.data import Item, Split
+from dcp_zoo.data.images import ImageLike, normalise
+from dcp_zoo.data.unreadable import ERRORS, all_named, refuse, unreadable_summary, without_unreadable
 from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range, warn
+from dcp_zoo.features import AUTO
+from dcp_zoo.features.device import pick_device
+from dcp_zoo.features.photos import pixels_of
 from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.explain import Explanation, logit_shares
-from dcp_zoo.prediction.heads import HeadBackend, loaded, promised
+from dcp_zoo.prediction.heads import loaded, outputs_of, promised
 from dcp_zoo.prediction.together import refined
+from dcp_zoo.progress import Progress, bar
 from dcp_zoo.threads import fair_threads
-from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, METHODS, RecipeLike
-from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.training.run import Run, RunOptions, plan, train_head
-from dcp_zoo.zoo.factory import create_transform
 
 OWN_IMAGES = "folder"  # the dataset of heads trained here: images of the user's own
 
@@ -59,46 +60,61 @@ def train(
     errors: str = "raise",
     **options: Any,
 ) -> Head:
-    """Train a head, returned in evaluation mode. ZooError for bad input, unreadable images, or diverged training.
+    """Train a head, returned in evaluation mode. ZooError for bad input, unreadable images, or diverged
+    training.
 
     Args:
         model: "small", "medium" or "large", the best for their cost, or a model's name such as "dcp_vitb16".
-        images: a folder with one folder per class; a `datasets.Dataset`, or a Parquet file's path, with the columns
-            `image` and `label`; or a sequence of paths, PIL images, bytes, arrays or tensors.
-        labels: one per image, names or numbers; omitted for a folder or a dataset. Images of `none of these` are
-            examples of what to reject.
-        method: "text-probe", a classifier on frozen features that is fitted in seconds; "dcp", which trains prompts
-            first; or another name in `dcp_zoo.training.METHODS`.
-        classifier: fitted on image features after training: "text-probe", or "none" for the method's own logits.
-            Default: the recipe's, which for DCP is "text-probe".
-        recipe: changes such as {"lr": 1e-3}, a recipe, or a name: "release" for the authors' code, "paper" for their
-            paper's coupling. Default: the method's, fitted to the images.
-        classnames: names of the classes, which CLIP reads, by label, or in the order of the labels. Default: these.
-        groups: one per image, the same for photographs that were taken together, such as those of a burst: what is
-            measured to weigh images against texts is never measured across a group. Default: these are found, by near
-            copies and by camera and time.
+        images: a folder with one folder per class; a `datasets.Dataset`, or a Parquet file's path, with the
+            columns `image` and `label`; or a sequence of paths, PIL images, bytes, arrays or tensors.
+        labels: one per image, names or numbers; omitted for a folder or a dataset. Images of `none of these`
+            are examples of what to reject.
+        method: "text-probe", a classifier on frozen features that is fitted in seconds; "dcp", which trains
+            prompts first; or another name in `dcp_zoo.training.METHODS`.
+        classifier: fitted on image features after training: "text-probe", or "none" for the method's own
+            logits. Default: the recipe's, which for DCP is "text-probe".
+        recipe: changes such as {"lr": 1e-3}, a recipe, or a name: "release" for the authors' code, "paper"
+            for their paper's coupling. Default: the method's, fitted to the images.
+        classnames: names of the classes, which CLIP reads, by label, or in the order of the labels. Default:
+            these.
+        groups: one per image, the same for photographs that were taken together, such as those of a burst:
+            what is measured to weigh images against texts is never measured across a group. Default: these
+            are found, by near copies and by camera and time.
         validation: (images, labels), or a folder, on which some methods choose hyperparameters (see
             `dcp_zoo.training.Method`), at most 4 per class with `shots`. No test images.
-        output: folder for the checkpoint, from which a stopped training on the same images resumes. Default: nothing
-            is written.
-        errors: "raise" `dcp_zoo.UnreadableImages` for images that cannot be read, as scikit-learn raises for bad rows,
-            or "keep": train without them, with a warning.
-        options: `shots`, training images per class, at most (default: all); `seed` of all randomness (1); `device`,
-            "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16" or "auto", the
-            default: bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that decode
-            images (0: threads of this one); `encoder`, an image model of timm, or several, that the text probe
-            reads beside CLIP, such as "vit_small_patch14_dinov2.lvd142m"; and the fields of
-            `dcp_zoo.training.RunOptions`: `callbacks`, called after every epoch in which prompts are trained;
-            `overwrite`, to replace a checkpoint in `output`; `progress`, which wraps loops in a progress bar, as
-            `rich.progress.track` does (default: tqdm's).
+        output: folder for the checkpoint, from which a stopped training on the same images resumes. Default:
+            nothing is written.
+        errors: "raise" `dcp_zoo.UnreadableImages` for images that cannot be read, as scikit-learn raises for
+            bad rows, or "keep": train without them, with a warning.
+        options: `shots`, training images per class, at most (default: all); `seed` of all randomness (1);
+            `device`, "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16" or
+            "auto", the
+            default: bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that
+                decode
+            images (0: threads of this one); `encoder`, an image model of timm, or several, that the text
+            probe reads beside CLIP, such as "vit_small_patch14_dinov2.lvd142m"; and the fields of
+            `dcp_zoo.training.RunOptions`: `callbacks`, called after every epoch in which prompts are
+                trained;
+            `overwrite`, to replace a checkpoint in `output`; `progress`, which wraps loops in a progress
+            bar, as `rich.progress.track` does (default: tqdm's).
     """
-    given = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
+    run_options = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
     data = labelled(images, labels, classnames, groups)
-    settings = RunOptions(**given)
-    options |= {"recipe": recipe, "classifier": classifier, "errors": errors, "progress": settings.progress}
-    run = plan_own(data, validation, model, method, **options)
-    with all_named([*run.split.items, *run.split.none]):
-        return train_head(run, None if output is None else Path(output), settings)[0]
+    settings = RunOptions(**run_options)
+    run = plan_own(
+        data,
+        validation,
+        model,
+        method,
+        recipe=recipe,
+        classifier=classifier,
+        errors=errors,
+        progress=settings.progress,
+        **options,
+    )
+    with all_named(run.split.all_items):
+        head, _ = train_head(run, Path(output) if output is not None else None, settings)
+    return head
 
 
 def plan_own(
@@ -112,28 +128,29 @@ def plan_own(
     errors: str = "raise",
     **options: Any,
 ) -> Run:
-    """A run on labelled images, with images for validation or None; `errors` as of `train`, `sample_weight` one
-    number for each image, and `options` as of `plan`. Files are read when the run needs them."""
-    images = validation if isinstance(validation, (tuple, list)) else (validation, None)
-    val = [] if validation is None else with_classes(images[0], images[1], data.classes.tolist(), data.names)
-    split = Split(OWN_IMAGES, data.names, data.items, val, none=data.none)
+    """A run on labelled images, with images for validation or None; `errors` as of `train`, `sample_weight`
+    one number for each image, and `options` as of `plan`. Files are read when the run needs them."""
     check_choice("errors", errors, ERRORS)
-    items = [*split.items, *split.none]
+    val: list[Item] = []
+    if validation is not None:
+        val_images, val_labels = validation if isinstance(validation, (tuple, list)) else (validation, None)
+        val = with_classes(val_images, val_labels, data.classes.tolist(), data.names)
+    split = Split(OWN_IMAGES, data.names, data.items, val, no_class=data.none)
     if errors == "keep":
         split = without_unreadable(split, progress)
-    elif damaged([item for item in items if not isinstance(item.path, str)]):
-        refuse(items, damaged(items, load_image))
-    left = {id(item) for item in split.train}
-    split = replace(split, train=hashed(split.train), val=hashed(split.val), none=hashed(split.none))
+    readable = {item.key for item in split.train}  # an image that was given twice can be read twice, or not at all
+    with all_named(split.all_items):
+        split = replace(split, train=hashed(split.train), val=hashed(split.val), no_class=hashed(split.no_class))
     run = plan(split, model, method, test_share=0.0, **options)
-    if sample_weight is not None:
-        if run.recipe.classifier == "none" or METHODS[method].trains:
-            raise ZooError(f"{method} does not support sample_weight: choose method={DEFAULT_METHOD!r}.")
-        weights = (w for item, w in zip(data.items, sample_weight, strict=True) if id(item) in left)
-        run = replace(run, sample_weight=tuple(weights))
-    return run
+    if sample_weight is None:
+        return run
+    if run.recipe.classifier == "none" or METHODS[method].trains:
+        raise ZooError(f"{method} does not support sample_weight: choose method={DEFAULT_METHOD!r}.")
+    pairs = zip(data.items, sample_weight, strict=True)
+    return replace(run, sample_weight=tuple(weight for item, weight in pairs if item.key in readable))
 
 
+@fair_threads()
 def evaluate(
     model: Head | str,
     images: Images,
@@ -145,32 +162,33 @@ def evaluate(
     progress: Progress = bar,
     errors: str = "raise",
 ) -> Evaluation:
-    """Classify labelled images: accuracy with its interval, per class, confused pairs of classes and mistakes. Images
-    that the model was trained on count as well; `dcp-zoo eval` leaves them out. ZooError for an unknown model, a label
-    that is none of its classes, or images that cannot be read.
+    """Classify labelled images: accuracy with its interval, per class, confused pairs of classes and
+    mistakes. Images that the model was trained on count as well; `dcp-zoo eval` leaves them out. ZooError
+    for an unknown model, a label that is none of its classes, or images that cannot be read.
 
     Args:
-        model: a head, which is in its own mode and on its own device again afterwards; its name; or the folder of a
-            checkpoint.
+        model: a head, which is in its own mode and on its own device again afterwards; its name; or the
+            folder of a checkpoint.
         images, labels: see `train`; labels are names of the model's classes.
-        batch_size: images per forward pass: fewer need less memory. Only with batch statistics, of `model.stats`, it
-            affects the predictions.
-        device, precision, progress: see `train`; default: the device where the model is, or "auto" for a name.
-        errors: "raise" `dcp_zoo.UnreadableImages`, which names all images that cannot be read, before anything is
-            computed if few bytes of the files tell; or "keep": measure without them, with a warning.
+        batch_size: images per forward pass: fewer need less memory. Only with batch statistics, of
+            `model.stats`, it affects the predictions.
+        device, precision, progress: see `train`; default: the device where the model is, or "auto" for a
+            name.
+        errors: "raise" `dcp_zoo.UnreadableImages`, which names all images that cannot be read, at the first
+            one; or "keep": measure without them, with a warning.
     """
     with lent(model, device) as head:
         items = with_classes(images, labels, head.classnames)
         outputs, broken = outputs_of(head, items, batch_size, precision, progress, promised(head), errors, alone=False)
         if broken:
             warn_of(items, broken)
-        if not (rows := [i for i in range(len(items)) if i not in broken]):
+        readable = [i for i in range(len(items)) if i not in broken]
+        if not readable:
             refuse(items, broken)
-        outputs = outputs.of(rows)
-        rejected = None if outputs.rejected is None else torch.from_numpy(outputs.rejected)
-        return Evaluation(head.classnames, [items[i] for i in rows], torch.from_numpy(outputs.logits), rejected)
+        return Evaluation.of(outputs.of(readable), head.classnames, [items[i] for i in readable])
 
 
+@fair_threads()
 def predict(
     model: Head | str,
     images: Images,
@@ -184,14 +202,15 @@ def predict(
     progress: Progress = bar,
     errors: str = "raise",
 ) -> list[list[Prediction] | UnreadableImages | None]:
-    """The `top_k` most probable classes of each image, best first: what `dcp-zoo predict` prints. ZooError for an
-    unknown model, images that cannot be read, or `reject` and a model without a threshold for its classes.
+    """The `top_k` most probable classes of each image, best first: what `dcp-zoo predict` prints. ZooError
+    for an unknown model, images that cannot be read, or `reject` and a model without a threshold for its
+    classes.
 
     Args:
         model, device, precision, progress: see `evaluate`.
         images: one image, a sequence of images, or a folder; see `train`.
-        reject: return None for images that belong to none of the classes: True, or the share of right images that may
-            be refused as well.
+        reject: return None for images that belong to none of the classes: True, or the share of right images
+            that may be refused as well.
         together: refine each prediction with the other images; those that are rejected have no influence.
         batch_size: images per forward pass: fewer need less memory; it does not affect the predictions.
         errors: "raise", see `evaluate`; or "keep": predict the rest, with a `dcp_zoo.UnreadableImages`,
@@ -200,68 +219,44 @@ def predict(
     check_range("top_k", top_k, 1)
     items = unlabelled(images)
     with lent(model, device) as head:
-        options = batch_size, precision, progress, reject, errors
-        outputs, broken = outputs_of(head, items, *options, features=together)
+        outputs, broken = outputs_of(head, items, batch_size, precision, progress, reject, errors, features=together)
         names = head.classnames
-    none = np.zeros(len(items), bool) if outputs.rejected is None else outputs.rejected
-    ranked = best(refined(outputs, ~none & together), names, top_k)
-    answers: list[Any] = [None if no else row for row, no in zip(ranked, none, strict=True)]
+    rejected = np.zeros(len(items), bool) if outputs.rejected is None else outputs.rejected
+    predictions: list[Any] = best(refined(outputs, ~rejected & together), names, top_k)
+    for i in np.flatnonzero(rejected).tolist():
+        predictions[i] = None
     for i, error in broken.items():
-        answers[i] = UnreadableImages(str(error), {items[i].name: str(error)})
-    return answers
-
-
-def outputs_of(
-    head: Head,
-    items: Sequence[Item],
-    batch_size: int,
-    precision: str,
-    progress: Progress = bar,
-    reject: float | None = None,
-    errors: str = "raise",
-    features: bool = False,
-    alone: bool = True,
-) -> tuple[Outputs, dict[int, ZooError]]:
-    """What a head computes of the items' images, NaN where they cannot be read; and why they cannot. `errors`: see
-    `evaluate`; other arguments as of `HeadBackend`."""
-    check_choice("errors", errors, ERRORS)
-    check_range("batch_size", batch_size, 1)
-    if errors == "raise" and len(items) > 1:  # one image says it itself
-        check_images(items, no_progress, KEEP)
-    images = [item.path for item in items]
-    with in_eval_mode(head):
-        backend = HeadBackend(head, features, precision, reject, alone)
-        broken, outputs = backend.outputs(images, batch_size, progress)
-    if broken and errors == "raise":
-        refuse(items, broken)
-    return outputs, broken
+        predictions[i] = UnreadableImages(str(error), {items[i].name: str(error)})
+    return predictions
 
 
 def warn_of(items: Sequence[Item], broken: Mapping[int, ZooError]) -> None:
-    warn(f"{told(items, broken)}. They have no answer, and count in no accuracy.")
+    warn(f"{unreadable_summary(items, broken)}. They have no answer, and count in no accuracy.")
 
 
 @contextmanager
 def lent(model: Head | str, device: str | None) -> Iterator[Head]:
-    """`loaded`; or the user's own head in evaluation mode, on the device if one is given, then again as it was."""
+    """`loaded`; or the user's own head in evaluation mode, on the device if one is given, then again as it
+    was."""
     if not isinstance(model, Head):
         yield loaded(str(model), device or AUTO)
         return
-    place = model.device
+    device_before = model.device
     with in_eval_mode(model):
         try:
             yield model if device is None else model.to(pick_device(device))
         finally:
-            if model.device != place:
-                model.to(place)
+            if model.device != device_before:
+                model.to(device_before)
 
 
 def explain(head: Head | str, image: ImageLike, class_: str | None = None) -> Explanation:
-    """Where in an image the logit of a class comes from. ZooError for an image tower without blocks, such as a
-    ResNet's, for a head whose logits are no linear function of its features, and as of `predict`.
+    """Where in an image the logit of a class comes from. ZooError for an image tower without blocks, such as
+    a ResNet's, for a head whose logits are no linear function of its features, and as of `predict`.
 
-    Exact where the head reads a mean over positions: the logit is the sum of their shares. What the class token adds is
-    shared out by the gradient through the last block, relative to the mean patch. Encoders beside CLIP are left out.
+    Exact where the head reads a mean over positions: the logit is the sum of their shares. What the class
+    token adds is shared out by the gradient through the last block, relative to the mean patch. What a gate
+    mixes is shared out by integrated gradients. Encoders beside CLIP are left out.
 
     Args:
         head: or its name or folder.
@@ -269,12 +264,14 @@ def explain(head: Head | str, image: ImageLike, class_: str | None = None) -> Ex
         class_: the name of one of the head's classes. Default: the most probable one.
     """
     with lent(head, None) as model:
-        pixels = create_transform(model)(load_image(image))
-        inputs, names = pixels[None].to(model.device), model.classnames
-        if class_ is not None:
+        preprocessing = model.pretrained_cfg
+        pixels = pixels_of(image, preprocessing)
+        inputs = torch.from_numpy(normalise(pixels, preprocessing))[None].to(model.device)
+        names = model.classnames
+        if class_ is None:
+            index = int(model(inputs).argmax())
+        else:
             check_choice("class_", class_, names)
-        index = int(model(inputs).argmax()) if class_ is None else names.index(class_)
+            index = names.index(class_)
         shares = logit_shares(model, inputs, index).cpu().numpy()
-    mean, std = (np.array(model.pretrained_cfg[key]) for key in ("mean", "std"))
-    crop = (pixels.permute(1, 2, 0).numpy() * std + mean).clip(0, 1) * 255
-    return Explanation(names[index], shares, Image.fromarray(crop.round().astype(np.uint8)))
+    return Explanation(names[index], shares, Image.fromarray(pixels.transpose(1, 2, 0)))

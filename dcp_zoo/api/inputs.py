@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from PIL import Image
 from dcp_zoo.data import Item, all_for_training, load_labelled, table_columns
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import FORMS, pixels_sha256, to_image
+from dcp_zoo.data.splits import NO_CLASS
 from dcp_zoo.errors import ZooError, as_zoo_error, attempted, shorten
 from dcp_zoo.tables import NONE, is_none
 
@@ -23,7 +25,9 @@ ClassNames = Mapping[Any, str] | Sequence[str] | None  # by label, or in the ord
 
 
 class Labelled(NamedTuple):
-    classes: np.ndarray  # the C distinct labels, sorted
+    """Labelled images, and their C classes."""
+
+    classes: np.ndarray  # the distinct labels (C,), sorted
     names: list[str]  # of the classes, which CLIP reads
     items: list[Item]  # their labels count from 0, in the order of `classes`
     none: list[Item]  # of none of the classes: examples of what to reject
@@ -31,9 +35,10 @@ class Labelled(NamedTuple):
 
 def list_labelled_images(folder: str | Path) -> tuple[list[str], list[str]]:
     """The images of a folder with one folder per class: their paths, and the class of each, for
-    functions such as scikit-learn's `cross_val_score`; without those in `none of these`. ZooError for no such folder,
-    no class folders, a class without images, or folders `train` and `test`."""
-    return _with_labels(folder, None)[:2]
+    functions such as scikit-learn's `cross_val_score`; without those in `none of these`. ZooError for no
+    such folder, no class folders, a class without images, or folders `train` and `test`."""
+    paths, labels, _ = _images_and_labels(folder, None)
+    return paths, labels
 
 
 def is_folder(images: Images) -> bool:
@@ -44,129 +49,167 @@ def labelled(images: Images, labels: Labels = None, classnames: ClassNames = Non
     """Images with their labels, of which `none of these` is no class; arguments as in `dcp_zoo.train`."""
     if is_folder(images) and labels is not None:
         raise ZooError(f"The class folders in {images} are the labels: omit labels.")
-    images, labels, keys = _with_labels(images, labels, examples=True)
+    images, labels, keys = _images_and_labels(images, labels, examples=True)
     if any(label is None or is_nan(label) for label in labels):
         raise ZooError("Some images have no label (None or NaN): leave them out, or label them.")
-    images, has_class = as_images(images), [not (isinstance(x, str) and is_none(x)) for x in labels]
-    values = np.asarray(labels if all(has_class) else [x for x, has in zip(labels, has_class, strict=True) if has])
+    images = as_images(images)
+    has_class = [not (isinstance(label, str) and is_none(label)) for label in labels]
+    of_classes = labels if all(has_class) else list(compress(labels, has_class))
+    values = np.asarray(of_classes)
+    if values.dtype.kind == "f" and (values % 1).any():
+        raise ZooError(f"Labels name classes, by text or whole numbers: {values[values % 1 != 0][0]} is a measurement.")
     if values.ndim != 1:
         raise ZooError(f"Labels must be one-dimensional, not of shape {values.shape}.")
-    classes = np.unique(values)
+    classes, class_indices = np.unique(values, return_inverse=True)
     if len(classes) < 2:
         raise ZooError(f"Training needs at least two classes, not {len(classes)}.")
-    left = iter(values.tolist())
-    items = _items(images, [next(left) if has else NONE for has in has_class], [*classes.tolist(), NONE], keys)
-    items = with_groups(items, groups)
-    none = [item for item in items if item.label == len(classes)]
-    return Labelled(classes, _names(classes, classnames), [x for x in items if x.label < len(classes)], none)
-
-
-def with_groups(items: Sequence[Item], groups: Groups) -> list[Item]:
-    """The items with the groups that a person gives, one for each; ZooError for another number of them."""
-    if groups is None:
-        return list(items)
-    names = np.asarray(one_column(groups)).tolist()
-    if len(names) != len(items):
-        raise ZooError(f"{len(items)} images need as many groups, not {len(names)}.")
-    return [item._replace(group=f"given {name}") for item, name in zip(items, names, strict=True)]
+    indices = np.full(len(has_class), NO_CLASS)
+    indices[has_class] = class_indices
+    items = _items(images, indices.tolist(), labels, keys)
+    if groups is not None:
+        names = np.asarray(one_column(groups)).tolist()
+        if len(names) != len(items):
+            raise ZooError(f"{len(items)} images need as many groups, not {len(names)}.")
+        items = [item._replace(group=f"given {name}") for item, name in zip(items, names, strict=True)]
+    in_classes = [item for item in items if item.label != NO_CLASS]
+    none = [item for item in items if item.label == NO_CLASS]
+    return Labelled(classes, _names(classes, classnames), in_classes, none)
 
 
 def with_classes(images: Images, labels: Labels, classes: Sequence[Any], names: Sequence[str] = ()) -> list[Item]:
-    """Images with their labels among known classes; those of a folder are their `names`, or the labels as text."""
-    of_folder = labels is None
-    images, labels, keys = _with_labels(images, labels)
-    if of_folder:
-        called = dict(zip(names, classes, strict=False)) | {str(label): label for label in classes}
-        labels = [called.get(name, name) for name in labels]
-    return _items(as_images(images), list(labels), classes, keys)
+    """Images with their labels among known classes; those of a folder are their `names`, or the labels as
+    text."""
+    index: dict[Any, int] = {label: i for i, label in enumerate(classes)}
+    if labels is None:
+        of_names = {name: i for i, name in enumerate(names)}
+        index = index | of_names | {str(label): i for label, i in index.items()}
+    images, labels, keys = _images_and_labels(images, labels)
+    return _items(as_images(images), _class_indices(labels, index, classes), labels, keys)
 
 
 def among(items: Sequence[Item], names: Sequence[str], classes: Sequence[str]) -> list[Item]:
-    """Images whose labels count these class names, with the labels of the classes of a head; ZooError for an image of a
-    class that it does not have."""
+    """Images whose labels count these class names, with the labels of the classes of a head; ZooError for an
+    image of a class that it does not have."""
     if list(names) == list(classes):  # of which some may be repeated
         return list(items)
-    values = [names[item.label] for item in items]
-    return _items([item.path for item in items], values, classes, [item.key for item in items])
-
-
-def _items(images: Sequence[Any], values: Sequence[Any], classes: Sequence[Any], keys: list[str] | None) -> list[Item]:
     index = {label: i for i, label in enumerate(classes)}
-    if len(values) != len(images):
-        raise ZooError(f"{len(images)} images need as many labels, not {len(values)}.")
-    if unknown := sorted({str(label) for label in values if label not in index}):
-        known = f"the classes are {shorten(list(map(str, classes)))}"
-        raise ZooError(f"No class {shorten(unknown)}: {known}. Pass images of these only.")
-    if repeated := [str(label) for label, count in Counter(classes).items() if count > 1 and label in values]:
+    indices = _class_indices([names[item.label] for item in items], index, classes)
+    return [item._replace(label=label) for item, label in zip(items, indices, strict=True)]
+
+
+def _class_indices(labels: Iterable[Any], index: Mapping[Any, int], classes: Sequence[Any]) -> list[int]:
+    """The class of each label, by the index of labels; ZooError for a label of no class, or of several."""
+    unknown = sorted({str(label) for label in labels if label not in index})
+    if unknown:
+        known = shorten([str(label) for label in classes])
+        raise ZooError(f"No class {shorten(unknown)}: the classes are {known}. Pass images of these only.")
+    repeated = [str(label) for label, count in Counter(classes).items() if count > 1 and label in labels]
+    if repeated:
         raise ZooError(
             f"Several classes are named {', '.join(repeated)}, so that this label fits each: train with other names."
         )
-    of_path = {image: label for image, label in zip(images, values, strict=True) if isinstance(image, str)}
-    for image, label in zip(images, values, strict=True):
-        if isinstance(image, str) and of_path[image] != label:
-            raise ZooError(f"{image} has two labels, {label!r} and {of_path[image]!r}: keep one of them.")
-    keys = keys or [image if isinstance(image, str) else f"image {i}" for i, image in enumerate(images)]
-    return [Item(image, key, index[label]) for image, key, label in zip(images, keys, values, strict=True)]
+    return [index[label] for label in labels]
+
+
+def _items(images: Sequence[Any], indices: Sequence[int], labels: Sequence[Any], keys: list[str] | None) -> list[Item]:
+    """Images with the indices of their classes, by default with keys by their paths or positions. ZooError
+    for a path with two labels."""
+    if len(labels) != len(images):
+        raise ZooError(f"{len(images)} images need as many labels, not {len(labels)}.")
+    last_label: dict[str, Any] = {}
+    items = []
+    for i, (image, index, label) in enumerate(zip(images, indices, labels, strict=True)):
+        is_path = isinstance(image, str)
+        if is_path and last_label.setdefault(image, label) != label:
+            raise ZooError(f"{image} has two labels, {last_label[image]!r} and {label!r}: keep one of them.")
+        key = image if is_path else f"image {i}"
+        items.append(Item(image, keys[i] if keys else key, index))
+    return items
 
 
 def hashed(items: Iterable[Item]) -> list[Item]:
     """Images, with a hash as key of those in memory: names do not tell these apart."""
-    return [item if isinstance(item.path, str) else item._replace(key=pixels_sha256(item.path)) for item in items]
+    return [item if item.is_file else item._replace(key=pixels_sha256(item.path)) for item in items]
 
 
-def _with_labels(images: Images, labels: Labels, examples: bool = False) -> tuple[Any, Any, list[str] | None]:
-    """Images and labels as they are; or without labels those of a folder and their keys, as of `dcp-zoo train`, in the
-    same order, with `examples` of no class behind. ZooError for images alone."""
-    if columns := table_columns(images):
-        if labels is not None:
-            raise ZooError("The labels of a dataset are its column `label`: omit labels.")
+def _images_and_labels(images: Images, labels: Labels, examples: bool = False) -> tuple[Any, Any, list[str] | None]:
+    """Images and labels as they are; or without labels those of a folder and their keys, as of `dcp-zoo
+    train`, in the same order, with `examples` of no class behind. ZooError for images alone."""
+    columns = table_columns(images)
+    if columns and labels is not None:
+        raise ZooError("The labels of a dataset are its column `label`: omit labels.")
+    if columns:
         images, labels = columns
     if labels is not None:
-        return one_column(images), one_column(labels), None
+        images = one_column(images)
+        labels = one_column(labels)
+        check_is_no_table(images, len(labels))
+        return images, labels, None
     if not isinstance(images, (str, Path)) or Path(images).is_file():
         raise ZooError("Pass labels, one per image, or a folder with one folder per class.")
     split = load_labelled("folder", images)
     if split.has_parts:
         raise ZooError(f"{images} has images for training and for a test: pass {images}/train or {images}/test.")
-    items, none = all_for_training(split).train, split.none if examples else []
-    labels = [split.classnames[item.label] for item in items] + [NONE] * len(none)
-    items = [*items, *none]
+    items = all_for_training(split).train
+    labels = [split.classnames[item.label] for item in items]
+    if examples:
+        items = items + split.no_class
+        labels += [NONE] * len(split.no_class)
     return [item.path for item in items], labels, [item.key for item in items]
 
 
 def unlabelled(images: Images) -> list[Item]:
     """`as_images`, or the images of a folder, see `find_images`."""
-    given = as_images(find_images([str(images)]) if is_folder(images) else images)
-    return [Item(image, f"image {i}", 0) for i, image in enumerate(given)]
+    if is_folder(images):
+        images = find_images([str(images)])
+    return [Item(image, f"image {i}", NO_CLASS) for i, image in enumerate(as_images(images))]
 
 
 def one_column(values: Any) -> Any:
-    """The column of a table that has no other; anything else as it is, a DataFrame as an array. ZooError for one with
-    several columns that are not all numbers."""
-    table = np.asarray(values) if hasattr(values, "columns") else values
-    if table is not values and table.ndim == 2 and table.shape[1] > 1 and table.dtype.kind not in "fiub":
+    """The column of a table that has no other; anything else as it is, a DataFrame as an array. ZooError for
+    one with several columns that are not all numbers."""
+    if hasattr(values, "columns"):
         names = list(values.columns)
-        raise ZooError(f"This table has the columns {shorten(list(map(str, names)))}: pass one, as df[{names[0]!r}].")
-    return table[:, 0] if isinstance(table, np.ndarray) and table.ndim == 2 and table.shape[1] == 1 else table
+        values = np.asarray(values)
+        if values.ndim == 2 and len(names) > 1 and values.dtype.kind not in "fiub":
+            listed = shorten([str(name) for name in names])
+            raise ZooError(f"This table has the columns {listed}: pass one, as df[{names[0]!r}].")
+    is_column = isinstance(values, np.ndarray) and values.ndim == 2 and values.shape[1] == 1
+    return values[:, 0] if is_column else values
+
+
+def check_is_no_table(images: Images, count: int) -> None:
+    """ZooError for an array that has so many rows in place of so many images, as scikit-learn's classifiers
+    take: it would be one grey image."""
+    shape: Any = getattr(images, "shape", ())
+    if len(shape) == 2 and shape[0] == count > 1:
+        raise ZooError(
+            f"An array of shape {tuple(shape)} is one grey image, not {count}: reshape flat pixels to (n, H, W), and "
+            "fit features with another classifier."
+        )
 
 
 def as_images(images: Images) -> list[Any]:
-    """Paths, bytes, and images of PIL, of one image or a sequence or batch. An error takes the place of what is no
-    image: all that cannot be read are named together, by `check_images`."""
-    one = isinstance(images, (str, Path, bytes, Mapping, Image.Image)) or hasattr(images, "read")
+    """Paths, bytes, and images of PIL, of one image or a sequence or batch. An error takes the place of what
+    is no image: all that cannot be read are named together, by `refuse`. ZooError if no array is an
+    image."""
+    is_one = isinstance(images, (str, Path, bytes, Mapping, Image.Image)) or hasattr(images, "read")
     if hasattr(images, "ndim"):  # a table, an array or a tensor
         images = one_column(images)
-        one = _is_array_of_one(images)
-    if one:
-        return [_held(images)]
+        is_one = _is_array_of_one(images)
+    if is_one:
+        images = [images]
     with as_zoo_error(f"{type(images).__name__} is neither an image nor a list of images: {FORMS}.", TypeError):
         several = list(images)
     if not several:
         raise ZooError("No images: pass at least one.")
-    return [_held(image) for image in several]
+    opened = [_opened(image) for image in several]
+    if hasattr(several[0], "ndim") and all(isinstance(image, ZooError) for image in opened):
+        raise opened[0]
+    return opened
 
 
-def _held(image: Any) -> Any:
+def _opened(image: Any) -> Any:
     """`to_image`, but bytes as they are: many fit into memory."""
     is_file = isinstance(image, bytes) or (isinstance(image, Mapping) and image.get("bytes"))
     return image if is_file else attempted(to_image, image)
@@ -177,22 +220,33 @@ def is_nan(value: object) -> bool:
 
 
 def _is_array_of_one(images: Images) -> bool:
-    """Whether this is an array or tensor of one image, not of several, or of paths. ZooError for what may be both."""
-    if not isinstance(images, torch.Tensor) and not (isinstance(images, np.ndarray) and images.dtype.kind not in "OUS"):
+    """Whether this is an array or tensor of one image, not of several, or of paths. ZooError for what may be
+    both."""
+    is_numbers = isinstance(images, torch.Tensor) or getattr(images, "dtype", np.dtype(object)).kind not in "OUS"
+    if not is_numbers or images.ndim not in (2, 3):
         return False
-    if images.ndim == 3 and images.shape[0] == 3:
-        shape = f"The shape {tuple(images.shape)} may be one image (3, H, W) or three grey ones (H, W)"
-        raise ZooError(f"{shape}: pass images[None] for one, list(images) for three.")
-    return images.ndim == 2 or (images.ndim == 3 and (images.shape[0] == 1 or images.shape[-1] in (1, 3, 4)))
+    if images.ndim == 2:
+        return True
+    if images.shape[0] == 3:
+        raise ZooError(
+            f"The shape {tuple(images.shape)} may be one image (3, H, W) or three grey ones (H, W): pass images[None] "
+            "for one, list(images) for three."
+        )
+    return images.shape[0] == 1 or images.shape[-1] in (1, 3, 4)
 
 
 def _names(classes: np.ndarray, classnames: ClassNames) -> list[str]:
+    """The name of each class that CLIP reads, by default its label."""
+    labels = classes.tolist()
+    if classnames is None:
+        return [str(label) for label in labels]
     if isinstance(classnames, Mapping):
         named = {name: name for name in classnames.values()} | dict(classnames)  # labels may be the names already
-        if missing := [str(label) for label in classes.tolist() if label not in named]:
+        missing = [str(label) for label in labels if label not in named]
+        if missing:
             raise ZooError(f"classnames has no name for {', '.join(missing)}.")
-        return [named[label] for label in classes.tolist()]
-    names = list(map(str, classes.tolist())) if classnames is None else list(classnames)
-    if len(names) != len(classes):
-        raise ZooError(f"{len(names)} class names for {len(classes)} classes: {', '.join(map(str, classes.tolist()))}.")
+        return [named[label] for label in labels]
+    names = list(classnames)
+    if len(names) != len(labels):
+        raise ZooError(f"{len(names)} class names for {len(labels)} classes: {', '.join(map(str, labels))}.")
     return names

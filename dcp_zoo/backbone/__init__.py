@@ -12,8 +12,22 @@ MINI_WEIGHTS = Path(__file__).parents[1] / "weights" / "dcp_mini" / "clip.safete
 # The miniature's stem scales pixels to (x - 127) / 128; mean and std are equivalent for a [0, 1] tensor.
 MINI_CFG: Values = {
     "embed_dim": 512,
-    "vision_cfg": {"image_size": 192, "patch_size": 32, "width": 256, "layers": 6, "head_width": 64, "mlp_ratio": 2},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 6, "mlp_ratio": 2},
+    "vision_cfg": {
+        "image_size": 192,
+        "patch_size": 32,
+        "width": 256,
+        "layers": 6,
+        "head_width": 64,
+        "mlp_ratio": 2,
+    },
+    "text_cfg": {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": 192,
+        "heads": 3,
+        "layers": 6,
+        "mlp_ratio": 2,
+    },
     "quick_gelu": True,
     "image_size": 192,
     "mean": (127 / 255,) * 3,

@@ -1,8 +1,10 @@
-"""Classes: their names, which may repeat, in the order of the logits, and the texts that CLIP reads of them."""
+"""Classes: their names, which may repeat, in the order of the logits, and the texts of them that CLIP
+encodes."""
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -20,29 +22,35 @@ Texts = str | Sequence[str] | Descriptions
 
 
 def rows_of(names: Iterable[str], known: Iterable[str]) -> list[int | None]:
-    """The position of each name among the `known` ones, of repeated ones the first first; None if it is not there."""
-    left: dict[str, list[int]] = defaultdict(list)
+    """The position of each name among the `known` ones, of repeated ones the first first; None if it is not
+    there."""
+    rows: dict[str, list[int]] = defaultdict(list)
     for i, name in enumerate(known):
-        left[name].append(i)
-    return [left[name].pop(0) if left[name] else None for name in names]
+        rows[name].append(i)
+    return [rows[name].pop(0) if rows[name] else None for name in names]
 
 
 def check_classnames(classnames: Sequence[str]) -> list[str]:
-    """The names as a list; ZooError if there are none, or one is empty or reserved; a warning if some are repeated."""
+    """The names as a list; ZooError if there are none, or one is empty or reserved; a warning if some are
+    repeated."""
     if isinstance(classnames, str):
         raise ZooError(f"classnames must be a list of names, not the single string {classnames!r}.")
     names = list(classnames)
-    if wrong := [name for name in names if not isinstance(name, str)]:
-        raise ZooError(f"Class names must be strings, not {wrong[0]!r}: a text tower reads them.")
+    for name in names:
+        if not isinstance(name, str):
+            raise ZooError(f"Class names must be strings, not {name!r}: a text tower reads them.")
     if not names or not all(map(_normalised, names)):
         raise ZooError("Class names must not be empty: pass at least one name, and no blank ones.")
-    if reserved := [name for name in names if is_reserved(name)]:
-        raise ZooError(f"{reserved[0]!r} is a reserved name, and cannot be a class: choose another name.")
+    for name in names:
+        if is_reserved(name):
+            raise ZooError(f"{name!r} is a reserved name, and cannot be a class: choose another name.")
     counts = Counter(map(_normalised, names))
-    if repeated := sorted({name for name in names if counts[_normalised(name)] > 1}):  # also ImageNet has some
-        problem = f"Repeated class names cannot be told apart: {', '.join(map(repr, repeated))}"
-        effect = "They stay classes of their own, which share the probability, and a prediction may name any of them"
-        warn(f"{problem}. {effect}. Rename them.")
+    repeated = sorted({name for name in names if counts[_normalised(name)] > 1})
+    if repeated:  # ImageNet has some
+        warn(
+            f"Repeated class names cannot be told apart: {', '.join(map(repr, repeated))}. They stay classes of their "
+            "own, which share the probability, and a prediction may name any of them. Rename them."
+        )
     return names
 
 
@@ -54,27 +62,34 @@ def sentences_of(names: Sequence[str], descriptions: Descriptions) -> dict[str, 
     """The sentences of each class; ZooError if there are none for one."""
     similar = {_normalised(name): sentences for name, sentences in descriptions.items()}
     by_class = {name: list(descriptions.get(name) or similar.get(_normalised(name)) or []) for name in names}
-    if missing := [name for name, sentences in by_class.items() if not sentences]:
-        problem = f"The descriptions have no sentences for {shorten(list(map(repr, missing)), 5)}"
-        raise ZooError(f"{problem}: pass descriptions (--descriptions FILE.json) with at least one for every class.")
+    missing = [repr(name) for name, sentences in by_class.items() if not sentences]
+    if missing:
+        raise ZooError(
+            f"The descriptions have no sentences for {shorten(missing, 5)}: pass descriptions (--descriptions "
+            "FILE.json) with at least one for every class."
+        )
     return by_class
 
 
 def class_texts(names: Sequence[str], texts: Texts) -> tuple[list[str], list[int] | None]:
-    """The texts of all classes in order, and how many each has; None for one each. ZooError if one is no text, or there
-    are none for a class."""
+    """The texts of all classes in order, and how many each has; None for one each. ZooError if one is no
+    text, or there are none for a class."""
     if isinstance(texts, Mapping):
         by_class = sentences_of(names, texts)
-        of_each = [by_class[name] for name in names]
+        texts_by_name = [by_class[name] for name in names]
     else:
         templates = [texts] if isinstance(texts, str) else texts
         if not templates:
             raise ZooError("There is no template for class names: pass one or more, such as 'a photo of a {}.'")
-        of_each = [[template.replace("{}", name.replace("_", " ")) for template in templates] for name in names]
-    sentences = [text for own in of_each for text in own]
-    if unreadable := [text for text in sentences if re.search("[\ud800-\udfff]", text)]:
-        raise ZooError(f"CLIP cannot read {unreadable[0]!r}, which is not in UTF-8: rename the class, or its folder.")
-    return sentences, None if isinstance(texts, str) else [len(own) for own in of_each]
+        texts_by_name = []
+        for name in names:
+            words = name.replace("_", " ")
+            texts_by_name.append([template.replace("{}", words) for template in templates])
+    sentences = list(chain.from_iterable(texts_by_name))
+    for text in sentences:
+        if re.search("[\ud800-\udfff]", text):
+            raise ZooError(f"CLIP cannot read {text!r}, which is not in UTF-8: rename the class, or its folder.")
+    return sentences, None if isinstance(texts, str) else list(map(len, texts_by_name))
 
 
 def same_texts(names: Sequence[str], one: Texts, other: Texts) -> bool:
@@ -89,4 +104,5 @@ def mean_of_texts(features: Tensor, counts: Sequence[int] | None) -> Tensor:
     """Normalised features (S, E) of `class_texts` -> the normalised mean of each class (C, E)."""
     if counts is None:
         return features
-    return F.normalize(torch.stack([own.mean(0) for own in features.split(list(counts))]), dim=-1)
+    means = [of_class.mean(0) for of_class in features.split(list(counts))]
+    return F.normalize(torch.stack(means), dim=-1)

@@ -1,6 +1,13 @@
-"""The encoders of heads, and what a classifier reads of them. The encoder of every head is a frozen open_clip CLIP: its
-image tower gives features of images, its text tower those of class names and sentences, and zero-shot logits are their
-scaled cosines. Encoders of images alone may stand beside it."""
+"""The encoders of heads, and what a classifier reads of them.
+
+The encoder of every head is a frozen open_clip CLIP: its image tower gives features of images, its text
+tower those of class names and sentences, and zero-shot logits are their scaled cosines. Encoders of images
+alone may stand beside it.
+
+A `Reading` is a source of features: an encoder, and the kinds of its features (`parts`) that a classifier
+uses. The features f_1, .., f_P of all readings of a head, each of the length 1, are joined to f = [f_1, ..,
+f_P] / sqrt(P).
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +25,7 @@ from dcp_zoo.backbone import tokens, towers
 from dcp_zoo.backbone._torch import WeightCache, construction, fingerprint
 from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, class_texts, mean_of_texts
 from dcp_zoo.backbone.inputs import Features, Images, Pixels, Tokens, as_inputs
+from dcp_zoo.backbone.preprocessing import PREPROCESSING
 from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.backbone.towers.open_clip import EMBEDDING, JOINED, VisionTower, call
 from dcp_zoo.backbone.towers.text import Runner, TextChunks, TextTower, prompted_text
@@ -25,48 +33,59 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 
 Self = TypeVar("Self", bound="Frozen")
-PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # in timm's terms
 Linear = tuple[Tensor, Tensor]  # weight (C, E) and bias (C,) of logits
+TOO_LONG = 4  # times a text tower's length: texts are tokenized so far, to detect long ones instead of cutting them
 
 
 class Frozen(nn.Module):
-    """What both kinds of encoders are: a model whose weights never change, and which is always in eval mode."""
+    """The base of both kinds of encoders: a model whose weights never change, and which is always in eval
+    mode."""
 
     pretrained_cfg: Values  # timm's
-    parts: dict[str, int]  # what `read` gives, and how wide it is
+    parts: dict[str, int]  # the kinds of features that `read` gives, in order, and their widths
 
     def __init__(self) -> None:
         super().__init__()
-        self._fingerprint, self._identity = "", WeightCache()
+        self._fingerprint = ""
+        self._identity = WeightCache()
 
     def train(self: Self, mode: bool = True) -> Self:
         """It stays in eval mode."""
         return super().train(False)
 
     def remember_weights(self: Self, fingerprint: str = "") -> Self:
-        """Keep the `fingerprint` of the weights as they are now, for when they are cast to another precision; or this
-        one, of weights which the encoder stands for."""
+        """Keep the `fingerprint` of the weights as they are now, for when they are cast to another
+        precision; or a given one, for an encoder without its weights."""
         self._fingerprint = fingerprint or self.fingerprint()
         return self
 
     def fingerprint(self) -> str:
-        """Of all weights as they were loaded, in float32; "" if they are in half precision and were not remembered."""
-        state = {name.partition(".")[2]: t for name, t in self.state_dict().items()}  # by their names in the model
-        if self._fingerprint or any(t.is_floating_point() and t.element_size() < 4 for t in state.values()):
+        """Of all weights as they were loaded, in float32; "" if they are in half precision and were not
+        remembered."""
+        if self._fingerprint:
             return self._fingerprint
-        return fingerprint({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
+        state = {}
+        for name, tensor in self.state_dict().items():
+            if tensor.is_floating_point():
+                if tensor.element_size() < 4:
+                    return ""
+                tensor = tensor.float()
+            state[name.partition(".")[2]] = tensor  # by its name in the model
+        return fingerprint(state)
 
     def identity(self) -> str:
-        """Of the image tower as it is now: two towers with the same one give the same features of the same pixels."""
+        """Of the image tower as it is now: two towers with the same one give the same features of the same
+        pixels."""
         tower = self.visual
         tensors = dict(tower.named_parameters()) | dict(tower.named_buffers())
-        samples = [t[(0,) * t.ndim].item() for t in tensors.values() if t.numel()]  # change where torch counts no write
+        first = [t[(0,) * t.ndim].float() for t in tensors.values() if t.numel()]  # change where torch counts no write
+        samples = torch.stack(first).tolist()  # one wait for the device
         weights = self._identity(lambda: fingerprint(tensors), tensors.values(), samples)
         return f"{weights} {construction(tower)}"
 
     @property
     def preprocessing(self) -> str:
-        """What images become before the image tower reads them."""
+        """How images are prepared for the image tower, as one text."""
         return str([self.pretrained_cfg.get(name) for name in PREPROCESSING])
 
     @property
@@ -76,13 +95,13 @@ class Frozen(nn.Module):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Of the parts."""
+        """Those of `parts`."""
         return tuple(self.parts.values())
 
 
 class FrozenCLIP(Frozen):
-    """A CLIP whose weights never change and which is always in eval mode. It may be any of open_clip's, also one into
-    whose towers no prompts can be inserted.
+    """A CLIP whose weights never change and which is always in eval mode. It may be any of open_clip's, also
+    one into whose towers no prompts can be inserted.
 
     Args:
         clip: the open_clip model; its parameters require no gradients from now on.
@@ -90,6 +109,8 @@ class FrozenCLIP(Frozen):
         pretrained_cfg: timm's, which defines the preprocessing.
         architecture, source: the zoo's names for the model, and for the weights.
     """
+
+    note = ""  # what is uncertain about the weights
 
     def __init__(
         self,
@@ -102,8 +123,9 @@ class FrozenCLIP(Frozen):
         super().__init__()
         self.clip: Any = clip.requires_grad_(False).eval()
         self.tokenizer = tokenizer or tokens.default_tokenizer()
-        self.architecture, self.source = architecture, source
-        self.pretrained_cfg = pretrained_cfg or {}
+        self.architecture = architecture
+        self.source = source
+        self.pretrained_cfg = {} if pretrained_cfg is None else pretrained_cfg  # shared by copies of this encoder
 
     def with_clip(self, clip: nn.Module) -> "FrozenCLIP":
         """Another CLIP of the same kind, such as a copy that a method trains."""
@@ -115,7 +137,8 @@ class FrozenCLIP(Frozen):
 
     @property
     def text(self) -> Any:
-        """The module with the text tower: the CLIP itself, or `.text` of open_clip's CustomTextCLIP and CoCa."""
+        """The module with the text tower: the CLIP itself, or `.text` of open_clip's CustomTextCLIP and
+        CoCa."""
         return getattr(self.clip, "text", self.clip)
 
     @cached_property
@@ -137,20 +160,22 @@ class FrozenCLIP(Frozen):
     @property
     def num_features(self) -> int:
         """E, the width of image and text features."""
-        projection, width = getattr(self.text, "text_projection", None), getattr(self.text, "output_dim", None)
+        projection = getattr(self.text, "text_projection", None)
         if isinstance(projection, nn.Linear):
             return projection.out_features
-        return projection.shape[-1] if projection is not None else width or self.text_tower.width
+        if projection is not None:
+            return projection.shape[-1]
+        return getattr(self.text, "output_dim", None) or self.text_tower.width
 
     @cached_property
     def parts(self) -> dict[str, int]:  # type: ignore[override]
-        """The embedding, and what else the image tower has to say."""
+        """The embedding, and the image tower's `extra` features."""
         tower = self.vision_tower_or_none
-        return {EMBEDDING: self.num_features} | (tower.further if tower else {})
+        return {EMBEDDING: self.num_features} | (tower.extra if tower else {})
 
     @property
     def joined_widths(self) -> tuple[int, ...]:
-        """Of those parts, the first ones, that images are compared by."""
+        """The widths of those parts, the first ones, that images are compared by."""
         return tuple(width for name, width in self.parts.items() if name in JOINED)
 
     @property
@@ -160,11 +185,13 @@ class FrozenCLIP(Frozen):
     # --- images ---
 
     def encode_image(self, images: Images, prompts: Sequence[Tensor] = (), run: Runner = call) -> Tensor:
-        """Images, in any form -> normalised features (B, E). ZooError for prompts in an image tower without blocks.
+        """Images, in any form -> normalised features (B, E). ZooError for prompts in an image tower without
+        blocks.
 
         Args:
             images: pixels (B, 3, H, W), normalised as `create_transform` does, or other `Inputs`.
-            prompts: (M, Dv) beside the image's own tokens, those for each of the first blocks, see `entering`.
+            prompts: (M, Dv) for each of the first blocks, as they enter it beside the image's tokens, see
+                `entering`.
             run: calls each block, such as with gradient checkpointing.
         """
         if not prompts:
@@ -172,8 +199,8 @@ class FrozenCLIP(Frozen):
         return self.vision_tower.features(self.vision_tower.run(self.enter(images).x, prompts, run=run))
 
     def read(self, images: Images, parts: int | None = None) -> Tensor:
-        """Images, in any form -> so many of the `parts`, by default all that the image tower says of them, each
-        normalised (B, ..). Given `Features` stay as they are."""
+        """Images, in any form -> the first `parts` kinds of features, by default all, each normalised (B,
+        ..). Given `Features` stay as they are."""
         inputs = as_inputs(images)
         if isinstance(inputs, Features):
             return inputs.x
@@ -183,48 +210,56 @@ class FrozenCLIP(Frozen):
 
     def enter(self, images: Images) -> Tokens:
         """Images -> the tokens (B, N, Dv) that enter the first block; given tokens stay as they are."""
-        inputs, tower = as_inputs(images), self.vision_tower
+        inputs = as_inputs(images)
+        tower = self.vision_tower
         return inputs.to(tower.dtype) if isinstance(inputs, Tokens) else tower.embed(inputs.x)
 
     def entering(self, prompts: Sequence[Tensor]) -> list[Tensor]:
         """Learned prompts (M, Dv) as they enter the blocks: the first through `ln_pre`, as all tokens do."""
-        return [*map(self.vision_tower.embed_prompts, prompts[:1]), *prompts[1:]] if prompts else []
+        if not prompts:
+            return []
+        return [self.vision_tower.embed_prompts(prompts[0]), *prompts[1:]]
 
     # --- texts ---
 
     def tokenize(self, sentences: Sequence[str]) -> Tensor:
-        """Token ids (n, L) of sentences, on the device of the CLIP; ZooError for one longer than the tower reads."""
-        sentences, own = list(sentences), hasattr(self.text, "positional_embedding")
-        # others have room for far more than their tokenizer fills
-        length = self.text.context_length if own else getattr(self.tokenizer, "context_length", None)
+        """Token ids (n, L) of sentences, on the device of the CLIP; ZooError for one longer than the tower
+        reads."""
+        sentences = list(sentences)
+        if hasattr(self.text, "positional_embedding"):
+            length = self.text.context_length
+        else:  # other text towers read far more than their tokenizer fills
+            length = getattr(self.tokenizer, "context_length", None)
         if length is None:  # a tokenizer of the user's
             return self.tokenizer(sentences).to(self.device)
-        ids = self.tokenizer(sentences, context_length=4 * length)  # as in `tokenize_names`
+        ids = self.tokenizer(sentences, context_length=TOO_LONG * length)
         tokens.check_lengths([f"The text {text!r}" for text in sentences], tokens.last_tokens(ids) + 1, length)
         return ids[:, :length].to(self.device)
 
     def embed_words(self, phrase: str, n: int) -> Tensor:
         """The embeddings (n, Dt) of a phrase's first tokens."""
-        return self.text.token_embedding(self.tokenize([phrase])[0, tokens.start_tokens(self.tokenizer) :][:n]).float()
+        ids = self.tokenize([phrase])[0, tokens.start_tokens(self.tokenizer) :]
+        return self.text.token_embedding(ids[:n]).float()
 
     def tokenize_names(self, names: Sequence[str], n_ctx: int, texts: Texts = NAME) -> TextChunks:
         """The texts of the classes in chunks, to follow `n_ctx` prompts; ZooError if one does not fit."""
         sentences, counts = class_texts(names, texts)
-        labels = [f"The class name {name!r}" for name in names]
-        if counts is not None:
+        if counts is None:
+            labels = [f"The class name {name!r}" for name in names]
+        else:
             labels = [f"The sentence {sentence!r}" for sentence in sentences]
-        # longer than the tower's context, so that long texts are detected instead of cut
         tower = self.text_tower
-        ids = self.tokenizer(sentences, context_length=4 * tower.length)
+        ids = self.tokenizer(sentences, context_length=TOO_LONG * tower.length)
         start = 1 if tower.shares_prefix else tokens.start_tokens(self.tokenizer)
         chunks = tower.chunks(labels, ids, n_ctx, start)
-        chunks.start_id, chunks.counts = int(ids[0, 0]), counts
+        chunks.start_id = int(ids[0, 0])
+        chunks.counts = counts
         return chunks.to(self.device)
 
     @torch.no_grad()
     def encode_sentences(self, names: Sequence[str], texts: Texts) -> Tensor:
-        """Text features (C, E) of a template filled with each name, not normalised; or, with sentences of each class,
-        the normalised mean of their normalised features. ZooError as of `tokenize`."""
+        """Text features (C, E) of a template filled with each name, not normalised; or, with sentences of
+        each class, the normalised mean of their normalised features. ZooError as of `tokenize`."""
         sentences, counts = class_texts(names, texts)
         ids = self.tokenize(sentences)
         features = torch.cat([self.clip.encode_text(chunk, normalize=False) for chunk in ids.split(100)])
@@ -232,8 +267,8 @@ class FrozenCLIP(Frozen):
 
     @torch.no_grad()
     def zero_shot_classifier(self, names: Sequence[str], texts: Texts = TEMPLATE) -> Tensor:
-        """Normalised text features (C, E) of a template filled with each name; or the mean over sentences of each
-        class, as in CuPL (Pratt et al., What does a platypus look like?, ICCV 2023)."""
+        """Normalised text features (C, E) of a template filled with each name; or the mean over sentences of
+        each class, as in CuPL (Pratt et al., What does a platypus look like?, ICCV 2023)."""
         with suppress(ZooError):  # of another kind of tower, or a text that is too long, of which `tokenize` says more
             if self.text_tower.shares_prefix:  # no text is padded to the tower's length
                 prompts = [self.text.token_embedding.weight[:0]]
@@ -248,21 +283,23 @@ class FrozenCLIP(Frozen):
         scale = self.clip.logit_scale.exp()
         with torch.autocast(scale.device.type, enabled=False):
             logits = scale * (image_features.to(scale.dtype) @ text_features.to(scale.dtype).T)
-        return logits if getattr(self.clip, "logit_bias", None) is None else logits + self.clip.logit_bias
+        bias = getattr(self.clip, "logit_bias", None)
+        return logits if bias is None else logits + bias
 
     def scaled(self, text_features: Tensor) -> Linear:
-        """`logits` of image features as a linear function: weight (C, E), and SigLIP's bias (C,), else zero."""
+        """`logits` of image features as a linear function: weight (C, E), and SigLIP's bias (C,), else
+        zero."""
         weight = self.clip.logit_scale.exp() * text_features
-        bias = weight.new_zeros(len(weight))
-        if getattr(self.clip, "logit_bias", None) is not None:
-            bias = bias + self.clip.logit_bias
-        return weight, bias
+        zero = weight.new_zeros(len(weight))
+        bias = getattr(self.clip, "logit_bias", None)
+        return weight, zero if bias is None else zero + bias
 
 
 class ImageEncoder(Frozen):
-    """A frozen model of timm beside CLIP, which knows what things look like and no words: images, normalised as CLIP's
-    `create_transform` does -> normalised features (B, E), timm's before its classifier. It reads the same pixels as
-    CLIP, in its own mean and deviation, so that one tensor enters the model wherever it runs.
+    """A frozen model of timm beside CLIP, which knows what things look like and no words: images, normalised
+    as CLIP's `create_transform` does -> normalised features (B, E), timm's before its classifier. It reads
+    the same pixels as CLIP, in its own mean and deviation, so that one tensor enters the model wherever it
+    runs.
 
     Args:
         model: of timm, without a classifier; its parameters require no gradients from now on.
@@ -277,13 +314,19 @@ class ImageEncoder(Frozen):
     def __init__(self, model: Any, name: str, size: tuple[int, int], clip: FrozenCLIP) -> None:
         super().__init__()
         self.model: Any = model.requires_grad_(False).eval()
-        self.source, self.size, self.pretrained_cfg = name, size, dict(clip.pretrained_cfg)
+        self.source = name
+        self.size = size
         self.parts = {EMBEDDING: getattr(model, "head_hidden_size", model.num_features)}  # before a classifier
-        mean, std, own_mean, own_std = (
-            torch.tensor(cfg[key])[:, None, None]
-            for cfg in (clip.pretrained_cfg, model.pretrained_cfg)
-            for key in ("mean", "std")
-        )
+        self.read_as(clip.pretrained_cfg)
+
+    def read_as(self, cfg: Values) -> None:
+        """Read images that are normalised as `cfg` says, CLIP's."""
+        self.pretrained_cfg = cfg
+        own = self.model.pretrained_cfg
+        mean, std, own_mean, own_std = torch.tensor(
+            [cfg["mean"], cfg["std"], own["mean"], own["std"]],
+            device=next(self.model.parameters()).device,
+        )[:, :, None, None]
         self.register_buffer("scale", std / own_std, persistent=False)
         self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
 
@@ -310,12 +353,13 @@ Encoder = FrozenCLIP | ImageEncoder
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read of an encoder in one pass: one or more parts, and the logits that a classifier on them starts at."""
+    """A source of features: one encoder, the parts that are read of it in one pass, and, where it has texts,
+    the logits at which the training of a classifier of them starts."""
 
     encoder: Encoder  # whose weights a method may have changed
     parts: Mapping[str, int]  # what is read, and how wide it is
     encode: Callable[[Images], Tensor]  # images, in any form -> the parts (B, ..), each normalised
-    start: Callable[[], Linear] | None = None  # logits by the first part: weight (C, E), bias (C,); None without text
+    linear: Callable[[], Linear] | None = None  # logits by the first part: weight (C, E), bias (C,); None without text
     prompts: Callable[[], list[Tensor]] | None = None  # (M, Dv), that enter its blocks; None if there are none
 
     @property
@@ -324,7 +368,7 @@ class Reading:
 
     @property
     def inside(self) -> int:
-        """How many of its parts, the last ones, are from inside an image tower."""
+        """How many of its parts, the last ones, are intermediate features of an image tower."""
         return len(self.parts.keys() - JOINED)
 
     def only(self, parts: int = 1) -> "Reading":
@@ -337,21 +381,27 @@ class Reading:
 
 def parts_of(readings: Sequence[Reading]) -> int:
     """P, the number of parts of all readings."""
-    return sum(len(reading.widths) for reading in readings)
+    return sum(len(reading.parts) for reading in readings)
 
 
 def joined(features: Sequence[Tensor], parts: int) -> Tensor:
-    """Features of some readings, with P parts in all -> f = [f_1, .., f_P] / sqrt(P), which has the length 1."""
+    """Features of some readings, with P parts in all -> f = [f_1, .., f_P] / sqrt(P), which has the length
+    1."""
     return torch.cat(list(features), -1) / math.sqrt(parts) if parts > 1 else features[0]
 
 
 def join(readings: Sequence[Reading]) -> Linear:
-    """The mean of the logits that readings start at, as one linear function of f, see `joined`: weight (C, F) and bias
-    (C,). Further parts, and encoders that read no text, start at nothing."""
-    starts = {i: reading.start() for i, reading in enumerate(readings) if reading.start}
-    biases = torch.stack([bias for _, bias in starts.values()])
-    scale, blocks = math.sqrt(parts_of(readings)) / len(starts), []
-    for i, reading in enumerate(readings):
-        weight = [scale * starts[i][0]] if i in starts else []
-        blocks += [*weight, biases.new_zeros(biases.shape[1], sum(reading.widths[len(weight) :]))]
-    return torch.cat(blocks, 1), biases.mean(0)
+    """The mean of the zero-shot logits (`Reading.linear`) of readings as one linear function of f, see
+    `joined`: weight (C, F) and bias (C,). The weight is zero for all but the first part of a reading, and
+    for readings without texts."""
+    linears = [reading.linear() if reading.linear else None for reading in readings]
+    biases = [linear[1] for linear in linears if linear]
+    scale = math.sqrt(parts_of(readings)) / len(biases)
+    blocks = []
+    for reading, linear in zip(readings, linears, strict=True):
+        width = sum(reading.widths)
+        if linear:
+            blocks.append(scale * linear[0])
+            width -= linear[0].shape[1]
+        blocks.append(biases[0].new_zeros(len(biases[0]), width))
+    return torch.cat(blocks, 1), torch.stack(biases).mean(0)

@@ -1,4 +1,5 @@
-"""What a model reads of images, as far as it has been computed: a tensor alone is pixels."""
+"""Images in the forms in which a model takes them: pixels, the tokens or the features that were computed
+from them. A plain tensor is pixels."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ VIEW_BATCH = 32  # images whose activations fit into 0.5 GB
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch of images in one of the forms below, with some of the methods of tensors."""
+    """A batch of images in one of the forms below, with some of the methods of tensors, for all it holds."""
 
     x: Tensor  # (B, ...)
 
@@ -22,7 +23,6 @@ class Inputs:
         return len(self.x)
 
     def _each(self: Self, change: Callable[[Tensor], Tensor]) -> Self:
-        """With all tensors changed."""
         return replace(self, **{name: change(t) for name, t in vars(self).items() if isinstance(t, Tensor)})
 
     def to(self: Self, *args: Any, **kwargs: Any) -> Self:
@@ -44,11 +44,12 @@ class Pixels(Inputs):
 class Tokens(Inputs):
     """What enters the blocks of a frozen image tower: tokens (B, N, Dv)."""
 
-    seen: Tensor | None = None  # (B, V), what `VisionTower.read` gives of the stem before the blocks
+    stem: Tensor | None = None  # (B, V), features of the miniature's stem before the blocks, see `VisionTower.read`
 
     def packed(self) -> Tensor:
         """One row per image (B, N Dv + V), as they are stored."""
-        return torch.cat([self.x.flatten(1), *([] if self.seen is None else [self.seen])], 1)
+        rows = self.x.flatten(1)
+        return rows if self.stem is None else torch.cat([rows, self.stem], 1)
 
     @classmethod
     def unpacked(cls, rows: Tensor, shape: tuple[int, int]) -> "Tokens":
@@ -58,7 +59,7 @@ class Tokens(Inputs):
 
 
 class Features(Inputs):
-    """What leaves a frozen image tower: its features (B, E), or also those of its backbone (B, E + V)."""
+    """What leaves a frozen image tower: CLIP's embedding (B, E), or with its `extra` features (B, E + V)."""
 
 
 Images = Tensor | Inputs

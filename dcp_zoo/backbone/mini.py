@@ -1,7 +1,8 @@
 """The miniature CLIP of `dcp_mini`: small enough for the package, with the architecture of the large ones.
 
-It is an ordinary open_clip `CLIP` with one change: the patch embedding `visual.conv1` is hybrid, a frozen convolutional
-stem (all convolutions of EfficientNet-Lite2) and a 1x1 projection to the width of the transformer.
+It is an ordinary open_clip `CLIP` with one change: the patch embedding `visual.conv1` is hybrid, a frozen
+convolutional stem (all convolutions of EfficientNet-Lite2) and a 1x1 projection to the width of the
+transformer.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,10 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
-from timm.layers import Conv2dSame, create_conv2d  # pad as TensorFlow does, a stride of 2 more at the end
+from timm.layers import (
+    Conv2dSame,
+    create_conv2d,
+)  # pad as TensorFlow does, a stride of 2 more at the end
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,15 +33,17 @@ STEM_STAGES = (
     (5, 5, 2, 6, 208),
     (1, 3, 1, 6, 352),
 )
-STEM_FIRST, STEM_LAST = 32, 1280
-EARLIER = 4, 5  # stages, whose maps are read, too; the blocks until then, and their channels in all:
-STAGE_ENDS = [sum(stage[0] for stage in STEM_STAGES[:n]) for n in EARLIER]
-STAGE_WIDTH = sum(STEM_STAGES[n - 1][-1] for n in EARLIER)
+STEM_FIRST = 32  # channels of the first and
+STEM_LAST = 1280  # of the last convolution
+# the maps after stages 4 and 5 are features, too
+STAGE_ENDS = (1 + 3 + 3 + 4, 1 + 3 + 3 + 4 + 4)  # blocks until then
+STAGE_WIDTH = 88 + 120  # channels of both
 IMAGES_PER_THREAD = 4  # in the stem at a time on a CPU
 
 
 class MBConv(nn.Module):
-    """Inverted residual block: expand 1x1, depthwise, project 1x1. BatchNorm is folded into the convolutions."""
+    """Inverted residual block: expand 1x1, depthwise, project 1x1. BatchNorm is folded into the
+    convolutions."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int):
         super().__init__()
@@ -59,11 +65,13 @@ class Stem(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = Conv2dSame(3, STEM_FIRST, 3, stride=2)
-        blocks, inputs = [], STEM_FIRST
+        blocks = []
+        inputs = STEM_FIRST
         for repeats, kernel, stride, expansion, outputs in STEM_STAGES:
-            for i in range(repeats):
-                blocks.append(MBConv(inputs, outputs, kernel, stride if i == 0 else 1, expansion))
+            for _ in range(repeats):
+                blocks.append(MBConv(inputs, outputs, kernel, stride, expansion))
                 inputs = outputs
+                stride = 1  # only the first block of a stage may reduce the map
         self.blocks = nn.Sequential(*blocks)
         self.last = nn.Conv2d(inputs, STEM_LAST, 1)
         self.requires_grad_(False)
@@ -71,26 +79,31 @@ class Stem(nn.Module):
         cast(Any, self).to(memory_format=torch.channels_last)
 
     def stages(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> the maps of two earlier stages (B, 88 or 120, H / 16, W / 16), then the last before they are
-        widened (B, 352, H / 32, W / 32)."""
-        maps = [F.relu6(self.first(x.contiguous(memory_format=torch.channels_last)), inplace=True)]
+        """(B, 3, H, W) -> the maps of two earlier stages (B, 88 or 120, H / 16, W / 16), then the last
+        before they are widened (B, 352, H / 32, W / 32)."""
+        maps = F.relu6(self.first(x.contiguous(memory_format=torch.channels_last)), inplace=True)
+        stages = []
         for start, end in pairwise([0, *STAGE_ENDS, len(self.blocks)]):
-            maps.append(self.blocks[start:end](maps[-1]))
-        return maps[1:]
+            maps = self.blocks[start:end](maps)
+            stages.append(maps)
+        return stages
 
     def widen(self, x: Tensor) -> Tensor:  # (B, 352, h, w) -> (B, 1280, h, w)
         return F.relu6(self.last(x), inplace=True)
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) -> the last maps (B, 1280, H / 32, W / 32), and the means over positions of these and of the
-        earlier stages' (B, 1280 + 208)."""
-        parts = []
-        for part in cache_sized(x):
-            *earlier, last = self.stages(part)
+        """(B, 3, H, W) -> the last maps (B, 1280, H / 32, W / 32), and the means over positions of these and
+        of the earlier stages' (B, 1280 + 208)."""
+        last_maps = []
+        means = []
+        for chunk in cache_sized(x):
+            *earlier, last = self.stages(chunk)
             last = self.widen(last)
-            parts.append((last, torch.cat([maps.mean((2, 3)) for maps in (last, *earlier)], 1)))
-        maps, means = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*parts, strict=True))
-        return maps, means
+            last_maps.append(last)
+            means.append(torch.cat([maps.mean((2, 3)) for maps in (last, *earlier)], 1))
+        if len(means) == 1:
+            return last_maps[0], means[0]
+        return torch.cat(last_maps), torch.cat(means)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 1280, H / 32, W / 32)
         return self.read(x)[0]

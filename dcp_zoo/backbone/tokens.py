@@ -22,21 +22,25 @@ def default_tokenizer() -> Tokenizer:
 
 
 def last_tokens(ids: Tensor) -> Tensor:
-    """ids (n, L) -> (n,), the position of the last token before the padding, which may be the end token too."""
+    """ids (n, L) -> (n,), the position of the last token before the padding, which may be the end token
+    too."""
     return (ids != ids[:, -1:]).long().cumsum(1).argmax(1)
 
 
-def check_lengths(labels: Sequence[str], lengths: Tensor, room: int, n_ctx: int = 0) -> None:
-    """ZooError for the first text that takes more tokens than there is room for next to the prompts."""
+def check_lengths(labels: Sequence[str], lengths: Tensor, most: int, n_ctx: int = 0) -> None:
+    """ZooError for the first text that has more than `most` tokens, which are left beside `n_ctx`
+    prompts."""
     if EXPORTING():
-        problem = "torch.export cannot trace this head, which reads the names of its classes"
         raise ZooError(
-            f"{problem}: torch.export.export(model.fuse(), ...) reads images alone, and gives the same logits."
+            "torch.export cannot trace this head, which reads the names of its classes: "
+            "torch.export.export(model.fuse(), ...) reads images alone, and gives the same logits."
         )
-    beside, fewer = (f" next to {n_ctx} prompt tokens", " or use fewer prompt tokens (n_ctx)") if n_ctx else ("", "")
+    advice = ": shorten it."
+    if n_ctx:
+        advice = f" next to {n_ctx} prompt tokens: shorten it or use fewer prompt tokens (n_ctx)."
     for label, length in zip(labels, lengths.tolist(), strict=True):
-        if length > room:
-            raise ZooError(f"{label} takes {length} tokens, but only {room} are left{beside}: shorten it{fewer}.")
+        if length > most:
+            raise ZooError(f"{label} takes {length} tokens, but only {most} are left{advice}")
 
 
 def start_tokens(tokenizer: Tokenizer) -> int:

@@ -1,9 +1,10 @@
-"""The protocols, and the trials for a grid of choices: the cells of a sweep, and what they depend on. Without torch."""
+"""The protocols, and the trials for a grid of choices: the cells of a sweep, and what they depend on.
+Without torch."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +14,9 @@ from dcp_zoo.data import DATASETS, Split, list_datasets, load_labelled
 from dcp_zoo.data.packaged import find_spec
 from dcp_zoo.data.splits import image_hashes, split_images
 from dcp_zoo.errors import ZooError, attempted, check_choice
+from dcp_zoo.features import LIBRARIES
 from dcp_zoo.fields import Values
-from dcp_zoo.files import file_name, sha256_of
+from dcp_zoo.files import file_name, sha256_of, text_sha256
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import BaseRecipe, check_seed
 from dcp_zoo.zoo.registry import SHOTS, get_spec
@@ -47,12 +49,13 @@ class Trial:
         data = f"{self.dataset}-{self.shots}shot-seed{self.seed}" if self.shots else self.dataset
         name = ".".join(filter(None, (self.protocol, self.model, data, self.method, self.changes)))
         safe = file_name(name)[:200]
-        return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        return safe if safe == name else f"{safe}-{text_sha256(name)[:8]}"
 
     @property
     def head(self) -> str:
         """The name in the zoo of the head that a trial of the few-shot protocol trains."""
-        return f"{self.model}.{self.dataset}-{self.shots}shot" + (f"-seed{self.seed}" if self.seed != 1 else "")
+        seed = "" if self.seed == 1 else f"-seed{self.seed}"
+        return f"{self.model}.{self.dataset}-{self.shots}shot{seed}"
 
     @property
     def default_recipe(self) -> BaseRecipe:
@@ -62,11 +65,6 @@ class Trial:
     @property
     def recipe(self) -> BaseRecipe:
         return self.default_recipe.updated(dict(self.options), where="--set")
-
-    @classmethod
-    def from_dict(cls, fields: Values) -> "Trial":
-        """A trial from its `asdict`, after a round trip through JSON."""
-        return cls(**fields | {"targets": tuple(fields["targets"]), "options": tuple(map(tuple, fields["options"]))})
 
 
 @dataclass(frozen=True)
@@ -80,13 +78,11 @@ class Settings:
     save_heads: str = ""  # the method whose heads are written to `output`/heads
 
     def conditions(self, trial: Trial) -> Values:
-        """What a trial's result depends on besides its seed: it is stored with the result, and a trial counts as
-        finished only under the same conditions. ZooError as of `load_split`."""
-        if trial.dataset == FOLDER:
-            images = {FOLDER: folder_label(self.data_root)}
-        else:
-            images = {"split_sha256": read_split(trial.dataset, self.data_root).sha256}
-        return images | {
+        """What a trial's result depends on besides its seed: it is stored with the result, and a trial
+        counts as finished only under the same conditions. ZooError as of `load_split`."""
+        return {
+            "images": {name: images_id(name, self.data_root) for name in (trial.dataset, *trial.targets)},
+            "made_by": made_by(),
             "weights": weights_id(trial.model),
             "precision": self.precision,
             "recipe": trial.recipe.as_dict(),
@@ -95,10 +91,11 @@ class Settings:
 
 @cache
 def read_split(dataset: str, data_root: Path | None) -> Split:
-    """`load_split`, once for all trials of a sweep in this process. Of one's own images no group is in two parts."""
+    """`load_split`, once for all trials of a sweep in this process. Of one's own images no group is in
+    two parts."""
     images = load_labelled(dataset, data_root)
     if dataset == FOLDER and not images.has_parts:
-        from dcp_zoo.training.sources import with_own_groups  # with torch: groups are found by features
+        from dcp_zoo.features.groups import with_own_groups  # with torch: groups are found by features
 
         images = replace(images, train=with_own_groups(images.train))
     return split_images(images)
@@ -107,32 +104,55 @@ def read_split(dataset: str, data_root: Path | None) -> Split:
 def forget_images() -> None:
     """Read all images again, as a sweep does first: folders may have changed since the one before."""
     read_split.cache_clear()
-    folder_label.cache_clear()
+    images_id.cache_clear()
 
 
 def check_data(trials: Sequence[Trial], data_root: Path | None) -> None:
     """One ZooError for all datasets that these trials train or test on and that cannot be read."""
-    names = dict.fromkeys(name for trial in trials for name in (trial.dataset, *trial.targets))
-    read = [attempted(read_split, name, data_root) for name in names]
-    if problems := [f"- {error}" for error in read if isinstance(error, ZooError)]:
-        few = "Get what is missing, or choose others by --datasets and --targets."
-        raise ZooError("\n".join(["These trials need images that cannot be read:", *problems, few]))
+    problems = []
+    for name in dict.fromkeys(name for trial in trials for name in (trial.dataset, *trial.targets)):
+        error = attempted(read_split, name, data_root)
+        if isinstance(error, ZooError):
+            problems.append(f"- {error}")
+    if problems:
+        advice = "Get what is missing, or choose others by --datasets and --targets."
+        raise ZooError("\n".join(["These trials need images that cannot be read:", *problems, advice]))
 
 
 @cache
-def folder_label(root: Path | None) -> str:
-    """The user's own folder, such as "photos (0f1e2d3c)": its name, and a hash of the images and their classes."""
-    split, name = read_split(FOLDER, root), Path(root or "").expanduser().resolve().name
-    content = f"{split.sha256} {image_hashes(split.items)}"
-    return f"{file_name(name)} ({hashlib.sha256(content.encode()).hexdigest()[:8]})"
+def images_id(dataset: str, data_root: Path | None) -> str:
+    """A text that identifies what is trained and tested on. Of the user's own folder it is its name
+    with a hash of the images and their classes, such as "photos (0f1e2d3c)"; of a dataset a hash of its
+    split and the size of each file, as reading ImageNet's takes minutes."""
+    split = read_split(dataset, data_root)
+    if dataset == FOLDER:
+        name = file_name(Path(data_root or "").expanduser().resolve().name)
+        return f"{name} ({text_sha256(f'{split.sha256} {image_hashes(split.items)}')[:8]})"
+    files = [Path(item.path) for item in split.items if item.is_file]
+    sizes = [file.stat().st_size if file.is_file() else 0 for file in files]
+    return text_sha256(f"{split.sha256} {sizes}")[:16]
+
+
+@cache
+def made_by() -> Values:
+    """The versions of this package and of what reads images, computes features and fits classifiers. Of
+    the latter, without bug fixes."""
+    made_by = {"dcp_zoo": version("dcp_zoo")}
+    for library in (*LIBRARIES, "scikit-learn"):
+        major, minor, *_ = version(library).split(".")
+        made_by[library] = f"{major}.{minor}"
+    return made_by
 
 
 @cache
 def weights_id(model: str) -> str:
-    """Identifies the CLIP weights of a result: a hash of the miniature's file, or open_clip's tag and its pin."""
+    """Identifies the CLIP weights of a result: a hash of the miniature's file, or open_clip's tag and
+    its pin."""
     spec = get_spec(model)
-    pin = f"@{spec.clip_revision[:12]}" if spec.clip_revision else ""
-    return f"{spec.clip_pretrained}{pin}" if spec.clip else sha256_of(MINI_WEIGHTS)[:12]
+    if not spec.clip:
+        return sha256_of(MINI_WEIGHTS)[:12]
+    revision = f"@{spec.clip_revision[:12]}" if spec.clip_revision else ""
+    return f"{spec.clip_pretrained}{revision}"
 
 
 SEEDS = (1, 2, 3)
@@ -149,10 +169,17 @@ class Protocol(NamedTuple):
 
 
 def _shifts(dataset: str) -> tuple[str, ...]:
-    if shifts := find_spec(dataset).shifts:
-        return (dataset, *shifts)
-    known = [name for name, spec in DATASETS.items() if spec.shifts]
-    raise ZooError(f"{dataset} has no other styles to test on: choose from {', '.join(known)}.")
+    """The dataset and those of the same classes in other styles."""
+    shifts = find_spec(dataset).shifts
+    if not shifts:
+        known = ", ".join(name for name, spec in DATASETS.items() if spec.shifts)
+        raise ZooError(f"{dataset} has no other styles to test on: choose from {known}.")
+    return (dataset, *shifts)
+
+
+def _all_from(dataset: str) -> tuple[str, ...]:
+    """All datasets, this one first."""
+    return (dataset, *(name for name in list_datasets() if name != dataset))
 
 
 PROTOCOLS = {
@@ -161,9 +188,7 @@ PROTOCOLS = {
     # train on the first half of the classes, test on both halves
     "base-to-new": Protocol(tuple(list_datasets()), (16,), parts=("base", "new"), new_classes=True),
     # train on one dataset, test on the others with their class names
-    "cross-dataset": Protocol(
-        ("imagenet",), (16,), lambda dataset: (dataset, *(n for n in list_datasets() if n != dataset)), new_classes=True
-    ),
+    "cross-dataset": Protocol(("imagenet",), (16,), _all_from, new_classes=True),
     # train on photographs, test on other styles
     "domain-shift": Protocol(("imagenet",), (16,), _shifts),
 }
@@ -179,34 +204,44 @@ def plan_trials(
     options: Mapping[str, Sequence[object]] | None = None,
     targets: Sequence[str] = (),
 ) -> list[Trial]:
-    """All trials of a grid, without duplicates, ordered so that neighbours share their images. Of each dataset, methods
-    without training come first: they are fast and reveal missing files early.
+    """All trials of a grid, without duplicates, ordered so that neighbours share their images. Of each
+    dataset, methods without training come first: they are fast and reveal missing files early.
 
-    By default the grid has all methods that the protocol allows, its default datasets and shots, and the paper's seeds.
-    `options` are recipe fields and their values, such as {"depth": [1, 3, 5]}, for the methods that have that field;
-    `targets` are some of the protocol's."""
+    Args:
+        protocol: a name in `PROTOCOLS`.
+        models: of the zoo.
+        methods: names in `METHODS`. Default: all that the protocol allows.
+        datasets: to train on. Default: the protocol's, as of shots.
+        shots: numbers of training images per class.
+        seeds: of the draws. Default: the paper's.
+        options: recipe fields and their values, such as {"depth": [1, 3, 5]}, for the methods that have
+            that field.
+        targets: some of the protocol's test datasets. Default: all.
+    """
     check_choice("protocol", protocol, tuple(PROTOCOLS))
     chosen = PROTOCOLS[protocol]
-    models = [get_spec(model).name for model in models]
+    able = [name for name, method in METHODS.items() if method.abilities.transfers or not chosen.new_classes]
     for method in methods:
         check_choice("method", method, tuple(METHODS))
-        if chosen.new_classes and not METHODS[method].abilities.transfers:
-            able = ", ".join(name for name, m in METHODS.items() if m.abilities.transfers)
-            raise ZooError(f"{method} is limited to the classes it was trained on; this protocol supports {able}.")
+        if method not in able:
+            problem = f"{method} is limited to the classes it was trained on"
+            raise ZooError(f"{problem}; this protocol supports {', '.join(able)}.")
     for dataset in datasets:
         find_spec(dataset)
     for seed in seeds:
         check_seed(seed)
-    methods = methods or [name for name, m in METHODS.items() if m.abilities.transfers or not chosen.new_classes]
-    methods = sorted(methods, key=list(METHODS).index)
+    models = [get_spec(model).name for model in models]
+    methods = sorted(methods or able, key=list(METHODS).index)
     options = options or {}
     grid = [dict(zip(options, values, strict=True)) for values in product(*options.values())]  # of none: [{}]
-    trials: dict[Trial, None] = {}
+    trials: dict[Trial, None] = {}  # in order, each once
     for model, dataset in product(models, datasets or chosen.datasets):
-        tested, of_dataset = _chosen_targets(protocol, dataset, targets), []
+        tested = _chosen_targets(protocol, dataset, targets)
+        of_dataset = []
         for k, seed, method, changes in product(shots or chosen.shots, seeds or SEEDS, methods, grid):
-            of_dataset.append(_trial(Trial(protocol, model, method, dataset, k, seed, tested), changes))
-            if tested and not of_dataset[-1].targets:
+            trial = _canonical(Trial(protocol, model, method, dataset, k, seed, tested), changes)
+            of_dataset.append(trial)
+            if tested and not trial.targets:
                 problem = f"{method} is limited to the classes of {dataset}, and {', '.join(tested)} has others"
                 raise ZooError(f"{problem}: choose other --targets or --methods.")
         trials |= dict.fromkeys(sorted(of_dataset, key=lambda trial: trial.shots > 0))
@@ -228,17 +263,25 @@ def _chosen_targets(protocol: str, dataset: str, targets: Sequence[str]) -> tupl
     return tuple(name for name in known if name in (targets or known))
 
 
-def _trial(trial: Trial, options: Mapping[str, object]) -> Trial:
-    """The trial in canonical form: without options equal to the default or that the method does not have, as a text
-    probe after one that is fitted to features; without shots and seed if the method does not train, and without targets
-    whose classes the method cannot handle."""
-    method, default = METHODS[trial.method], trial.default_recipe
-    known = default.as_dict().keys() - ({"classifier"} if method.abilities.fitted else set())
-    valid = {name: value for name, value in options.items() if name in known}
-    recipe = default.updated(valid, where=f"{trial.method}: --set")
-    trial = replace(trial, options=tuple(sorted((k, v) for k, v in valid.items() if getattr(default, k) != v)))
+def _canonical(trial: Trial, options: Mapping[str, object]) -> Trial:
+    """The trial as all that do the same are written: without options that are the default or that the
+    method does not have, such as a text probe after one that is fitted to features; without shots and
+    seed if the method does not train; and without targets whose classes the method cannot handle."""
+    method = METHODS[trial.method]
+    default = trial.default_recipe
+    fields = default.as_dict()
+    if method.abilities.fitted:
+        fields.pop("classifier", None)
+    given = {name: value for name, value in options.items() if name in fields}
+    recipe = default.updated(given, where=f"{trial.method}: --set")
+    changes = sorted((name, value) for name, value in given.items() if getattr(default, name) != value)
+    targets = trial.targets
     if not method.abilities.transfers:
-        names = find_spec(trial.dataset).names
-        same = (name for name in trial.targets if name == trial.dataset or find_spec(name).names == names is not None)
-        trial = replace(trial, targets=tuple(same))
+        targets = tuple(name for name in targets if _same_classes(name, trial.dataset))
+    trial = replace(trial, options=tuple(changes), targets=targets)
     return trial if method.needs_images(recipe) else replace(trial, shots=0, seed=0)
+
+
+def _same_classes(dataset: str, other: str) -> bool:
+    names = find_spec(dataset).names
+    return dataset == other or (names is not None and names == find_spec(other).names)

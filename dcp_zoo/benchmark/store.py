@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dcp_zoo.benchmark.plan import FOLDER, Settings, Trial
-from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Values
 from dcp_zoo.files import read_plain, write_file
 
@@ -22,7 +22,7 @@ COLUMNS = [*IDENTITY, "top1", "ece", "nll", "images", "train_seconds", "selectio
 
 def save_result(output: Path, result: Values) -> None:
     """Write a finished trial's file; remove an earlier failure, and what it had computed before."""
-    key = Trial.from_dict(result["trial"]).key
+    key = Trial(**result["trial"]).key
     write_json(output / "results" / f"{key}.json", result)
     shutil.rmtree(output / "unfinished" / key, ignore_errors=True)
     for folder in ("failed", "unfinished"):
@@ -55,41 +55,59 @@ def failures(output: Path) -> dict[str, str]:
 
 
 def finished(trial: Trial, settings: Settings) -> bool:
-    """Whether the trial has a result, and its head if that is saved.
-    ZooError if its result was made under other conditions, such as other images, weights or another recipe."""
+    """Whether the trial has a result, and its head if that is saved. ZooError if its result was made
+    under other conditions, such as other images, weights or another recipe."""
     path = settings.output / "results" / f"{trial.key}.json"
     if not path.is_file():
         return False
     result = _read_checked(path, trial, settings)
-    if untested := [name for name in trial.targets if name not in result["trial"]["targets"]]:
+    untested = [name for name in trial.targets if name not in result["trial"]["targets"]]
+    if untested:
         raise ZooError(f"{path} has no test on {', '.join(untested)}: choose another --output, or omit these.")
     return trial.method != settings.save_heads or "head_sha256" in result
 
 
 def _read_checked(path: Path, trial: Trial, settings: Settings) -> Values:
-    """The content of a trial's file; ZooError if it was made under other conditions."""
-    content, differ = _read_json(path), []
-    for name, value in settings.conditions(trial).items():
-        before = content.get(name, "unknown")
-        if before != value and name in (FOLDER, "weights", "precision"):
-            differ.append(f"{name} {before}, not {value}")
-        elif before != value:
-            differ.append("another recipe" if name == "recipe" else f"other images of {trial.dataset}")
+    """The content of a trial's file; ZooError if it was made under other conditions, or does not have
+    all of them."""
+    content = _read_json(path)
+    conditions = settings.conditions(trial)
+    if not content.keys() >= conditions.keys():
+        problem = f"{path} is of an earlier version, which did not keep what it was tested on, and made by"
+        raise ZooError(f"{problem}: choose another --output. `dcp-zoo report` still reads it, beside new results.")
+    before = content | content["made_by"]
+    now = conditions | conditions["made_by"]
+    differ = []
+    for name in ("weights", "precision", *conditions["made_by"]):
+        if before.get(name) != now[name]:
+            differ.append(f"{name} {before.get(name)}, not {now[name]}")
+    if before["recipe"] != now["recipe"]:
+        differ.append("another recipe")
+    for dataset, images in now["images"].items():
+        if before["images"].get(dataset, images) != images:  # a target without a result may still come
+            differ.append(f"other images of {dataset}")
     if differ:
         raise ZooError(f"{path} was made with {' and '.join(differ)}: choose another --output.")
     return content
 
 
 class Unfinished:
-    """What a trial has computed, from which it resumes after a kill or an error: the folder `head`, for a training and
-    its checkpoint, and the `results` of the targets that were tested. ZooError if they were made under other
-    `conditions` than the settings', or the file is damaged."""
+    """What a trial has computed, from which it resumes after a kill or an error. ZooError if that was
+    made under other conditions than the settings', or the file is damaged.
+
+    Attributes:
+        head: the folder for a training, its checkpoint and its state.
+        conditions: those of the settings.
+        results: of the targets that were tested.
+    """
 
     def __init__(self, trial: Trial, settings: Settings) -> None:
         self.head = settings.output / "unfinished" / trial.key
-        self._file, self.conditions = Path(f"{self.head}.json"), settings.conditions(trial)
-        before = _read_checked(self._file, trial, settings) if self._file.is_file() else {}
-        self.results: list[Values] = before.get("results", [])
+        self.conditions = settings.conditions(trial)
+        self.results: list[Values] = []
+        self._file = Path(f"{self.head}.json")
+        if self._file.is_file():
+            self.results = _read_checked(self._file, trial, settings)["results"]
 
     def keep(self, results: list[Values]) -> None:
         """Write the results so far, and their conditions; before a training there are none."""
@@ -116,26 +134,38 @@ def _read_json(path: Path) -> Values:
 
 def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
     """The results of one or several folders, one row per accuracy."""
-    folders = [Path(place) / "results" for place in ([outputs] if isinstance(outputs, (str, Path)) else outputs)]
-    every = [(folder / f"{key}.json", result) for folder in folders for key, result in read_folder(folder).items()]
-    rows, first = [], dict[str, tuple[str, Path]]()
-    for path, result in every:
-        trial = Trial.from_dict(result["trial"])
-        dataset = _shown(trial.dataset, result)
-        for entry in result["results"]:
-            row = result | result["trial"] | entry  # whose other fields are no columns
-            row |= {"options": trial.changes, "dataset": dataset, "target": _shown(entry["target"], result)}
-            rows.append([row[name] for name in COLUMNS])
-        untold = {"--precision": result["precision"]}  # no column tells these apart
-        if not result.get("features"):  # of `benchmarks/given_features.py`
-            untold[f"the images of {dataset}"] = result["split_sha256"]
-        for what, value in untold.items():
-            before, other = first.setdefault(what, (value, path))
-            if value != before:
-                raise ZooError(f"{other} and {path} differ in {what}: report them apart, from two folders.")
-    return import_extra("pandas", "plots").DataFrame(rows, columns=COLUMNS)
+    import pandas as pd  # slow to import
+
+    if isinstance(outputs, (str, Path)):
+        outputs = [outputs]
+    rows = []
+    first: dict[str, tuple[object, Path]] = {}  # what all results must share: its value, and the file that has it
+    for folder in outputs:
+        for path in _json_files(Path(folder) / "results"):
+            result = _read_json(path)
+            trial = Trial(**result["trial"])
+            dataset = _shown(trial.dataset, result)
+            for entry in result["results"]:
+                row = result | result["trial"] | entry  # whose other fields are no columns
+                row |= {
+                    "options": trial.changes,
+                    "dataset": dataset,
+                    "target": _shown(entry["target"], result),
+                }
+                rows.append([row[name] for name in COLUMNS])
+            shared = {"--precision": result["precision"]}  # no column tells these apart
+            if not result.get("features"):  # of `benchmarks/given_features.py`
+                shared[f"the images of {dataset}"] = result["split_sha256"]
+            for name, value in shared.items():
+                before, other = first.setdefault(name, (value, path))
+                if value != before:
+                    raise ZooError(f"{other} and {path} differ in {name}: report them apart, from two folders.")
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _shown(dataset: str, result: Values) -> str:
-    """A dataset's name in tables; for the user's own folder that of this folder, so that no mean is over several."""
-    return result.get(FOLDER, f"{FOLDER} ({result['split_sha256'][:8]})") if dataset == FOLDER else dataset
+    """A dataset's name in tables; for the user's own folder that of this folder, so that no mean is
+    over several."""
+    if dataset != FOLDER:
+        return dataset
+    return result.get("images", {}).get(FOLDER, f"{FOLDER} ({result['split_sha256'][:8]})")

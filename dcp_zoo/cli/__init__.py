@@ -1,4 +1,5 @@
-"""The command `dcp-zoo`. Its modules import what is slow inside their functions, so that help and lists are fast."""
+"""The command `dcp-zoo`. Its modules import what is slow inside their functions, so that help and lists are
+fast."""
 
 import errno
 import io
@@ -8,11 +9,10 @@ from importlib.metadata import version
 from reprlib import repr as shortened
 from typing import Any
 
-from rich.markup import escape
 from typer import Exit, Option, Typer
 
 from dcp_zoo.cli import benchmark, deploy, heads, inspect, predict, show, train  # not the functions of these names
-from dcp_zoo.cli.console import errors, from_here, print_error
+from dcp_zoo.cli.console import print_error, print_note
 from dcp_zoo.cli.options import Command
 from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import wait_passively
@@ -36,32 +36,41 @@ def dcp_zoo(
     """
 
 
-COMMANDS: tuple[Any, ...] = (
-    *(show.list_, show.info, predict.predict, inspect.inspect, inspect.search, train.train, heads.evaluate),
-    *(benchmark.benchmark, benchmark.report, deploy.export, deploy.serve),
-)
-NAMES = {show.list_: "list", heads.evaluate: "eval"}  # others are named after their functions
-for command in COMMANDS:
-    app.command(NAMES.get(command), cls=Command)(command)
+COMMANDS: dict[str, Any] = {
+    "list": show.list_,
+    "info": show.info,
+    "predict": predict.predict,
+    "inspect": inspect.inspect,
+    "search": inspect.search,
+    "train": train.train,
+    "eval": heads.evaluate,
+    "benchmark": benchmark.benchmark,
+    "report": benchmark.report,
+    "export": deploy.export,
+    "serve": deploy.serve,
+}
+for name, command in COMMANDS.items():
+    app.command(name, cls=Command)(command)
 app.add_typer(benchmark.data, name="data")
 
 
 def main(program: Typer = app) -> None:
-    """Run the command line or a script; bad input ends with one message and exit code 2, Ctrl-C by Typer with 130."""
+    """Run the command line or a script; bad input ends with one message and exit code 2, Ctrl-C by Typer
+    with 130."""
     wait_passively()  # before a command imports torch
-    warnings.showwarning = lambda text, *_, **__: errors.print(
-        f"[yellow]Note:[/] {escape(from_here(str(text)))}", soft_wrap=True
-    )
+    warnings.showwarning = lambda text, *_, **__: print_note(str(text))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a name that the terminal cannot show must not end the command
     try:
         program()
     except ZooError as error:
-        print_error(str(error))
-        sys.exit(2)
+        message = str(error)
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        print_error(f"This path is too long for the system: {shortened(error.filename)}. Check it.")
-        sys.exit(2)
+        message = f"This path is too long for the system: {shortened(error.filename)}. Check it."
+    else:
+        return
+    print_error(message)
+    sys.exit(2)

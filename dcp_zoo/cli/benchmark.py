@@ -1,5 +1,6 @@
 """`dcp-zoo benchmark`, `dcp-zoo report` and `dcp-zoo data`."""
 
+import importlib.util
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
@@ -14,11 +15,11 @@ from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.plan import check_data
 from dcp_zoo.benchmark.report import SECTIONS, with_labels, write_report
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import errors, log, output, plain_table, print_error, progress_bar
+from dcp_zoo.cli.console import advise, errors, log, output, plain_table, print_error, progress_bar, resumable
 from dcp_zoo.cli.options import Agree, Command
 from dcp_zoo.data import DatasetSpec, check, find_spec
 from dcp_zoo.data import download as downloads
-from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
+from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_output, check_writable, write_file
 from dcp_zoo.tables import split_list
@@ -47,18 +48,20 @@ def backend(ray: str | None, per_trial: str | None) -> Callable[..., Any]:
     """What runs trials, in this process or on the cluster."""
     from dcp_zoo.benchmark.sweep import import_ray, run_in_process, sweep_on_ray
 
-    if ray is not None:
-        wrong = f"--per-trial takes cpus=N, gpus=N or both, such as cpus=2,gpus=0.5, not {per_trial}."
-        with as_zoo_error(wrong, ValueError):
-            pairs = (part.split("=") for part in split_list(per_trial or "") if part)
-            given: Values = {name: float(value) for name, value in pairs}
-            if not given.keys() <= {"cpus", "gpus"}:
-                raise ValueError
-        import_ray()  # a missing extra is noticed before anything is written
-        return partial(sweep_on_ray, address=ray, **given)
-    if per_trial:
+    if ray is None and per_trial:
         raise ZooError("--per-trial applies to Ray: add --ray local, or a cluster's address.")
-    return partial(run_in_process, progress=progress_bar)
+    if ray is None:
+        return partial(run_in_process, progress=progress_bar)
+    resources: Values = {}
+    wrong = f"--per-trial takes cpus=N, gpus=N or both, such as cpus=2,gpus=0.5, not {per_trial}."
+    with as_zoo_error(wrong, ValueError):
+        for part in split_commas([per_trial or ""]):
+            name, number = part.split("=")
+            resources[name] = float(number)
+    if not resources.keys() <= {"cpus", "gpus"}:
+        raise ZooError(wrong)
+    import_ray()  # a missing extra is noticed before anything is written
+    return partial(sweep_on_ray, address=ray, **resources)
 
 
 def benchmark(
@@ -85,8 +88,9 @@ def benchmark(
     Repeat the command to resume a stopped sweep.
 
     [dim]dcp-zoo benchmark few-shot --datasets caltech101 --data-root DATA --output SWEEP --dry-run[/]
-    [dim]dcp-zoo benchmark base-to-new --methods coop,dcp --datasets caltech101 --data-root DATA --output SWEEP[/]
-    [dim]dcp-zoo benchmark few-shot --data-root DATA --output SWEEP --ray auto --per-trial gpus=0.5[/]
+    [dim]dcp-zoo benchmark base-to-new --methods coop,dcp --datasets caltech101 --data-root DATA --output
+    SWEEP[/] [dim]dcp-zoo benchmark few-shot --data-root DATA --output SWEEP --ray auto --per-trial
+    gpus=0.5[/]
     """
     trials = plan_trials(
         protocol,
@@ -94,7 +98,7 @@ def benchmark(
         split_commas(methods),
         split_commas(datasets),
         numbers(shots, "--shots"),
-        numbers(seeds, "--seeds"),
+        numbers(seeds, "--seeds", least=0),
         opt.parse_changes(changes),
         split_commas(targets),
     )
@@ -108,24 +112,21 @@ def benchmark(
         return
     from dcp_zoo.benchmark.sweep import sweep
 
-    import_extra("pandas", "plots")  # otherwise a missing pandas would only be noticed at the end
     use_threads()
     run = backend(ray, per_trial)
     if output_dir is None:
         raise ZooError("Pass --output DIR for the results, or --dry-run.")
     check_writable(output_dir)
     check_data(todo, data_root)
-    try:
+    with resumable():
         failed = sweep(trials, Settings(output_dir, data_root, device, precision), run=run, show=show_events)
-    except KeyboardInterrupt:
-        log("Stopped. Finished trials are kept; the same command resumes from there.")
-        raise
     show_results(trials, output_dir, failed)
     if failed:
         raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
 
 
 def show_events(events: "Iterable[Event]", total: int) -> "Iterator[Event]":
+    """Print each event; then it goes on to the caller."""
     for finished, event in enumerate(events, 1):
         color = "green" if event.state == "done" else "red"
         errors.print(f"[{color}]{event.state}[/] {finished}/{total} {event.trial.key} ({event.seconds:.0f} s)")
@@ -136,10 +137,12 @@ def show_events(events: "Iterable[Event]", total: int) -> "Iterator[Event]":
 def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]) -> None:
     """Print the protocol's tables of all results in the folder, and write them to its CSV file."""
     if store.done(output_dir):
-        path, results = output_dir / "results.csv", store.gather(output_dir)
-        write_file(path, lambda temporary: results.to_csv(temporary, index=False), "run the same command again")
+        path = output_dir / "results.csv"
+        results = store.gather(output_dir)
+        write_file(path, results.to_csv(index=False), "run the same command again")
+        _, make_tables = SECTIONS[trials[0].protocol]
         for (model, _), group in with_labels(results).groupby(["model", "weights"]):
-            for table in SECTIONS[trials[0].protocol][1](group):
+            for table in make_tables(group):
                 output.print(f"[bold]{model}: {table.caption}[/]", plain_table(table.header, table.rows), sep="\n")
                 output.print(table.note, "", sep="\n", style="dim")
         output.print(f"All results: {path}. Tables: dcp-zoo report {output_dir}", soft_wrap=True)
@@ -149,12 +152,16 @@ def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]
 
 
 def grid_table(trials: Sequence[Trial], done: Collection[str]) -> Table:
-    """The trials of each model, dataset and method; `done` has the keys of finished ones."""
+    """The numbers of trials of each model, dataset and method; `done` has the keys of finished ones."""
     table = Table("model", "dataset", "method", "trials", "done", title=trials[0].protocol)
-    cells = [(trial.model, trial.dataset, f"{trial.method} {trial.changes}".strip()) for trial in trials]
-    finished = Counter(row for row, trial in zip(cells, trials, strict=True) if trial.key in done)
-    for row, total in Counter(cells).items():  # those of a row differ in shots and seed
-        table.add_row(*row, str(total), str(finished[row]))
+    total = Counter[tuple[str, ...]]()
+    finished = Counter[tuple[str, ...]]()
+    for trial in trials:  # those of a row differ in shots and seed
+        row: tuple[str, ...] = (trial.model, trial.dataset, f"{trial.method} {trial.changes}".strip())
+        total[row] += 1
+        finished[row] += trial.key in done
+    for row, count in total.items():
+        table.add_row(*row, str(count), str(finished[row]))
     return table
 
 
@@ -163,12 +170,13 @@ def split_commas(values: Iterable[str]) -> list[str]:
     return [part for value in values for part in split_list(value) if part]
 
 
-def numbers(values: Iterable[str], option: str) -> list[int]:
+def numbers(values: Iterable[str], option: str, least: int = 1) -> list[int]:
+    """The integers of an option's values; ZooError for anything else."""
     texts = split_commas(values)
     for text in texts:
-        if not text.isdecimal() or int(text) < 1:
-            raise ZooError(f"{option} takes positive integers, such as 1,2,4, not {text!r}.")
-    return list(map(int, texts))
+        if not text.isdecimal() or int(text) < least:
+            raise ZooError(f"{option} takes integers from {least}, such as 1,2,4, not {text!r}.")
+    return [int(text) for text in texts]
 
 
 def report(
@@ -176,15 +184,17 @@ def report(
     output_dir: Path | None = Option(None, "--output", help="Folder for the report. Default: in the first one."),
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Write tables of benchmark results to `report.md`.
+    """Write tables of benchmark results to `report.md` and, for a paper, `report.tex`, with figures beside
+    them.
 
     [dim]dcp-zoo report SWEEP OTHER_SWEEP --output REPORT[/]
     """
     path = (output_dir or folders[0] / "report") / "report.md"
     check_output(path, overwrite)
-    import_extra("pandas", "plots")
-    write_report(folders, path)
-    output.print(f"Wrote {path}")
+    files = write_report(folders, path)
+    output.print(f"Wrote {', '.join(str(file) for file in files)}", soft_wrap=True)
+    if importlib.util.find_spec("matplotlib") is None:
+        advise("For figures: pip install 'dcp_zoo[plots]'.")
 
 
 data = Typer(help="Download datasets, and check those on disk.", no_args_is_help=True)
@@ -205,18 +215,22 @@ def check_(
     if data_root is None and not names:
         raise ZooError("Pass the folder with the datasets (--data-root DIR), or one to check.")
     rows = check(data_root, names or ())
-    columns = ("dataset", "status", "train", "val", "test", "split sha256")
-    cells = [(r.name, r.status, *map("{:,}".format, r.counts or ()), r.sha256[:12]) for r in rows]
-    output.print(plain_table(columns, cells))
-    broken, missing = ([row for row in rows if row.status == status] for status in ("broken", "missing"))
-    lines = [f"[red]{escape(row.name)}:[/] {escape(row.message)}" for row in broken]
-    lines += [escape(row.note) for row in rows if row.note]
+    cells = []
+    for row in rows:
+        counts = [f"{count:,}" for count in row.counts or ()]
+        cells.append((row.name, row.status, *counts, row.sha256[:12]))
+    output.print(plain_table(("dataset", "status", "train", "val", "test", "split sha256"), cells))
+    broken = [row for row in rows if row.status == "broken"]
+    missing = [find_spec(row.name) for row in rows if row.status == "missing"]
+    for row in broken:
+        output.print(f"[red]{escape(row.name)}:[/] {escape(row.message)}", soft_wrap=True)
+    for row in rows:
+        if row.note:
+            output.print(row.note, markup=False, soft_wrap=True)
     if missing:
-        lines += ["[bold]Where to get missing datasets[/] (most of them with dcp-zoo data download NAME)"]
-        specs = [find_spec(row.name) for row in missing]
-        lines += [f"  {f'{spec.folder}/{spec.images}':51}{spec.source}" for spec in specs]
-    for line in lines:
-        output.print(line, soft_wrap=True)
+        output.print("[bold]Where to get missing datasets[/] (most of them with dcp-zoo data download NAME)")
+    for spec in missing:
+        output.print(f"  {f'{spec.folder}/{spec.images}':51}{spec.source}", soft_wrap=True)
     if broken:
         raise Exit(1)
 
@@ -227,7 +241,8 @@ def download(
     data_root: Path = Option(help="Folder for the datasets; each gets a folder in CoOp's layout."),
     agree: Agree = False,
 ) -> None:
-    """Download datasets, unpack them in CoOp's layout, and check them. CoOp's splits are part of this package.
+    """Download datasets, unpack them in CoOp's layout, and check them. CoOp's splits are part of this
+    package.
 
     Complete datasets are skipped; a stopped download of a file with a checksum continues.
 
@@ -236,7 +251,8 @@ def download(
     """
     chosen = downloads.downloadable() if names == ["all"] else names
     specs = downloads.missing(chosen, data_root)
-    if failed := download_all(specs, data_root, agree):
+    failed = download_all(specs, data_root, agree)
+    if failed:
         raise ZooError(f"Not complete: {', '.join(failed)}. Repeat the command to resume.")
     output.print(f"All of {', '.join(chosen)} are in {data_root}.", soft_wrap=True)
 

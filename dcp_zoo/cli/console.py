@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,17 @@ from rich.markup import escape
 from rich.segment import Segment
 from rich.table import Column, Table
 
-from dcp_zoo.data.images import bar
-from dcp_zoo.fields import Values
 from dcp_zoo.files import cache_folder, file_name, printable, printable_lines
 from dcp_zoo.heads.config import ACCEPTED
-from dcp_zoo.tables import REFUSED
+from dcp_zoo.progress import bar
+from dcp_zoo.rejection import REFUSED
 
 QUIET = 30.0  # seconds between the lines of a log that show where a run is
 
 
 class SafeConsole(Console):
-    """A terminal that names cannot command: everything printed passes here, see `printable`. Only lines may end."""
+    """A terminal that names cannot command: everything printed passes here, see `printable`. Only lines may
+    end."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for text, style, control in super().render(renderable, options):
@@ -35,12 +35,14 @@ errors = SafeConsole(stderr=True, highlight=False)
 
 def progress_bar(items: Iterable[Any], what: str, total: int, **options: Any) -> Iterable[Any]:
     """The items with a bar of their number: in a terminal until the end; in a log a line now and then."""
-    in_log: Values = {"disable": False, "leave": True, "mininterval": QUIET, "delay": QUIET}
-    return bar(items, what, total, **({} if errors.is_terminal else in_log) | options)
+    if not errors.is_terminal:
+        options = {"disable": False, "leave": True, "mininterval": QUIET, "delay": QUIET} | options
+    return bar(items, what, total, **options)
 
 
 def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table without lines; its texts are shown verbatim, each on one line or, where they do not fit, folded."""
+    """A table without lines; its texts are shown verbatim, each on one line or, where they do not fit,
+    folded."""
     table = Table(*(Column(name, overflow="fold") for name in header), box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(escape(printable(text)) for text in row))
@@ -49,6 +51,10 @@ def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 def print_error(text: str) -> None:
     errors.print(f"[bold red]Error:[/] {escape(from_here(text))}", soft_wrap=True)
+
+
+def print_note(text: str) -> None:
+    errors.print(f"[yellow]Note:[/] {escape(from_here(text))}", soft_wrap=True)
 
 
 def log(text: str) -> None:
@@ -71,16 +77,30 @@ def advise(text: str) -> None:
             mark.touch()
 
 
-def rejection_note(info: Mapping[str, Any], reject: float = True) -> str:
-    """What else a head with this `info` accepts if this share of its classes' images may be rejected; "" if unknown."""
-    rate, fitted = REFUSED if reject is True else reject, info.get("text_probe", {})
-    similar, everyday = (fitted.get(name, {}).get(f"{rate:g}") for name in ACCEPTED)
-    said = []
-    if similar is not None:
-        said += [f"Of things much like its classes it accepts about {similar:.0f} %, measured by leaving classes out"]
-        said[0] += "." if everyday is None else f"; of thirty everyday pictures {everyday:.0f} %."
-    if examples := fitted.get("examples"):
-        said += [f"It rejects what is much like its {examples:,} examples of none of these."]
-    measured = bool(fitted.keys() & set(ACCEPTED))  # for these classes
-    known = [f"{100 * rate:g} % of the images of the head's classes are rejected."] * measured
-    return " ".join([*known, *said]) if said else ""
+@contextmanager
+def resumable(advice: str = "What was computed is kept: repeat the command to go on.") -> Iterator[None]:
+    """Print this advice if the work in the context is stopped by Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        log(f"Stopped. {advice}")
+        raise
+
+
+def rejection_note(info: Mapping[str, Any]) -> str:
+    """What --reject accepts and rejects with a head of this `info`, in sentences; "" if it was not
+    measured."""
+    probe = info.get("text_probe", {})
+    near, far = [probe.get(name, {}).get(f"{REFUSED:g}") for name in ACCEPTED]
+    sentences = []
+    if near is not None or far is not None:
+        sentences.append(f"{100 * REFUSED:g} % of the images of the head's classes are rejected.")
+    if near is not None:
+        sentences.append(
+            f"Of things much like its classes it accepts about {near:.0f} %, measured by leaving classes out."
+        )
+    if far is not None:
+        sentences.append(f"Of thirty everyday pictures it accepts {far:.0f} %.")
+    if probe.get("examples"):
+        sentences.append(f"It rejects what is much like its {probe['examples']:,} examples of none of these.")
+    return " ".join(sentences)

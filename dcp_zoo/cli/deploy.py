@@ -31,33 +31,36 @@ def export(
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --output caltech101.onnx[/]
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --format hub --output my_repo[/]
     """
-    name, names = opt.head_name(head), opt.class_list(classes)
+    name = opt.head_name(head)
+    names = opt.class_list(classes)
     check_choice("format", format, ("onnx", "hub"))
     if format == "hub":
         file = file or Path(f"{file_stem(name)}-hub")
         check_empty(file)
         check_writable(file.parent)
-        told = f"{file / 'README.md'} shows how to use it."
+        note = f"{file / 'README.md'} shows how to use it."
     else:
         file = file or Path(f"{file_stem(name)}.onnx")
-        file = file if file.suffix else file.with_suffix(".onnx")
+        if not file.suffix:
+            file = file.with_suffix(".onnx")
         check_output(file, overwrite)
         check_choice("suffix", file.suffix, (".onnx",))
-        told = "It was verified against the model."
+        note = "It was verified against the model."
     model = exported(name, names, file, format)
     size = f", {file.stat().st_size / 1e6:.0f} MB" if file.is_file() else ""
-    output.print(f"Wrote {file}, {model.num_classes} classes{size}. {told}", markup=False)
+    output.print(f"Wrote {file}, {model.num_classes} classes{size}. {note}", markup=False)
 
 
-def exported(name: str, classnames: Sequence[str] | None, place: Path, format: str = "onnx") -> "Head":
-    """The head of this name, once it is written to a file or a folder."""
+def exported(name: str, classnames: Sequence[str] | None, path: Path, format: str = "onnx") -> "Head":
+    """Write a head to a file, or as a repo to a folder. Returns the head."""
     from dcp_zoo.release import export_hub
     from dcp_zoo.release.onnx import check_export, export
     from dcp_zoo.zoo.factory import create_model
 
     check_export()
     model: Head = create_model(name, True, classnames=classnames).eval()
-    export_hub(model, place) if format == "hub" else export(model, place)
+    write = export_hub if format == "hub" else export
+    write(model, path)
     return model
 
 
@@ -86,19 +89,22 @@ def serve(
         import_extra(module, "serve")
     from dcp_zoo.serve.app import application
 
-    names, hosts = opt.class_list(classes), allowed_hosts(host, allow_hosts)
+    names = opt.class_list(classes)
+    hosts = allowed_hosts(host, allow_hosts)
+    limits = Limits(1e6 * max_mb)
     with TemporaryDirectory() as folder:
         if head.endswith(".onnx"):
-            file, name = Path(head), ""  # the file has one
             if names:
                 raise ZooError("The classes of an exported file are fixed: export it again with --classes.")
+            file = Path(head)
+            shown_name = ""  # that in the file
         else:
-            file, name = Path(folder, "model.onnx"), opt.head_name(head)
+            file = Path(folder, "model.onnx")
+            name = opt.head_name(head)
             log(f"Exporting {name}, which takes up to a minute: dcp-zoo export writes a file that starts at once.")
             exported(name, names, file)
-            name = file_stem(name) if is_checkpoint(head) else head  # visitors need not know where it is
-        limits = Limits(1e6 * max_mb)
-        app = application(file, limits, available_cores(), name, hosts, device)
+            shown_name = file_stem(name) if is_checkpoint(head) else head  # visitors need not know where it is
+        app = application(file, limits, available_cores(), shown_name, hosts, device)
     listening = listen(host, port)
     address = f"http://{host}:{listening.getsockname()[1]}"
     print(f"Serving {head} at {address} (requests: {address}/docs). Stop with Ctrl-C.", flush=True)

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from rich.markup import escape
 from typer import Argument, Option
 
 from dcp_zoo.cli.console import advise, log, output, progress_bar
-from dcp_zoo.cli.options import Device, GroupBy, Labels, Model, Overwrite, Photos, data_source, head_name
+from dcp_zoo.cli.options import Device, GroupBy, Labels, Model, Overwrite, Photos, data_source
 from dcp_zoo.data import load_labelled
 from dcp_zoo.data.splits import group_by
+from dcp_zoo.data.unreadable import unreadable_summary
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_output, check_outside, printable
@@ -30,14 +31,15 @@ def inspect(
 ) -> None:
     """Look for wrong labels and duplicates before training, and say what accuracy to expect.
 
-    Writes a page with pictures, and a CSV file with a row for each image: train --labels takes it, with your changes.
+    Writes a page with pictures, and a CSV file with a row for each image: train --labels takes it, with your
+    changes.
 
     [dim]dcp-zoo inspect MY_PHOTOS[/]
     """
     dataset, root = data_source(photos, None, labels)
     if dataset != "folder" or root is None:
         raise ZooError("Pass a folder with one folder of images per class: dcp-zoo inspect MY_PHOTOS.")
-    folder = output_dir or Path(f"{root.resolve().name.partition('.')[0]}_inspection")
+    folder = output_dir or Path(f"{root.resolve().name}_inspection")
     if not labels:
         check_outside(folder, root)
     for name in (INSPECTION_TABLE, INSPECTION_PAGE):
@@ -48,14 +50,13 @@ def inspect(
     if data.note:
         log(printable(data.note))
     from dcp_zoo.inspection.inspection import inspect as find
-    from dcp_zoo.inspection.inspection import unreadable
 
     use_threads()
     inspection = find(data, model=model, device=device, progress=progress_bar)
     page, table = inspection.write(folder)
     output.print(f"{inspection.summary[0].upper()}{inspection.summary[1:]}.")
     if inspection.seen.errors:
-        log(printable(f"Images that cannot be read: {unreadable(inspection.data, inspection.seen)}."))
+        log(printable(f"{unreadable_summary(data.items, inspection.seen.errors)}."))
     output.print(f"Look at {page}; to change labels, edit the column class of {table}", markup=False)
 
 
@@ -84,19 +85,28 @@ def search(
     if (head or labels) and not to_label:
         raise ZooError("--head and --labels work only with --to-label: add it.")
     use_threads()
-    from dcp_zoo.inspection import search as find
+    from dcp_zoo.inspection.search import PAGE, TABLE, suggest
+    from dcp_zoo.inspection.search import search as find
 
-    options: Values = {"count": count, "output": output_dir, "model": model, "device": device}
-    images: Sequence[find.Match | find.Suggestion]
+    options: Values = {
+        "count": count,
+        "output": output_dir,
+        "model": model,
+        "device": device,
+        "progress": progress_bar,
+    }
+    found: Sequence[Any]
     if to_label:
-        images = find.suggest(folder, head and head_name(head), labels=labels, progress=progress_bar, **options)
+        found = suggest(folder, head, labels=labels, **options)
+    elif text and Path(text).is_file():
+        found = find(folder, like=text, **options)
     else:
-        like = text if text and Path(text).is_file() else None
-        images = find.search(folder, None if like else text, like=like, progress=progress_bar, **options)
-    for row in images:
-        output.print(escape(f"{row.note}  {row[0]}".lstrip()), soft_wrap=True)
-    if text and not like and model == "dcp_mini":
-        advise(MINIATURE)
+        found = find(folder, text, **options)
+        if model == "dcp_mini":
+            advise(MINIATURE)
+    for row in found:
+        output.print(f"{row.note}  {row[0]}".lstrip(), markup=False, soft_wrap=True)
     if to_label and output_dir is not None:
-        page, table = output_dir / find.PAGE, output_dir / find.TABLE
+        page = output_dir / PAGE
+        table = output_dir / TABLE
         log(f"Look at {page}, fill in the column class of {table}, and pass the table to train --labels.")

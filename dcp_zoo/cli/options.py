@@ -1,8 +1,9 @@
 """Options shared by several commands, and --set, which changes a recipe."""
 
+import ast
 import json
 import os.path
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -74,7 +75,8 @@ def head_name(head: str) -> str:
 
 
 def class_list(classes: str | None) -> list[str] | None:
-    """The names of a --classes, in a file or a list, see `split_list`; None, the head's, if it is not given."""
+    """The names of a --classes, in a file or a list, see `split_list`; None, the head's, if it is not
+    given."""
     if classes is None:
         return None
     if os.path.isfile(classes):  # noqa: PTH113  Path would raise for long texts
@@ -87,22 +89,27 @@ def class_list(classes: str | None) -> list[str] | None:
 def data_source(
     images: str | None, data_root: Path | None, labels: Sequence[Path] | None = None
 ) -> tuple[str | None, Path | None]:
-    """The dataset that IMAGES name, `folder` for your own, and where it is: there, or in the data root. Without IMAGES
-    those of the first labels file's folder, if any."""
+    """The dataset that IMAGES name, `folder` for your own, and where it is: there, or in the data root.
+    Without IMAGES those of the first labels file's folder, if any."""
+    if images is None and labels:
+        return "folder", data_root or labels[0].parent
     if images is None:
-        return ("folder", data_root or labels[0].parent) if labels else (None, data_root)
+        return None, data_root
     is_folder = Path(images).is_dir()
     if is_folder and not data_root:
         return "folder", Path(images)
-    if is_folder and images not in DATASETS:
+    if images in DATASETS:
+        check_data_root(images, data_root)
+        if labels:
+            raise ZooError(f"--labels is for your own images: omit it, or {images}.")
+        return images, data_root
+    if is_folder:
         raise ZooError(f"{images} has your own images: omit --data-root, which is for datasets.")
-    if images not in DATASETS:
-        advice = f"{nearest_hint(images, DATASETS)} Pass a folder with a folder per class, or a dataset."
-        raise ZooError(f"There is no folder {images}, and no dataset of this name.{advice}")
-    check_data_root(images, data_root)
-    if labels:
-        raise ZooError(f"--labels is for your own images: omit it, or {images}.")
-    return images, data_root
+    others = [name for name in DATASETS if name != "folder"]  # which stands for any folder
+    raise ZooError(
+        f"There is no folder {images}, and no dataset of this name.{nearest_hint(images, others)} Pass a folder with a "
+        "folder per class, or a dataset."
+    )
 
 
 def check_data_root(dataset: str, data_root: Path | None) -> None:
@@ -112,25 +119,31 @@ def check_data_root(dataset: str, data_root: Path | None) -> None:
 
 
 def parse_changes(settings: Iterable[str]) -> dict[str, list[Any]]:
-    """The values of all `--set NAME=VALUE[,VALUE]`, parsed as JSON or else as text. Repeated names add values."""
+    """The values of all `--set NAME=VALUE[,VALUE]`, see `parse_value`. Repeated names add values."""
     changes: dict[str, list[Any]] = {}
     for setting in settings:
         name, _, text = setting.partition("=")
         if not (name and text):
             raise ZooError(f"--set takes NAME=VALUE, such as depth=3, not {setting!r}.")
-        for value in [text] if name == "ctx_init" else text.split(","):  # a phrase may have commas
-            parsed: object = value.strip()
-            with suppress(ValueError):
-                parsed = json.loads(value)
-            changes.setdefault(name, []).append(parsed)
+        texts = [text] if name == "ctx_init" else text.split(",")  # a phrase may have commas
+        changes.setdefault(name, []).extend(parse_value(value.strip()) for value in texts)
     return changes
 
 
-def single_values(changes: dict[str, list[Any]]) -> Values:
+def parse_value(text: str) -> Any:
+    """A value as JSON or Python has it, or else the text."""
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError):
+            return parse(text)
+    return text
+
+
+def single_values(changes: Mapping[str, Sequence[Any]]) -> Values:
+    """The changes of a recipe; ZooError if one has several values."""
     for name, values in changes.items():
         if len(values) > 1:
             raise ZooError(f"--set {name} has {len(values)} values: pass one, or run a grid with dcp-zoo benchmark.")
-    return {name: value for name, (value,) in changes.items()}
+    return {name: values[0] for name, values in changes.items()}
 
 
 def as_text(value: object) -> str:
@@ -139,25 +152,29 @@ def as_text(value: object) -> str:
 
 
 def recipe_help(method: str = "") -> str:
-    """The recipe of a method, by default DCP's, for a help text: each field with its default, help and limits."""
-    kind: type[BaseRecipe] = Recipe
-    values = "; dcp-zoo info MODEL --json shows a model's values"
+    """The recipe of a method, by default DCP's, for a help text: each field with its default, help and
+    limits."""
+    recipe: type[BaseRecipe] = Recipe
+    note = "; dcp-zoo info MODEL --json shows a model's values"
     if method:
         check_choice("method", method, tuple(METHODS))
-        kind, values = METHODS[method].config, ""
-    text = f"Fields of the recipe of {method or DCP_METHOD} and their defaults{values}:\n"
-    for part in fields(kind):
-        about = part.metadata
-        limits = [f"one of {', '.join(about['choices'])}"] if about.get("choices") else []
-        limits += [f"at {which} {about[name]}" for name, which in (("min", "least"), ("max", "most")) if name in about]
-        told = "; ".join([about.get("help", ""), *limits])
-        text += f"\n- [bold]{part.name}[/] ({as_text(part.default)}): {told}"
-    return text
+        recipe = METHODS[method].config
+        note = ""
+    lines = [f"Fields of the recipe of {method or DCP_METHOD} and their defaults{note}:\n"]
+    for field in fields(recipe):
+        about = [field.metadata.get("help", "")]
+        if field.metadata.get("choices"):
+            about.append(f"one of {', '.join(field.metadata['choices'])}")
+        for limit, words in {"min": "at least", "max": "at most"}.items():
+            if limit in field.metadata:
+                about.append(f"{words} {field.metadata[limit]}")
+        lines.append(f"- [bold]{field.name}[/] ({as_text(field.default)}): {'; '.join(about)}")
+    return "\n".join(lines)
 
 
 class Command(TyperCommand):
-    """A command with --set answers --epochs 50 with a hint to --set epochs=50, and its help lists the recipe of a
-    --method. The help shows flags without Typer's <bool>, as they take no value."""
+    """A command with --set answers --epochs with a hint to --set epochs=VALUE, and its help lists the recipe
+    of a --method. The help shows flags without Typer's <bool>, as they take no value."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         parameters: list[Any] = super().get_params(ctx)
@@ -167,14 +184,14 @@ class Command(TyperCommand):
         return parameters
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        declared, method = {opt for parameter in self.params for opt in parameter.opts}, ""
-        for arg, following in zip(args, [*args[1:], "--"], strict=False) if "--set" in declared else ():
-            name, _, value = arg.partition("=")
-            method = (value or following) if name == "--method" else method
-            part = name.removeprefix("--").replace("-", "_")
-            if name not in declared and name.startswith("--") and part in Recipe.__dataclass_fields__:
-                value = value or ("VALUE" if following.startswith("--") else following)
-                raise ZooError(f"There is no option {name}. It is a field of the recipe: use --set {part}={value}")
+        declared = {name for parameter in self.params for name in parameter.opts}
+        if "--set" in declared:
+            for arg in args:
+                name = arg.partition("=")[0]
+                field = name.removeprefix("--").replace("-", "_")
+                if name.startswith("--") and name not in declared and field in Recipe.__dataclass_fields__:
+                    raise ZooError(f"There is no option {name}. It is a field of the recipe: use --set {field}=VALUE")
         if "--help" in args and {"--method", "--set"} <= declared:
-            self.epilog = recipe_help(method)
+            given, _, _ = self.make_parser(ctx).parse_args(list(args))
+            self.epilog = recipe_help(given.get("method", ""))
         return super().parse_args(ctx, args)

@@ -2,30 +2,37 @@
 
 import json
 from collections.abc import Sequence
-from itertools import chain, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from typer import Argument, Exit, Option
 
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import advise, log, output, plain_table, print_error, progress_bar, rejection_note
+from dcp_zoo.cli.console import (
+    advise,
+    log,
+    output,
+    plain_table,
+    print_error,
+    progress_bar,
+    rejection_note,
+    resumable,
+)
 from dcp_zoo.data.find import find_images
-from dcp_zoo.data.images import load_image, no_progress
+from dcp_zoo.data.images import load_image
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 from dcp_zoo.errors import ZooError, attempted
-from dcp_zoo.fields import Values
+from dcp_zoo.features import AUTO
 from dcp_zoo.files import printable
 from dcp_zoo.heads.config import read_config
+from dcp_zoo.progress import no_progress
 from dcp_zoo.tables import NONE
-from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.zoo.registry import DEFAULT_HEAD, MINIATURE_NOTE
 from dcp_zoo.zoo.resolve import head_folder
 
 if TYPE_CHECKING:
     from dcp_zoo.answers import Row
     from dcp_zoo.prediction import Predictor
-    from dcp_zoo.prediction.job import Told
 
 FEW = 8  # images with `top_k` classes each, and without a progress bar
 NAMED = 10  # of the images that cannot be read
@@ -34,6 +41,10 @@ EXPLAINED = 50  # images, of each of which a person looks at a picture
 FILES = "Files"  # a panel of the help
 IMAGES = "Images, folders, patterns in quotes, or a .txt file with one path per line."
 SHEET = "Write a page to look at: the images of each class, the least certain first."
+ZERO_SHOT = (
+    "Zero-shot: by the names of twelve classes. The head was trained on images of only one of these, butterfly. "
+    "To train on images: dcp-zoo train MY_PHOTOS --output my_head"
+)
 EXPLAIN = "Write pictures into a folder: what in an image speaks for its class. Up to 50."
 
 
@@ -42,7 +53,7 @@ def predict(
     head: opt.HeadName = DEFAULT_HEAD,
     classes: opt.Classes = None,
     top_k: int = Option(5, min=1, help="Predictions per image."),
-    sample: bool = Option(False, "--sample", help="Classify six sample photographs."),
+    sample: bool = Option(False, "--sample", help="Classify six sample photographs; without --head, zero-shot."),
     reject: bool = Option(False, "--reject", help="Label images of other things `none of these`."),
     together: bool = Option(
         False, "--together", help="Refine predictions with the other images, if these are of few classes."
@@ -67,39 +78,50 @@ def predict(
     """
     if not (images or sample):
         raise ZooError("Pass images, a folder of images, or --sample for six photographs.")
-    if table is None and (other := features or sheet):
-        table = other.with_suffix(".csv")
+    beside = features or sheet
+    if table is None and beside:
+        table = beside.with_suffix(".csv")
     if table and as_json:
         raise ZooError("--json prints to the screen: for a file use --output predictions.jsonl.")
     names = opt.class_list(classes)
     if sample and head == DEFAULT_HEAD and not (names or images or reject):  # to reject needs the head's own classes
         names = SAMPLE_CLASSES
+        log(ZERO_SHOT)
     from dcp_zoo.prediction import Predictor
 
-    kept, given = together or features is not None, Values(device=device, precision=precision, classnames=names)
-    predictor = Predictor(head, "image", top_k, kept, reject or None, **given)
+    predictor = Predictor(
+        head,
+        top_k=top_k,
+        features=together or features is not None,
+        reject=reject or None,
+        device=device,
+        precision=precision,
+        classnames=names,
+    )
     if reject and not (predictor.on_onnx or as_json or names):
-        config = read_config(head_folder(str(predictor.head)))
-        if note := rejection_note(config["dcp"], reject):
+        note = rejection_note(read_config(head_folder(str(predictor.head)))["dcp"])
+        if note:
             log(note)
     paths = find_images([*(images or []), *(sample_images() if sample else [])])
-    if explain and (predictor.on_onnx or len(paths) > EXPLAINED):
-        problem = "an exported file has no gradients" if predictor.on_onnx else f"of at most {EXPLAINED}"
-        raise ZooError(f"--explain shows images by a head, {problem}: pass its folder, and fewer images.")
-    if table:
-        from dcp_zoo.prediction.job import OutputFiles, run
+    if explain and predictor.on_onnx:
+        raise ZooError("--explain needs gradients, which an exported file has not: pass the head's folder.")
+    if explain and len(paths) > EXPLAINED:
+        raise ZooError(f"--explain writes a picture of each of {len(paths):,} images: pass at most {EXPLAINED}.")
+    from dcp_zoo.prediction.job import OutputFiles, run, summary_of
 
-        files = OutputFiles(table, features, sheet, overwrite)
-        errors, changed = run(paths, predictor, files, together, progress_bar)
+    if table:
+        with resumable():
+            errors, changed = run(
+                paths, predictor, OutputFiles(table, features, sheet, overwrite), together, progress_bar
+            )
     else:
-        errors, changed = show_on_screen(paths, predictor, together, as_json)
+        errors, changed = summary_of(show_on_screen(paths, predictor, together, as_json))
     for error in errors[:NAMED]:
         print_error(printable(error))
+    if errors:
+        log(f"{len(errors):,} of {len(paths):,} images cannot be read.")
     if table:
-        bad = f", of which {len(errors):,} cannot be read" if errors else ""
-        log(f"{len(paths):,} image{'s' * (len(paths) != 1)}{bad}: {table}")
-    elif errors and len(paths) > 1:
-        log(f"{len(errors)} of {len(paths)} images cannot be read.")
+        log(f"Wrote {table}, with {len(paths):,} images.")
     if explain:
         explain_each(paths, predictor, explain)
         log(f"What speaks for each class, in red: {explain}")
@@ -111,39 +133,39 @@ def predict(
 
 def explain_each(images: Sequence[str], predictor: "Predictor", folder: Path) -> None:
     """Write a picture of each image that can be read."""
-    from dcp_zoo.api import functions
-    from dcp_zoo.prediction.heads import HeadBackend
+    from dcp_zoo.api.functions import explain
 
-    assert isinstance(predictor.backend, HeadBackend)
+    backend: Any = predictor.backend
     folder.mkdir(parents=True, exist_ok=True)
-    for i, path in enumerate(images, 1):
-        if not isinstance(image := attempted(load_image, path), ZooError):  # an error was printed above
-            functions.explain(predictor.backend.head, image).picture().save(folder / f"{i}_{Path(path).stem}.png")
+    for number, path in enumerate(images, 1):
+        image = attempted(load_image, path)
+        if not isinstance(image, ZooError):  # which was printed already
+            explain(backend.head, image).picture().save(folder / f"{number}_{Path(path).stem}.png")
 
 
-def show_on_screen(images: Sequence[str], predictor: "Predictor", together: bool, as_json: bool) -> "Told":
-    """Print the predictions of all images."""
+def show_on_screen(images: Sequence[str], predictor: "Predictor", together: bool, as_json: bool) -> "list[Row]":
+    """Print the predictions of all images: of a few the `top_k` classes, of more only the best."""
     if len(images) > ON_SCREEN and not as_json:
         raise ZooError(f"{len(images):,} images are too many for the screen: pass --output predictions.csv.")
     from dcp_zoo.answers import written
-    from dcp_zoo.prediction.job import classified, told
+    from dcp_zoo.prediction.job import classified
 
-    rows = classified(images, predictor, together, progress_bar if len(images) > FEW else no_progress)
+    are_few = len(images) <= FEW
+    rows = classified(images, predictor, together, no_progress if are_few else progress_bar)
     if as_json:
-        print(json.dumps([*map(written, rows)], indent=1))
-        return told(rows)
-    top_k = predictor.top_k if len(images) <= FEW else 1
-    output.print(plain_table(("image", "class", "probability"), chain(*(cells(row, top_k) for row in rows))))
-    if len(images) > FEW:
+        print(json.dumps([written(row) for row in rows], indent=1))
+        return rows
+    lines = []
+    for row in rows:
+        name = Path(row["image"]).name if are_few and predictor.top_k > 1 else row["image"]
+        shown = [(NONE, "")] if row.get("rejected") else []
+        shown += [(best["class"], f"{100 * best['probability']:5.1f} %") for best in row.get("predictions", [])]
+        for class_, probability in shown[: predictor.top_k if are_few else 1]:
+            lines.append((name, class_, probability))
+            name = ""  # once for each image
+    output.print(plain_table(("image", "class", "probability"), lines))
+    if not are_few:
         output.print("All classes: --json, or --output predictions.csv", style="dim")
     if predictor.backend.architecture == "dcp_mini":
         advise(MINIATURE_NOTE)
-    return told(rows)
-
-
-def cells(row: "Row", lines: int) -> list[tuple[str, str, str]]:
-    """So many lines of a table for an image, if it can be read: its most probable classes."""
-    names = chain([Path(row["image"]).name if lines > 1 else row["image"]], repeat(""))
-    shown = [(NONE, "")] if row.get("rejected") else []
-    shown += [(best["class"], f"{100 * best['probability']:5.1f} %") for best in row.get("predictions", [])]
-    return [(name, *pair) for name, pair in zip(names, shown[:lines], strict=False)]
+    return rows

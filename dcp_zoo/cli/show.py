@@ -1,6 +1,5 @@
 """`dcp-zoo list` and `dcp-zoo info`."""
 
-import fnmatch
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +8,15 @@ from rich.markup import escape
 from rich.table import Table
 from typer import Argument
 
+from dcp_zoo.accuracy import Accuracy
 from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.cli.console import output, plain_table, rejection_note
-from dcp_zoo.cli.options import AsJson, as_text, head_name
+from dcp_zoo.cli.options import AsJson, as_text
 from dcp_zoo.data import DATASETS
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.fields import Values
-from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME, Accuracy, alone_and_probed, is_checkpoint, read_config
+from dcp_zoo.heads.config import CONFIG_NAME, alone_and_probed, read_config, weights_file
 from dcp_zoo.tables import quoted
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo import registry
@@ -44,37 +44,47 @@ def list_(
 ) -> None:
     """List the models, the heads that can be loaded, and the number of planned heads.
 
-    Heads are bundled, published on the Hub, or local: planned ones that were trained in this folder.
+    Heads are bundled, published on the Hub, or local: planned ones that were trained in this folder. A
+    filter with a dot lists planned ones, too.
 
     [dim]dcp-zoo list 'dcp_mini*'[/]
+    [dim]dcp-zoo list 'dcp_vitb16.dtd*'[/]
     """
-    not_trained = [name for name in registry.list_heads(filter, "planned") if not is_checkpoint(name)]
-    heads = [registry.loadable_heads()[name] for name in registry.list_pretrained(filter)]
-    for name in fnmatch.filter(local_heads(), filter or "*"):
+    known = registry.known_heads()
+    found = {name: known[name] for name in registry.matching(known, filter)}
+    for name in registry.matching(local_heads(), filter):
         metrics = read_config(name)["dcp"].get("metrics", {})
-        heads.append(replace(get_head(name), status="local", metrics=metrics))
-    shown = {*registry.list_models(filter), *(head.model for head in heads)}
-    shown |= {name.split(".")[0] for name in not_trained}
-    if not shown:
+        found[name] = replace(get_head(name), status="local", metrics=metrics)
+    models = {*registry.list_models(filter), *(head.model for head in found.values())}
+    if not models:
         hint = nearest_hint(filter.strip("*"), [*MODELS, *all_heads()])
         raise ZooError(f"No model or head matches {filter!r}.{hint} All: dcp-zoo list.")
-    specs = [spec for spec in MODELS.values() if spec.name in shown]
-    models = [(s.name, s.license or "see Hub", s.download or "bundled", *s.accuracies) for s in specs]
-    output.print(plain_table(("model", "licence", "size", "10 sets", "ImageNet"), models))
+    rows = []
+    for spec in MODELS.values():
+        if spec.name in models:
+            rows.append((spec.name, spec.license or "see Hub", spec.download or "bundled", *spec.accuracies))
+    output.print(plain_table(("model", "licence", "size", "10 sets", "ImageNet"), rows))
     output.print(ACCURACY_NOTE, "", style="dim")
+    planned = [head for head in found.values() if head.status == "planned"]
+    heads = [head for head in found.values() if "." in filter or head.status != "planned"]
     if heads:
-        order, rows = list(MODELS), []
-        for head in sorted(heads, key=lambda head: (order.index(head.model), head.dataset, head.shots, head.seed)):
-            top1 = ("" if value is None else f"{value:5.1f} %" for value in alone_and_probed(head.metrics))
+        order = list(MODELS)
+        heads.sort(key=lambda head: (order.index(head.model), head.dataset, head.shots, head.seed))
+        rows = []
+        for head in heads:
+            top1 = ["" if value is None else f"{value:5.1f} %" for value in alone_and_probed(head.metrics)]
             rows.append((head.name, head.status, *top1))
         output.print(plain_table(("head", "status", "method alone", "with text probe"), rows))
         notes = dict.fromkeys(DATASETS[head.dataset].part_note for head in heads if head.dataset in DATASETS)
         output.print(HEADS_NOTE, *[note for note in notes if note], "", sep="\n", style="dim")
-    if not_trained:
-        shots = sorted({all_heads()[name].shots for name in not_trained})
-        text = f"{len(not_trained):,} heads for {', '.join(map(str, shots))} images per class are planned"
-        text += f" and not trained yet. How to train one: dcp-zoo info {not_trained[0]}"
-        output.print(text, style="dim", markup=False)
+    if planned:
+        shots = ", ".join(map(str, sorted({head.shots for head in planned})))
+        output.print(
+            f"{len(planned):,} heads for {shots} images per class are planned and not trained yet. How to train one: "
+            f"dcp-zoo info {planned[0].name}",
+            style="dim",
+            markup=False,
+        )
 
 
 def info(
@@ -86,7 +96,7 @@ def info(
     [dim]dcp-zoo info dcp_vitb16.imagenet-16shot[/]
     [dim]dcp-zoo info my_head[/]
     """
-    details = describe(head_name(name))
+    details = describe(name)
     if as_json:
         print(json.dumps(details, indent=1))
         return
@@ -101,6 +111,7 @@ def info(
 
 
 def describe(name: str) -> Values:
+    """The details of a model, head or checkpoint by its name."""
     kind, place, tag = parse_name(name)
     if kind == "local-dir":
         return describe_checkpoint(place, Path(place))
@@ -108,69 +119,80 @@ def describe(name: str) -> Values:
         from dcp_zoo.hub import download_file
 
         return describe_checkpoint(name, download_file(place, CONFIG_NAME, tag or None, None).parent)
-    if kind == "zoo" and tag:
-        head = get_head(f"{place}.{tag}")
-        folder = trained_here(head)
-        return describe_checkpoint(name, folder) if folder else describe_head(registry.newest(head))
-    return describe_model(get_spec(name))
+    if kind == "open_clip":
+        return describe_model(get_spec(name))
+    if tag in ("", registry.CLIP_TAG):
+        return describe_model(get_spec(place))
+    head = get_head(f"{place}.{tag}")
+    folder = trained_here(head)
+    if folder:
+        return describe_checkpoint(head.name, folder)
+    if head.status == "planned":
+        head = registry.loadable_heads().get(head.name, head)
+    return describe_head(head)
 
 
 def describe_checkpoint(name: str, folder: Path) -> Values:
     config = read_config(folder)
-    block, omitted = config["dcp"], ("format_version", "clip", "head", "recipe", "image_hashes")
-    facts = {key: value for key, value in block.items() if key not in omitted and value not in (None, "")}
-    if isinstance(texts := block["texts"], dict):
+    info = config["dcp"]
+    omitted = ("format_version", "clip", "head", "recipe", "image_hashes")
+    facts = {key: value for key, value in info.items() if key not in omitted and value not in (None, "")}
+    texts = info["texts"]
+    if isinstance(texts, dict):
         facts["texts"] = f"{sum(map(len, texts.values()))} sentences"
-    if "labels" in block:
-        facts["labels"] = dict(block["labels"])
-    weights = folder / WEIGHTS_NAME
+    if "labels" in info:
+        facts["labels"] = dict(info["labels"])
+    weights = weights_file(folder)
     return {
         "head": name,
         "model": config["architecture"],
-        "CLIP weights": block["clip"],
+        "CLIP weights": info["clip"],
         "size": f"{weights.stat().st_size / 1e6:.1f} MB" if weights.exists() else "not downloaded",
         "classes": config["label_names"],
         **facts,
-        "recipe": config["model_args"] | dict(block.get("recipe", {})),
+        "recipe": config["model_args"] | dict(info.get("recipe", {})),
     }
 
 
 def describe_model(spec: ModelSpec) -> Values:
-    clip, weights = "miniature, for trying things out", "bundled"
-    size = f"{MINI_WEIGHTS.stat().st_size / 1e6:.0f} MB on disk"
+    details: Values = {"model": spec.name}
     if spec.clip:
-        clip, weights = f"open_clip {spec.clip}", f"{spec.clip_pretrained} ({spec.clip_repo or spec.clip})"
-        size = spec.download and f"{spec.download} in float32"  # its file may be smaller
+        details["CLIP"] = f"open_clip {spec.clip}"
+        details["weights"] = f"{spec.clip_pretrained} ({spec.clip_repo or spec.clip})"
+        details["size"] = spec.download and f"{spec.download} in float32"  # its file may be smaller
+    else:
+        details["CLIP"] = "miniature, for trying things out"
+        details["weights"] = "bundled"
+        details["size"] = f"{MINI_WEIGHTS.stat().st_size / 1e6:.0f} MB on disk"
     page = f"https://huggingface.co/{spec.clip_repo}" if spec.clip_repo else "its source"
-    accuracies = zip(spec.accuracies, ("mean of ten datasets", "ImageNet"), strict=True)
-    published = ", ".join(f"{value} % ({what})" for value, what in accuracies if value)
-    details = {
-        "model": spec.name,
-        "CLIP": clip,
-        "weights": weights,
+    mean, imagenet = spec.accuracies
+    published = [f"{mean} % (mean of ten datasets)"] if mean else []
+    published += [f"{imagenet} % (ImageNet)"] if imagenet else []
+    trained = [name for name, head in registry.loadable_heads().items() if head.model == spec.name]
+    details |= {
         "licence": spec.license or f"see {page}",
-        "size": size,
         "input": f"{spec.image_size} x {spec.image_size} px",
-        "parameters": f"{spec.parameters} million" if spec.parameters else "",
-        "image tower": f"{spec.gflops:.0f} GFLOPs per image" if spec.gflops else "",
-        "zero-shot": f"{published}, published: {spec.accuracy_source}" if published else "no published figure",
+        "parameters": spec.parameters and f"{spec.parameters} million",
+        "image tower": spec.gflops and f"{spec.gflops:.0f} GFLOPs per image",
+        "zero-shot": f"{', '.join(published)}, published: {spec.accuracy_source}"
+        if published
+        else "no published figure",
         "default head": spec.default_tag,
         "recipe": default_recipe(spec.name).as_dict(),
-        "trained heads": ", ".join(registry.list_pretrained(f"{spec.name}.*")) or "none yet",
+        "trained heads": ", ".join(trained) or "none yet",
     }
-    return {name: value for name, value in details.items() if value != ""}
+    return {name: value for name, value in details.items() if value}
 
 
 def describe_head(head: HeadEntry) -> Values:
-    details = {
+    details: Values = {
         "status": head.status,
         "licence": head.license or "none yet: not trained",
         "train it": head.train_command,
     }
     if head.status == "bundled":
         return describe_checkpoint(head.name, head.bundled_dir) | details
-    spec = DATASETS.get(head.dataset)  # a later release may have more
-    return {
+    details |= {
         "head": head.name,
         "dataset": head.dataset,
         "shots": head.shots,
@@ -179,29 +201,42 @@ def describe_head(head: HeadEntry) -> Values:
         "Hub repo": head.repo_id,
         "revision": head.pin[0] or "not pinned: not published yet",
         "metrics": head.metrics or "none: not measured",
-        **({"test_images": spec.counts[2]} if head.metrics and spec and spec.counts else {}),
-        **({"recipe": default_recipe(head.model, head.dataset).as_dict()} if spec else {}),
-        **details,
     }
+    spec = DATASETS.get(head.dataset)  # a later release may have more
+    if spec:
+        details["recipe"] = default_recipe(head.model, head.dataset).as_dict()
+        if head.metrics and spec.counts:
+            details["test_images"] = spec.counts[2]
+    return details
 
 
 def for_people(details: Values) -> Values:
     """The details by names in `PEOPLE`, in its order."""
-    images, metrics, per_class = (details.get(name) for name in ("test_images", "metrics", "class_images"))
-    shown = details | {"accuracy": metrics, "rejection": rejection_note(details)}
-    if isinstance(metrics, dict):
-        top1 = metrics.get("top1_stored", next(iter(metrics.values())))
-        independent = details.get("independent_images")
-        accuracy = str(Accuracy("", round(top1 * images / 100), images, independent)) if images else f"{top1:.1f} %"
-        alone, probed = alone_and_probed(metrics)
-        shown["accuracy"] = accuracy + (f" with the text probe; {alone:.1f} % without" if probed else "")
-    spec = DATASETS.get(str(details.get("dataset")))
-    if spec and spec.part_note:
-        shown["dataset"] = spec.part_note
-    if per_class:
-        counts = shorten([f"{count} of {quoted(name)}" for name, count in per_class.items()])
-        groups = f", in {details['groups']:,} groups that were taken together" if "groups" in details else ""
-        shown |= {"images": counts + groups, "dataset": "your own images"}
+    shown = details | {"accuracy": accuracy_text(details), "rejection": rejection_note(details)}
+    dataset = DATASETS.get(str(details.get("dataset")))
+    if dataset and dataset.part_note:
+        shown["dataset"] = dataset.part_note
+    class_images = details.get("class_images")
+    if class_images:
+        shown["dataset"] = "your own images"
+        shown["images"] = shorten([f"{count} of {quoted(name)}" for name, count in class_images.items()])
+        if "groups" in details:
+            shown["images"] += f", in {details['groups']:,} groups that were taken together"
     elif "shots" in details:
         shown["images"] = f"{details['shots']} per class"
     return {name: shown[name] for name in PEOPLE if shown.get(name)}
+
+
+def accuracy_text(details: Values) -> str:
+    """Such as "90.0 % (9 of 10; 95 % interval 60 to 98) with the text probe; 85.0 % without"."""
+    metrics = details.get("metrics")
+    if not isinstance(metrics, dict):
+        return metrics or ""
+    top1 = metrics.get("top1_stored", next(iter(metrics.values())))
+    images = details.get("test_images")
+    text = f"{top1:.1f} %"
+    if images:
+        correct = round(top1 * images / 100)
+        text = str(Accuracy("", correct, images, details.get("independent_images"), details.get("untested", ())))
+    alone, with_probe = alone_and_probed(metrics)
+    return text if with_probe is None else f"{text} with the text probe; {alone:.1f} % without"

@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,15 +9,15 @@ from typer import Option
 
 from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import advise, log, output, progress_bar, rejection_note
+from dcp_zoo.cli.console import advise, log, output, progress_bar, rejection_note, resumable
 from dcp_zoo.cli.heads import show_evaluation
-from dcp_zoo.data import is_own, load_for_training
+from dcp_zoo.data import is_user_data, load_for_training
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.unreadable import all_named
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_output, check_outside, check_writable
-from dcp_zoo.heads.config import STATE_NAME, check_free
 from dcp_zoo.threads import use_threads
+from dcp_zoo.training.folder import check_free
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS
 from dcp_zoo.zoo.registry import MINIATURE_NOTE, HeadEntry, get_head, get_spec, is_model
 from dcp_zoo.zoo.resolve import name_of
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
     from dcp_zoo.training.evaluation import Evaluation
 
 REFIT = "After the accuracy is measured, the head is trained on all images and saved."
-DATASET_SHOTS, SEED = 16, 1  # training images per class of a dataset; the seed unless another is given
+DATASET_SHOTS = 16  # training images per class of a dataset
+SEED = 1  # unless another is given
 METHOD = (
     f"{DEFAULT_METHOD} (a classifier on CLIP's features; the default), dcp (coupled prompts in both towers plus text "
     f"probe; takes longer), or another: {', '.join(METHODS)}. "
@@ -75,24 +75,30 @@ def train(
 ) -> None:
     """Train a head on a few images per class, test it, and save it.
 
-    The accuracy on your own images is measured by four folds, or with --test and for methods that train prompts, on a
-    share that is held out; then the head is trained on all images and saved. Photographs that were taken together are
-    never on both sides. Methods that train prompts resume after a stop or kill: repeat the command.
+    The accuracy on your own images is measured by four folds, or with --test and for methods that train
+    prompts, on a share that is held out; then the head is trained on all images and saved. Photographs that
+    were taken together are never on both sides. Methods that train prompts resume after a stop or kill:
+    repeat the command.
 
     [dim]dcp-zoo train MY_PHOTOS --output my_head[/]
     [dim]dcp-zoo train MY_PHOTOS --method dcp --output dcp_head[/]
     [dim]dcp-zoo train --head dcp_vitb16.imagenet-16shot --data-root DATA[/]
     [dim]dcp-zoo train caltech101 --data-root DATA --method dcp --set epochs=50[/]
     """
-    output_dir = output_dir or default_folder(head, photos, labels)
+    if not output_dir:
+        source = Path(photos or (labels[0] if labels else "")).resolve()
+        output_dir = Path(head or f"{source.name if source.is_dir() else source.stem}_head")
     if not head:
         dataset, data_root = opt.data_source(photos, data_root, labels)
     else:  # of whose dataset no folder takes the place
         given = {"PHOTOS": photos, "--model": model != "dcp_mini", "--shots": shots, "--seed": seed != SEED}
-        chosen = named_head(head, [option for option, is_given in given.items() if is_given])
-        method, model, shots, seed = method or DCP_METHOD, chosen.model, chosen.shots, chosen.seed
-        dataset = chosen.dataset
-        opt.check_data_root(chosen.dataset, data_root)
+        entry = named_head(head, [option for option, is_given in given.items() if is_given])
+        method = method or DCP_METHOD
+        model = entry.model
+        shots = entry.shots
+        seed = entry.seed
+        dataset = entry.dataset
+        opt.check_data_root(dataset, data_root)
     if dataset is None:
         raise ZooError("There is nothing to train on: dcp-zoo train PHOTOS, or train caltech101 --data-root DATA.")
     check_writable(output_dir)
@@ -104,11 +110,11 @@ def train(
     if skip_unreadable and dataset != "folder":
         raise ZooError(f"--skip-unreadable is for your own images, not for {dataset}: omit it.")
     split = load_for_training(dataset, data_root, labels, test, skip_unreadable, group_by)
-    whole = is_own(dataset) and not split.has_parts  # without a test part
-    if report and (test == 0 if whole else not split.test):
+    holds_out = is_user_data(dataset) and not split.has_parts and test != 0  # test images are chosen here
+    if report and not (split.test or holds_out):
         raise ZooError("--report shows mistakes on test images, but there are no test images: omit it or --test 0.")
-    from dcp_zoo.training.cache import features_folder, kept_features  # after the images are listed, as torch is slow
-    from dcp_zoo.training.device import decoders, pick_device
+    from dcp_zoo.features.cache import users_cache  # after the images are listed, as torch is slow
+    from dcp_zoo.features.device import decoders, pick_device
     from dcp_zoo.training.run import RunOptions, hold_out, plan, train_head, train_on_all
 
     use_threads()
@@ -116,7 +122,7 @@ def train(
         split,
         model,
         method or DEFAULT_METHOD,
-        shots=shots or (None if is_own(dataset) else DATASET_SHOTS),
+        shots=shots or (None if is_user_data(dataset) else DATASET_SHOTS),
         seed=seed,
         recipe=recipe,
         changes=opt.single_values(opt.parse_changes(changes)),
@@ -127,23 +133,32 @@ def train(
         descriptions=read_descriptions(descriptions) if descriptions else None,
         test_share=test,
     )
-    refit = whole and test != 0 and run.shots is None if refit is None else refit
-    if text := " ".join(filter(None, (split.note, REFIT * refit))):
-        log(text)
-    show = partial(_show, report, f"{output_dir} on {run.split.name}")
+    if refit is None:
+        refit = holds_out and run.shots is None
+    note = f"{split.note} {REFIT if refit else ''}".strip()
+    if note:
+        log(note)
+
+    def show(evaluation: "Evaluation") -> None:
+        if report:
+            write_mistakes(evaluation, report, f"{output_dir} on {run.split.name}")
+            log(f"Wrote {report}")
+        show_evaluation(evaluation)
+
     settings = RunOptions(overwrite=overwrite, progress=progress_bar, log=log, show=show)
-    try:
-        images = [*split.items, *split.none] if dataset == "folder" else []
-        with kept_features(features_folder()), all_named(images, SKIP):
-            if whole and test != 0 and not refit:
-                run = hold_out(run, settings)
-            trained, _ = (train_on_all if refit else train_head)(run, output_dir, settings)
-    except KeyboardInterrupt:
-        learnt = any(output_dir.rglob(STATE_NAME))
-        kept = "What was learnt" if learnt else "No head was saved, but what was computed"
-        log(f"Stopped. {kept} is kept: repeat the command to go on.")
-        raise
-    if note := rejection_note(trained.info):
+    images = split.all_items if dataset == "folder" else []
+    with resumable(), users_cache(), all_named(images, SKIP):
+        if refit:
+            trained, metrics = train_on_all(run, output_dir, settings)
+        else:
+            run = hold_out(run, settings) if holds_out else run
+            trained, metrics = train_head(run, output_dir, settings)
+    if report and not metrics:
+        log(f"{report} is not written, as no image was tested.")
+    if trained.text_probe is not None and trained.cannot_reject:
+        output.print("predict --reject will be refused: it needs 20 images of classes with two or more.")
+    note = rejection_note(trained.info)
+    if note:
         output.print(f"With predict --reject, {note}", soft_wrap=True)
     name = shlex.quote(str(name_of(output_dir)))
     output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {name}", markup=False)
@@ -158,16 +173,3 @@ def named_head(name: str, given: Sequence[str]) -> HeadEntry:
     if not is_model(name) and (":" in name or Path(name).exists()):
         raise ZooError(f"--head names a head of the zoo, not the checkpoint {name}: dcp-zoo train MY_PHOTOS.")
     return get_head(name)
-
-
-def default_folder(head: str | None, photos: str | None, labels: Sequence[Path] | None) -> Path:
-    """The output folder without --output."""
-    place = Path(photos or (labels[0] if labels else "")).resolve()
-    return Path(head or f"{place.name if place.is_dir() else place.name.partition('.')[0]}_head")
-
-
-def _show(report: Path | None, title: str, evaluation: "Evaluation") -> None:
-    if report:
-        write_mistakes(evaluation, report, title)
-        log(f"Wrote {report}")
-    show_evaluation(evaluation)

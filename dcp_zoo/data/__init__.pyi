@@ -7,12 +7,12 @@ from .load import load_labelled as load_labelled
 from .load import load_split as load_split
 from .load import table_columns as table_columns
 from .packaged import DATASETS as DATASETS
-from .packaged import VARIANTS as VARIANTS
 from .packaged import DatasetSpec as DatasetSpec
 from .packaged import classnames as classnames
 from .packaged import find_spec as find_spec
-from .packaged import is_own as is_own
+from .packaged import is_user_data as is_user_data
 from .packaged import list_datasets as list_datasets
+from .packaged import sample_images as sample_images
 from .splits import Item as Item
 from .splits import Split as Split
 from .splits import all_for_training as all_for_training
@@ -20,4 +20,3 @@ from .splits import few_shot as few_shot
 from .splits import subsample_classes as subsample_classes
 from .splits import subset_sha256 as subset_sha256
 from .splits import training_split as training_split
-from .unreadable import check_images as check_images

@@ -20,7 +20,8 @@ def downloadable() -> list[str]:
 
 
 def missing(names: Sequence[str], root: Path) -> list[DatasetSpec]:
-    """The datasets of these names that are not complete under the data root; ZooError for one without a source."""
+    """The datasets of these names that are not complete under the data root; ZooError for one without a
+    source."""
     specs = [find_spec(row.name) for row in check(root, names=names) if row.status != "ok"]
     for spec in specs:
         if spec.name not in downloadable():
@@ -29,14 +30,14 @@ def missing(names: Sequence[str], root: Path) -> list[DatasetSpec]:
 
 
 def download_dataset(spec: DatasetSpec, root: Path) -> CheckRow:
-    """Fetch and unpack a dataset's archives, check it, and delete them. ZooError as of `fetch_archive` and `unpack`, or
-    if it is not complete then: archives with a checksum are kept."""
+    """Fetch and unpack a dataset's archives, check it, and delete them. ZooError as of `fetch_archive`
+    and `unpack`, or if it is not complete then: archives with a checksum are kept."""
     assert spec.folder
     for archive in spec.archives:
         unpack(archive, fetch_archive(archive, root / ARCHIVES), root / spec.folder)
     row = check(root, names=[spec.name])[0]
     for archive in spec.archives:
-        if row.status == "ok" or not archive.md5:  # it may be something else, such as a web page
+        if row.status == "ok" or not archive.md5:  # without a checksum it may be something else, such as a web page
             (root / ARCHIVES / archive.filename).unlink(missing_ok=True)
     if row.status != "ok":
         raise ZooError(f"{spec.name} was downloaded, but it is not complete: {row.message}")
@@ -44,10 +45,11 @@ def download_dataset(spec: DatasetSpec, root: Path) -> CheckRow:
 
 
 def fetch_archive(archive: Archive, folder: Path) -> Path:
-    """The archive in `folder`, downloaded if it is not there yet, by the Hub's client, which tries again. What arrived
-    is continued, also by the next call, if a published checksum tells whether the whole is right. ZooError if the
-    source does not answer or has another file, or the disk is full."""
-    from huggingface_hub.file_download import http_get  # slow to import, as the next
+    """The archive in `folder`, downloaded if it is not there yet, by the Hub's client, which tries
+    again. What arrived is continued, also by the next call, if a published checksum tells whether the
+    whole is right. ZooError if the source does not answer or has another file, or the disk is full."""
+    from huggingface_hub.errors import HfHubHTTPError  # slow to import, as the next
+    from huggingface_hub.file_download import http_get
     from torchvision.datasets.utils import check_md5
 
     target = folder / archive.filename
@@ -58,7 +60,17 @@ def fetch_archive(archive: Archive, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             with part.open("ab" if archive.md5 else "wb") as file:
-                http_get(archive.url, file, resume_size=file.tell(), headers=AGENT, displayed_filename=target.name)
+                try:
+                    http_get(
+                        archive.url,
+                        file,
+                        resume_size=file.tell(),
+                        headers=AGENT,
+                        displayed_filename=target.name,
+                    )
+                except HfHubHTTPError as error:
+                    if error.response.status_code != 416:  # that is: no byte is missing, so that the checksum decides
+                        raise
             part.rename(target)
         if archive.md5 and not check_md5(str(target), archive.md5):
             target.unlink()
@@ -70,11 +82,11 @@ def fetch_archive(archive: Archive, folder: Path) -> Path:
 
 
 def unpack(archive: Archive, file: Path, folder: Path) -> None:
-    """Put the archive's `places` under `folder`, where files appear only when all have been unpacked. ZooError as of
-    `extract`, or if it lacks one of the places."""
+    """Put the archive's `folders` under `folder`, where files appear only when all have been unpacked.
+    ZooError as of `extract`, or if it lacks one of them."""
     with writing_to(folder, "run the same command again"):
         folder.mkdir(parents=True, exist_ok=True)
-        if not archive.places:
+        if not archive.folders:
             shutil.copy(file, folder / archive.filename)
             return
         with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as name:
@@ -83,16 +95,17 @@ def unpack(archive: Archive, file: Path, folder: Path) -> None:
             extract(file, temporary, advice)
             if archive.inner:
                 extract(temporary / archive.inner, temporary, advice)
-            for place in archive.places:
-                if not (temporary / place).is_dir():
-                    raise ZooError(f"{file} has no folder {place}: it is not the archive that {archive.url} offered.")
-            for place, destination in archive.places.items():
-                shutil.copytree(temporary / place, folder / destination, copy_function=os.replace, dirs_exist_ok=True)
+            for inside in archive.folders:
+                if not (temporary / inside).is_dir():
+                    raise ZooError(f"{file} has no folder {inside}: it is not the archive that {archive.url} offered.")
+            for inside, target in archive.folders.items():
+                shutil.copytree(temporary / inside, folder / target, copy_function=os.replace, dirs_exist_ok=True)
 
 
 def extract(file: Path, folder: Path, advice: str) -> None:
-    """Unpack a zip or tar archive, of which nothing leads out of the folder. ZooError, with advice, if it is damaged,
-    encrypted, neither of the two, or has links or paths that lead out, or if the disk is full."""
+    """Unpack a zip or tar archive, of which nothing leads out of the folder. ZooError, with advice, if
+    it is damaged, encrypted, neither of the two, or has links or paths that lead out, or if the disk is
+    full."""
     # the standard library raises almost any exception for archives that it cannot read
     with as_zoo_error(f"{file} cannot be unpacked ({{}}): {advice}", Exception):
         if zipfile.is_zipfile(file):

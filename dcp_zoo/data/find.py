@@ -17,8 +17,9 @@ def find_images(sources: Sequence[str]) -> list[str]:
     """The paths of all images of the sources, in order. ZooError for a source without images.
 
     Args:
-        sources: each an image file, a folder (with its subfolders, sorted by path), a pattern (`'photos/**/*.jpg'`),
-            or a text file with one path per line (relative ones start at its folder).
+        sources: each an image file, a folder (with its subfolders, sorted by path), a pattern
+            (`'photos/**/*.jpg'`), or a text file with one path per line (relative ones start at its
+            folder).
     """
     return [path for source in sources for path in _images_of(source)]
 
@@ -50,29 +51,36 @@ def _in_folder(folder: str) -> list[str]:
 
 def _in_list(file: Path) -> list[str]:
     with as_zoo_error(f"Cannot read the list {file}: {{}}.", OSError):
-        lines = map(str.strip, file.read_text("utf-8-sig", "surrogateescape").split("\n"))
-    images = [str(file.parent / line) for line in lines if line]
+        text = file.read_text("utf-8-sig", "surrogateescape")
+    images = [str(file.parent / line.strip()) for line in text.split("\n") if line.strip()]
     if not images:
         raise ZooError(f"The list {file} is empty: write one image path per line.")
     return images
 
 
 def images_in(folder: str | Path, skipped: Counter[str]) -> Iterator[str]:
-    """The user's own images in a folder and its subfolders, sorted within each; `skipped` counts other files by kind.
-    ZooError if one cannot be listed. Links to folders, which may lead back here, are not followed: a warning."""
+    """The user's own images in a folder and its subfolders, sorted within each. Links to folders, which
+    may lead back here, are not followed: a warning. ZooError for a folder that cannot be listed.
+
+    Args:
+        folder: the folder.
+        skipped: counts the other files by suffix; it is changed.
+    """
 
     def cannot_list(error: OSError) -> None:
         raise ZooError(f"Cannot list {error.filename}: {error.strerror}.") from error
 
-    for place, folders, files in os.walk(str(folder), onerror=cannot_list):
-        folders[:] = sorted(filter(is_visible, folders))
-        for linked in filter(os.path.islink, (os.path.join(place, each) for each in folders)):  # noqa: PTH118
-            warn(f"{linked} is a link to a folder, and is not read: pass it itself.")
-        for file in sorted(filter(is_visible, files)):
-            if is_image(file):
-                yield os.path.join(place, file)  # noqa: PTH118
+    for directory, folders, files in os.walk(str(folder), onerror=cannot_list):
+        folders[:] = sorted(filter(is_visible, folders))  # os.walk goes on with these
+        for name in folders:
+            path = os.path.join(directory, name)  # noqa: PTH118
+            if os.path.islink(path):  # noqa: PTH114
+                warn(f"{path} is a link to a folder, and is not read: pass it itself.")
+        for name in sorted(filter(is_visible, files)):
+            if is_image(name):
+                yield os.path.join(directory, name)  # noqa: PTH118
             else:
-                skipped[Path(file).suffix.lower() or file] += 1
+                skipped[Path(name).suffix.lower() or name] += 1
 
 
 def is_image(file: str) -> bool:
@@ -80,7 +88,8 @@ def is_image(file: str) -> bool:
 
 
 def is_visible(name: str) -> bool:
-    """Whether a file or folder is the user's own: not hidden, nor added by macOS to archives or Windows to folders."""
+    """Whether a file or folder is the user's own: not hidden, nor added by macOS to archives or Windows
+    to folders."""
     return not name.startswith(".") and name.lower() not in ("__macosx", "thumbs.db", "desktop.ini")
 
 

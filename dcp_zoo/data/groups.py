@@ -1,11 +1,14 @@
-"""Groups: images that were not taken independently of each other, such as the photographs of a burst. No measurement
-trains on one part of a group and tests on another.
+"""Groups: images that were not taken independently of each other, such as the photographs of a burst.
+No measurement trains on one part of a group and tests on another.
 
-Images are in one group if one camera took them within `SECONDS` of each other, or if they are near copies: the same
-picture saved again, resized, mirrored, cropped, turned or with another exposure, as frames of a film are. Each image
-and the nearest ones by features are laid over each other: an affine map maximises the correlation of their grey copies
-where they overlap, from coarse to fine (Evangelidis and Psarakis, Parametric Image Alignment Using Enhanced Correlation
-Coefficient Maximization, PAMI 2008). Near copies are alike then, and so are their details.
+Images are in one group if one camera took them within `SECONDS` of each other, or if they are near
+copies: the same picture saved again, resized, mirrored, cropped, turned, with a frame or another
+exposure, as frames of a film are. Each image and the nearest ones by features are laid over each other:
+an affine map maximises the correlation of their grey copies where they overlap, from coarse to fine
+(Evangelidis and Psarakis, Parametric Image Alignment Using Enhanced Correlation Coefficient
+Maximization, PAMI 2008). Near copies are alike then, and so are their details. Features of a picture
+that was turned by 90 or 180 degrees are others: so the nearest by a mean of the grey copy in all ways
+to turn and mirror it are looked at, too, if they are alike in one of these, both without frames.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -22,17 +25,30 @@ from dcp_zoo.data.splits import Item
 
 SECONDS = 3.0  # between two photographs of a burst
 NEAREST = 4  # pairs of each image that are looked at
-CELL, ROWS = 2000, 1024  # images that are compared with each other, see `_cells`; rows at a time
-COARSE, ALIKE, DETAILS = 0.75, 0.85, 0.85  # correlations of 8 x 8 pixels, of grey copies, and of what blurring takes
-SIDES, STEPS = (8, 16, 32), (8, 6, 5)  # pixels, and Gauss-Newton steps with so many
-FARTHEST, OVERLAP = 0.45, 0.5  # entries of an affine map, in halves of a side; share of the image that is compared
-STARTS = ((0, 0, 0), *((-0.2, x, y) for x in (-0.2, 0.2) for y in (-0.2, 0.2)))  # scale and shift of first maps
-FLAT, BLUR = 2.0, 5  # grey levels: a smaller spread is noise; pixels
-FACTS = GREY**2 + 3  # numbers of `numbers`
+CELL = 2000  # images that are compared with each other, see `_cells`
+ROWS = 1024  # images or pairs that are computed at a time
+COARSE = 0.75  # least correlation of near copies: of 8 x 8 pixels,
+ALIKE = 0.85  # of grey copies,
+DETAILS = 0.85  # and of their details, see `_details`
+SMALL = 8  # pixels of a side, for the first maps
+FIRST_STEPS = 8  # Gauss-Newton steps from each of `STARTS`
+STEPS = {16: 6, 32: 5}  # steps by the pixels of a side, from coarse to fine
+FARTHEST = 0.45  # entries of an affine map, in halves of a side
+OVERLAP = 0.5  # share of the image that is compared
+STARTS = (
+    (0, 0, 0),
+    *((-0.2, x, y) for x in (-0.2, 0.2) for y in (-0.2, 0.2)),
+)  # scale and shift of first maps
+UPRIGHT = 2  # how many of `_all_ways`: as it is, and mirrored
+ALL_WAYS = 8
+FLAT = 2.0  # grey levels: a smaller standard deviation is noise
+BLUR = 5  # pixels
+FACTS = 2 * GREY**2 + 3  # numbers of `numbers`
 
 
 def group_ids(groups: Sequence[Hashable]) -> Tensor:
-    """Integers (n,), the same for images of one group: by the name of each one's group, "" or None for an image alone.
+    """Integers (n,), the same for images of one group: by the name of each one's group, "" or None for
+    an image alone.
 
     >>> group_ids(["a", "", "b", "a", ""])
     tensor([0, 1, 2, 0, 3])
@@ -43,13 +59,19 @@ def group_ids(groups: Sequence[Hashable]) -> Tensor:
 
 
 def numbers(facts: Facts) -> np.ndarray:
-    """The grey copy of an image and when it was taken, float32 (1027,): exact, and kept as features are."""
+    """The grey copies of an image and when it was taken, float32 (2051,): exact, and kept as features
+    are."""
     return np.concatenate([facts.grey.ravel(), facts.taken], dtype=np.float32)
 
 
 def find_groups(features: np.ndarray, facts: np.ndarray) -> list[list[int]]:
-    """Groups of positions, without images that are alone, of features (n, F) of any frozen image tower and `numbers`
-    (n, 1027). Rows of NaN, of images that cannot be read, are in no group."""
+    """Groups of positions, without images that are alone.
+
+    Args:
+        features: of n images (n, F), by any frozen image tower. Rows of NaN, of images that cannot be
+            read, are in no group.
+        facts: their `numbers` (n, 2051).
+    """
     return joined([*near_copies(features, facts), *bursts(facts)])
 
 
@@ -57,8 +79,11 @@ def grouped(items: Sequence[Item], find: Callable[[], list[list[int]]]) -> list[
     """The items with the groups that they were given or, if none has one, with those that `find` finds."""
     if any(item.group for item in items):
         return list(items)
-    names = {i: str(number) for number, group in enumerate(find(), 1) for i in group}
-    return [item._replace(group=names.get(i, "")) for i, item in enumerate(items)]
+    names = [""] * len(items)
+    for number, group in enumerate(find(), 1):
+        for i in group:
+            names[i] = str(number)
+    return [item._replace(group=name) for item, name in zip(items, names, strict=True)]
 
 
 def in_groups(items: Sequence[Item]) -> str:
@@ -76,31 +101,80 @@ def joined(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
 
 
 def bursts(facts: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Pairs of photographs that one camera took one after the other, within `SECONDS`, by their `numbers` (n, 1027)."""
-    rows = enumerate(facts[:, GREY**2 :].astype(float).tolist())
-    moments = [(camera, 86400 * day + second, i) for i, (camera, day, second) in rows if camera > 0]
-    for (camera, one, i), (same, other, j) in pairwise(sorted(moments)):
-        if camera == same and other - one <= SECONDS:
+    """Pairs of photographs that one camera took one after the other, within `SECONDS`, by their
+    `numbers` (n, 2051)."""
+    moments = []
+    for i, (camera, day, second) in enumerate(facts[:, 2 * GREY**2 :].astype(float).tolist()):
+        if camera > 0:
+            moments.append((camera, 86400 * day + second, i))
+    for (camera, before, i), (other, after, j) in pairwise(sorted(moments)):
+        if camera == other and after - before <= SECONDS:
             yield i, j
 
 
 def near_copies(features: np.ndarray, facts: np.ndarray) -> list[tuple[int, int]]:
     """Pairs of near copies; arguments as of `find_groups`."""
     readable = np.flatnonzero(~np.isnan(features[:, 0]))
-    small = torch.from_numpy(facts[readable, : GREY**2]).float().view(-1, 1, GREY, GREY)
-    pairs = _nearest(torch.from_numpy(features[readable]).float())
-    copies = [part[are_copies(*small[part.T])] for part in pairs.split(ROWS)]
-    return [(int(readable[i]), int(readable[j])) for part in copies for i, j in part.tolist()]
+    grey = torch.from_numpy(facts[readable, : 2 * GREY**2]).float().view(-1, 2, GREY, GREY)
+    whole, unframed = grey.split(1, 1)
+    by_features = _nearest(torch.from_numpy(features[readable]).float())
+    mean = torch.stack(_all_ways(_shrunk(unframed, 16))).sum(0).flatten(1)  # that of a turned copy is the same
+    by_mean = _nearest(mean - mean.mean(1, keepdim=True))
+    candidates = torch.cat([by_features, by_mean]).unique(dim=0)
+    # the other way round, as some are found only if the second one is laid over the first one
+    found = [
+        *_copies(whole, by_features, UPRIGHT, -1),
+        *_copies(unframed, candidates.flip(1), ALL_WAYS, COARSE),
+    ]
+    pairs = torch.cat(found).sort(1).values.tolist()
+    return sorted({(int(readable[i]), int(readable[j])) for i, j in pairs})
+
+
+def _copies(grey: Tensor, pairs: Tensor, ways: int, least: float) -> Iterator[Tensor]:
+    """Those of the pairs that show the same picture.
+
+    Args:
+        grey: grey copies (n, 1, 32, 32).
+        pairs: positions (m, 2).
+        ways: in so many of `_all_ways` the first image is tried; it is turned to that which is most alike.
+        least: pairs whose 8 x 8 pixels correlate less are no candidates.
+    """
+    for part in pairs.split(ROWS):
+        a, b = grey[part.T]
+        other = _normalised(_shrunk(b, SMALL))
+        turned = _all_ways(_normalised(_shrunk(a, SMALL)))[:ways]
+        correlations = torch.stack([(image * other).mean((1, 2, 3)) for image in turned])
+        best, way = correlations.max(0)
+        tried = (best > least).nonzero().flatten()
+        upright = torch.stack(_all_ways(a[tried])[:ways])[way[tried], torch.arange(len(tried))]
+        yield part[tried][are_copies(upright, b[tried])]
+
+
+def _shrunk(images: Tensor, side: int) -> Tensor:
+    """Grey copies (m, 1, 32, 32) with fewer pixels."""
+    return F.avg_pool2d(images, GREY // side)
+
+
+def _normalised(images: Tensor) -> Tensor:
+    """Images with a mean of 0 and a standard deviation of 1."""
+    return F.layer_norm(images, images.shape[1:])
+
+
+def _all_ways(images: Tensor) -> list[Tensor]:
+    """Images (m, 1, s, s) as they are, mirrored, and in the six other ways to turn and mirror them by
+    right angles."""
+    return [each.flip(axes) for each in (images, images.mT) for axes in ((), (-1,), (-2,), (-2, -1))]
 
 
 def _nearest(features: Tensor) -> Tensor:
     """Pairs (m, 2) of each row (n, F) and the `NEAREST` rows by the cosine, each pair once."""
-    x, pairs = F.normalize(features, dim=1), [torch.empty(0, 2, dtype=torch.long)]
+    x = F.normalize(features, dim=1)
+    pairs = [torch.empty(0, 2, dtype=torch.long)]
     for cell in _cells(x):
         of_cell = x[cell]
         for rows in torch.arange(len(cell)).split(ROWS):
             cosine = of_cell[rows] @ of_cell.T
-            cosine[torch.arange(len(rows)), rows] = -2
+            cosine[torch.arange(len(rows)), rows] = -2  # not the row itself
             best = cosine.topk(min(NEAREST, len(cell) - 1)).indices
             ends = torch.stack([rows[:, None].expand_as(best), best], -1).flatten(0, 1)
             pairs.append(cell[ends].sort(1).values)
@@ -108,84 +182,103 @@ def _nearest(features: Tensor) -> Tensor:
 
 
 def _cells(x: Tensor) -> list[Tensor]:
-    """Positions of rows (n, F) among which the nearest ones are sought, so that this takes time in proportion to n: all
-    of a few; of many, each is in the cells of the two nearest of some rows, which near copies share."""
+    """Positions of rows (n, F) among which the nearest ones are sought, so that this takes time in
+    proportion to n: all of a few; of many, each is in the cells of the two nearest of some rows, which
+    near copies share."""
     if len(x) <= 2 * CELL:
         return [torch.arange(len(x))]
-    centres = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: len(x) // CELL]]
-    cell = torch.cat([(rows @ centres.T).topk(2).indices for rows in x.split(ROWS)]).flatten()
-    return list((cell.argsort(stable=True) // 2).split(torch.bincount(cell, minlength=len(centres)).tolist()))
+    drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    centres = x[drawn[: len(x) // CELL]]
+    cells = torch.cat([(rows @ centres.T).topk(2).indices for rows in x.split(ROWS)]).flatten()
+    sizes = torch.bincount(cells, minlength=len(centres)).tolist()
+    positions = cells.argsort(stable=True) // 2  # each row has two cells
+    return list(positions.split(sizes))
 
 
 def are_copies(a: Tensor, b: Tensor) -> Tensor:
     """Whether each of two grey copies (m, 1, 32, 32) shows the same picture (m,)."""
-    small, mirrored, other = (F.avg_pool2d(images, GREY // SIDES[0]) for images in (a, a.flip(-1), b))
-    whole = torch.zeros(len(a), 6)
-    is_mirrored = correlation(small, other, whole)[0] < correlation(mirrored, other, whole)[0]
-    a = torch.where(is_mirrored[:, None, None, None], a.flip(-1), a)
-    small = torch.where(is_mirrored[:, None, None, None], mirrored, small)
-    starts = torch.tensor([[scale, 0, x, 0, scale, y] for scale, x, y in STARTS]).repeat(len(a), 1)
-    small, other = (images.repeat_interleave(len(STARTS), 0) for images in (small, other))
-    maps = align(small, other, starts, STEPS[0])
-    best, start = correlation(small, other, maps)[0].view(len(a), -1).max(1)
+    starts = torch.tensor([[scale, 0, x, 0, scale, y] for scale, x, y in STARTS])
+    small_a = _shrunk(a, SMALL).repeat_interleave(len(starts), 0)
+    small_b = _shrunk(b, SMALL).repeat_interleave(len(starts), 0)
+    maps = align(small_a, small_b, starts.repeat(len(a), 1), FIRST_STEPS)
+    value = correlation(small_a, small_b, maps)[0]
+    best, start = value.view(-1, len(starts)).max(1)
     same = best > COARSE
-    p = maps.view(len(a), -1, 6)[torch.arange(len(a)), start]
-    a, b, p = a[same], b[same], p[same]
-    for side, steps in zip(SIDES[1:], STEPS[1:], strict=True):
-        p = align(F.avg_pool2d(a, GREY // side), F.avg_pool2d(b, GREY // side), p, steps)
-    value, part, weights = correlation(a, b, p)
-    fine = (weights * _standard(_details(part), weights)[0] * _standard(_details(b), weights)[0]).sum(1)
-    same[same.clone()] = (value > ALIKE) & (fine > DETAILS)
+    a = a[same]
+    b = b[same]
+    maps = maps.view(-1, len(starts), 6)[torch.arange(len(same)), start][same]
+    for side, steps in STEPS.items():
+        maps = align(_shrunk(a, side), _shrunk(b, side), maps, steps)
+    value, part, weights = correlation(a, b, maps)
+    details, _ = _standard(_details(part), weights)
+    other_details, _ = _standard(_details(b), weights)
+    same[same.clone()] = (value > ALIKE) & ((weights * details * other_details).sum(1) > DETAILS)
     return same
 
 
-def align(a: Tensor, b: Tensor, p: Tensor, steps: int) -> Tensor:
-    """Affine maps p (m, 6) from b to a, images (m, 1, s, s), after so many Gauss-Newton steps that raise their
-    correlation where they overlap. p = (0, ..) is the identity; a side is 2 long."""
+def align(a: Tensor, b: Tensor, maps: Tensor, steps: int) -> Tensor:
+    """Affine maps after so many Gauss-Newton steps that raise the correlation of two images where they
+    overlap.
+
+    Args:
+        a, b: images (m, 1, s, s).
+        maps: from b to a (m, 6): a map of zeros is the identity; a side is 2 long.
+        steps: their number.
+    """
     side = a.shape[-1]
-    y, x = _axes(side)
+    x, y, _ = _points(side).view(side, side, 3).unbind(-1)
     for _ in range(steps):
-        part, weights = _laid_over(a, p)
+        part, weights = _laid_over(a, maps)
         dy, dx = torch.gradient(part[:, 0], spacing=2 / side, dim=(1, 2))
-        slopes = torch.stack([dx * x, dx * y, dx, dy * x, dy * y, dy], -1).flatten(1, 2)  # (m, s s, 6)
-        slopes = slopes - (weights[..., None] * slopes).sum(1, keepdim=True)
-        (r, spread), (goal, _) = _standard(part.flatten(1), weights), _standard(b.flatten(1), weights)
-        square = slopes.mT @ (slopes * weights[..., None])
-        square = square + (1e-3 * square.diagonal(dim1=1, dim2=2).mean(1) + 1e-6)[:, None, None] * torch.eye(6)
-        step = torch.linalg.solve(square, slopes.mT @ (weights * spread * (goal - r))[..., None])
-        p = (p + step[..., 0]).clamp(-FARTHEST, FARTHEST)
-    return p
+        slopes = torch.stack([dx * x, dx * y, dx, dy * x, dy * y, dy], 1).flatten(2)  # (m, 6, s s)
+        slopes = slopes - slopes @ weights[..., None]
+        image, spread = _standard(part.flatten(1), weights)
+        goal, _ = _standard(b.flatten(1), weights)
+        square = (slopes * weights[:, None]) @ slopes.mT
+        damping = 1e-3 * square.diagonal(dim1=1, dim2=2).mean(1) + 1e-6
+        square = square + damping[:, None, None] * torch.eye(6)
+        step = torch.linalg.solve(square, slopes @ (weights * spread * (goal - image))[..., None])
+        maps = (maps + step[..., 0]).clamp(-FARTHEST, FARTHEST)
+    return maps
 
 
-def correlation(a: Tensor, b: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The correlation (m,) of images a and b (m, 1, s, s) by the maps p (m, 6), 0 where too little overlaps; with the
-    part of a that lies under b (m, 1, s, s), and what counts of it (m, s s), 1 in all."""
-    part, weights = _laid_over(a, p)
-    value = (weights * _standard(part.flatten(1), weights)[0] * _standard(b.flatten(1), weights)[0]).sum(1)
-    return value * ((weights > 0).float().mean(1) > OVERLAP), part, weights
+def correlation(a: Tensor, b: Tensor, maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The correlation (m,) of images a and b (m, 1, s, s) by the maps (m, 6), 0 where too little
+    overlaps; with the part of a that lies under b (m, 1, s, s), and the weights of its pixels (m, s s),
+    which sum to 1."""
+    part, weights = _laid_over(a, maps)
+    image, _ = _standard(part.flatten(1), weights)
+    other, _ = _standard(b.flatten(1), weights)
+    overlap = (weights > 0).float().mean(1)
+    return (weights * image * other).sum(1) * (overlap > OVERLAP), part, weights
 
 
-def _axes(side: int) -> tuple[Tensor, ...]:
+def _points(side: int) -> Tensor:
+    """The coordinates x and y of each pixel, from -1 to 1, and 1 (s s, 3)."""
     axis = (torch.arange(side) * 2 + 1) / side - 1
-    return torch.meshgrid(axis, axis, indexing="ij")
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack([x, y, torch.ones(side, side)], -1).flatten(0, 1)
 
 
-def _laid_over(a: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    (y, x), q = _axes(a.shape[-1]), p[:, :, None, None]
-    grid = torch.stack([x + q[:, 0] * x + q[:, 1] * y + q[:, 2], y + q[:, 3] * x + q[:, 4] * y + q[:, 5]], -1)
+def _laid_over(a: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of a that lies under each pixel of b, and the weights of these pixels, see `correlation`."""
+    side = a.shape[-1]
+    matrices = maps.view(-1, 2, 3) + torch.eye(2, 3)
+    grid = (_points(side) @ matrices.mT).view(-1, side, side, 2)
     part = F.grid_sample(a, grid, padding_mode="border", align_corners=False)
     inside = (grid.abs() <= 1).all(-1).flatten(1).float()
     return part, inside / inside.sum(1, keepdim=True).clamp(min=1)
 
 
 def _standard(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (m, k) with a weighted mean of 0 and a deviation of 1, less if they are flat; and the deviations (m, 1)."""
+    """Rows (m, k) with a weighted mean of 0 and a standard deviation of 1, less if they are flat; and
+    the deviations (m, 1) that they had."""
     centred = rows - (weights * rows).sum(1, keepdim=True)
     spread = (weights * centred.square()).sum(1, keepdim=True).sqrt().clamp(min=FLAT)
     return centred / spread, spread
 
 
 def _details(images: Tensor) -> Tensor:
-    """Images (m, 1, s, s) without what is left of them if they are blurred -> (m, s s)."""
+    """Images (m, 1, s, s) minus themselves blurred -> (m, s s)."""
     padded = F.pad(images, (BLUR // 2,) * 4, mode="replicate")
     return (images - F.avg_pool2d(padded, BLUR, 1)).flatten(1)

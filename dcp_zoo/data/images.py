@@ -1,9 +1,7 @@
-"""From a file, or an image in memory, to its pixels: exactly the transform's, with PIL and NumPy alone. And bars of
-progress where somebody watches, in a terminal or a notebook; they vanish at the end."""
+"""From a file, or an image in memory, to its pixels: exactly the transform's, with PIL and NumPy alone."""
 
 import math
 import struct
-import sys
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +9,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
 from hashlib import sha256
-from importlib.util import find_spec
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 from zlib import crc32
@@ -28,7 +24,16 @@ from dcp_zoo.threads import available_cores
 if TYPE_CHECKING:
     import numpy as np  # slow to import
 
-HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # bytes 8 to 12 of a file
+HEIF_BRANDS = (
+    b"heic",
+    b"heix",
+    b"heim",
+    b"heis",
+    b"hevc",
+    b"hevx",
+    b"mif1",
+    b"msf1",
+)  # bytes 8 to 12 of a file
 LONGEST = 100  # side, in units of the other: the shorter one is enlarged to the input size, and this one with it
 # last bytes of a complete file; a WebP that is not complete cannot be opened
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "WEBP": b""}
@@ -38,9 +43,8 @@ FORMS = (
     "(H, W), (H, W, 3), (H, W, 4) or (3, H, W) of uint8 or of floats 0 to 1"
 )
 GREY = 32  # pixels of both sides of a grey copy
+FRAME = 32  # grey levels: where a whole row or column differs less, beside the picture, it is a frame
 SIDE = 160  # pixels of a thumbnail's longer side
-Progress = Callable[..., Iterable[Any]]  # (iterable, description, length) -> the iterable
-DELAY = 1.0  # seconds before a bar is shown
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -51,7 +55,8 @@ class UnsupportedImage(UnreadableImages):
 
 @cache
 def picture_formats() -> tuple[str, ...]:
-    """PIL's formats that are read: none for which it runs other programs, as for EPS; HEIC if its plugin is there."""
+    """PIL's formats that are read: none for which it runs other programs, as for EPS; HEIC if its
+    plugin is there."""
     with suppress(ImportError):
         import pillow_heif
 
@@ -62,13 +67,15 @@ def picture_formats() -> tuple[str, ...]:
 
 
 def load_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An image, by its path or in memory, as RGB, rotated by its EXIF orientation, transparency dropped as in PIL's
-    `convert`. An animation gives its first frame. ZooError, naming the path, for what is missing, damaged, no regular
-    file, not in one of `picture_formats`, or larger than `max_pixels`, which is checked before anything is decoded.
+    """An image, by its path or in memory, as RGB, rotated by its EXIF orientation, transparency dropped
+    as in PIL's `convert`. An animation gives its first frame. ZooError, naming the path, for what is
+    missing, damaged, no regular file, not in one of `picture_formats`, or larger than `max_pixels`,
+    which is checked before anything is decoded.
 
     Args:
-        image: a path; PIL's; an open file, or its bytes; a dict of bytes and path, as datasets' `Image(decode=False)`
-            gives; an array or tensor (H, W), (H, W, 3), (H, W, 4) or (3, H, W) of uint8 or of floats 0 to 1.
+        image: a path; PIL's; an open file, or its bytes; a dict of bytes and path, as datasets'
+            `Image(decode=False)` gives; an array or tensor (H, W), (H, W, 3), (H, W, 4) or (3, H, W) of
+            uint8 or of floats 0 to 1.
         max_pixels: of files and bytes.
     """
     opened = to_image(image, max_pixels)
@@ -80,20 +87,23 @@ def load_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def to_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> str | Image.Image:
-    """A path as text, or an image in memory as PIL's; ZooError for anything else, and one in place of an image."""
+    """A path as text, or an image in memory as PIL's; ZooError for anything else, and one in place of
+    an image."""
     if isinstance(image, ZooError):
-        raise image
+        raise UnreadableImages(str(image))
     if image is None or (isinstance(image, float) and math.isnan(image)):
-        raise ZooError("there is no image (None or NaN)")
+        raise UnreadableImages("there is no image (None or NaN)")
     name = "bytes"
     if isinstance(image, Mapping) and {"bytes", "path"} <= image.keys():
-        name, image = image["path"] or name, image["path"] if image["bytes"] is None else image["bytes"]
+        name = image["path"] or name
+        image = image["path"] if image["bytes"] is None else image["bytes"]
     if isinstance(image, (str, Path)):
         return str(image)
     if isinstance(image, Image.Image):
         return image
     if hasattr(image, "read"):
-        name, image = getattr(image, "name", "file"), image.read()
+        name = getattr(image, "name", "file")
+        image = image.read()
     if isinstance(image, bytes):
         with _opened_image(str(name), max_pixels, image) as file:
             return _rgb(file)
@@ -109,15 +119,32 @@ def _of_array(image: Any) -> Image.Image:
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)) or 0 in array.shape:
-        what = f"An array of shape {tuple(array.shape)}" if array.ndim else type(image).__name__
-        raise ZooError(f"{what} is not an image: {FORMS}.")
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))
+    if not is_image or array.size == 0:
+        kind = f"An array of shape {array.shape}" if array.ndim else type(image).__name__
+        raise ZooError(f"{kind} is not an image: {FORMS}.")
     if array.dtype != np.uint8:
-        low, high = float(array.min()), float(array.max())
-        if array.dtype.kind != "f" or not 0 <= low <= high <= 1:  # of NaN nothing holds
-            raise ZooError(f"An array of {array.dtype} from {low:g} to {high:g} is not an image: {FORMS}.")
+        _check_levels(array)
         array = (array * 255).round().astype(np.uint8)
     return Image.fromarray(array)
+
+
+def _check_levels(array: "np.ndarray") -> None:
+    """ZooError unless these are floats from 0 to 1. It tells no range: of many images each has another
+    one."""
+    problem = ""
+    if array.dtype.kind == "f":
+        low = array.min()
+        high = array.max()
+        if low != low:
+            problem = " with NaN"
+        elif low < 0:
+            problem = " with numbers below 0"
+        elif high > 1:
+            problem = " with numbers above 1"
+        else:
+            return
+    raise ZooError(f"An array of {array.dtype}{problem} is not an image: {FORMS}.")
 
 
 def _name(image: Image.Image) -> str:
@@ -140,7 +167,7 @@ def file_sha256(path: str) -> str:
 class Facts(NamedTuple):
     """What is known of an image besides its pixels, once it was read."""
 
-    grey: "np.ndarray"  # see `grey_copy`
+    grey: "np.ndarray"  # see `grey_copies`
     taken: tuple[float, float, float]  # see `taken_by`
     sides: tuple[int, int]  # width and height in pixels, upright
     sha256: str = ""  # of a file
@@ -150,45 +177,56 @@ def load_with_facts(image: ImageLike) -> tuple[Image.Image, Facts]:
     """`load_image`, and what else there is to know: a file is read once for all."""
     opened = to_image(image)
     if not isinstance(opened, str):
-        pixels, taken = load_image(opened), taken_by(opened)
-        return pixels, Facts(grey_copy(pixels), taken, pixels.size)
-    with _explained(opened), _stream(opened) as file:
-        data = file.read()
-    with _opened_image(opened, MAX_PIXELS, data) as file:
+        pixels = load_image(opened)
+        return pixels, Facts(grey_copies(pixels), taken_by(opened), pixels.size)
+    with _explained(opened), _stream(opened) as stream:
+        data = stream.read()
+    with _opened_image(opened, data=data) as file:
         taken = taken_by(file)
         pixels = _rgb(file)
-    return pixels, Facts(grey_copy(pixels), taken, pixels.size, sha256(data).hexdigest())
+    return pixels, Facts(grey_copies(pixels), taken, pixels.size, sha256(data).hexdigest())
 
 
-def grey_copy(image: Image.Image) -> "np.ndarray":
-    """An image in grey, squeezed into a small square, uint8 (32, 32): enough to find the same picture. Of a smaller
-    image it is flat, like no other: with so few pixels, different images of a class are as alike as copies."""
+def grey_copies(image: Image.Image) -> "np.ndarray":
+    """An image in grey, as a whole and without a frame of one colour, each squeezed into a small
+    square, uint8 (2, 32, 32): enough to find the same picture. Of a smaller image both are flat, like
+    no other: with so few pixels, different images of a class are as alike as copies."""
     import numpy as np
 
     if min(image.size) < GREY:
-        return np.full((GREY, GREY), 128, np.uint8)
-    return np.asarray(image.convert("L").resize((GREY, GREY), reducing_gap=2.0))
+        return np.full((2, GREY, GREY), 128, np.uint8)
+    whole = image.convert("L")
+    picture = np.asarray(whole)
+    for _ in range(4):  # each side is at the top once
+        frame = next((i for i, row in enumerate(picture) if np.ptp(row) > FRAME), 0)
+        picture = np.rot90(picture[frame:])
+    is_framed = picture.size < whole.width * whole.height and min(picture.shape) >= GREY
+    unframed = Image.fromarray(picture) if is_framed else whole
+    return np.stack([np.asarray(grey.resize((GREY, GREY), reducing_gap=2.0)) for grey in (whole, unframed)])
 
 
 def taken_by(image: Image.Image) -> tuple[float, float, float]:
-    """Which camera took a photograph, as a number, and on which day and at which second of it; zeros unless its EXIF
-    says all. The numbers are small enough for float32."""
+    """Which camera took a photograph, as a number, and on which day and at which second of it; zeros
+    unless its EXIF says all. The numbers are small enough for float32."""
     exif = image.getexif()
     details = exif.get_ifd(ExifTags.IFD.Exif)
-    model, fraction = exif.get(ExifTags.Base.Model), details.get(ExifTags.Base.SubsecTimeOriginal)
+    fraction = str(details.get(ExifTags.Base.SubsecTimeOriginal) or 0).strip()
     try:
         moment = datetime.strptime(str(details.get(ExifTags.Base.DateTimeOriginal)), "%Y:%m:%d %H:%M:%S")
-        second = 3600 * moment.hour + 60 * moment.minute + moment.second + float(f"0.{str(fraction or 0).strip()}")
+        second = 3600 * moment.hour + 60 * moment.minute + moment.second + float(f"0.{fraction}")
     except ValueError:
         return 0.0, 0.0, 0.0
+    model = exif.get(ExifTags.Base.Model)
     if not model:
         return 0.0, 0.0, 0.0
     camera = f"{exif.get(ExifTags.Base.Make)} {model} {details.get(ExifTags.Base.BodySerialNumber)}"
-    return float(1 + crc32(camera.encode()) % 2**23), float(moment.toordinal()), second
+    number = 1 + crc32(camera.encode()) % 2**23
+    return float(number), float(moment.toordinal()), second
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Upright, in 8 bits per channel. The image itself is turned: a copy of a large one is hundreds of megabytes."""
+    """Upright, in 8 bits per channel. The image itself is turned: a copy of a large one is hundreds of
+    megabytes."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _grey(image)
@@ -197,12 +235,19 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey(image: Image.Image) -> Image.Image:
-    """Grey levels of 16 bits or of 0 to 1 in 8 bits, to which PIL would clip them; ZooError if white is unknown."""
+    """Grey levels of 16 bits or of 0 to 1 in 8 bits, to which PIL would clip them; ZooError if white is
+    unknown."""
     import numpy as np
 
     levels = np.asarray(image)
-    low, high = levels.min(), levels.max()
-    white = 1 if image.mode == "F" else 255 if image.mode == "I" and high <= 255 else 65535
+    low = levels.min()
+    high = levels.max()
+    if image.mode == "F":
+        white = 1
+    elif image.mode == "I" and high <= 255:
+        white = 255
+    else:
+        white = 65535
     if not 0 <= low <= high <= white:  # of NaN nothing holds
         raise ZooError(f"its grey levels go from {low:g} to {high:g}, not from 0 to {white}: save it in 8 bits")
     scaled = levels * np.float32(255 / white)
@@ -215,37 +260,12 @@ def in_threads(read: Callable[[S], T], images: Iterable[S]) -> list[T]:
         return list(pool.map(read, images))
 
 
-def no_progress(iterable: Iterable[Any], description: str, total: int) -> Iterable[Any]:
-    return iterable
-
-
-def bar(items: Iterable[Any] | None, what: str, total: int | None = None, **options: Any) -> Any:
-    """The items with a bar of their number, in a terminal or a notebook; `options` are tqdm's, such as `disable`."""
-    in_notebook = "ipykernel" in sys.modules
-    if in_notebook and find_spec("ipywidgets"):
-        from tqdm.auto import tqdm
-    else:  # auto would warn in a notebook without widgets
-        from tqdm import tqdm  # here, as the server's container lacks it
-    settings = {"disable": not (in_notebook or sys.stderr.isatty()), "leave": False, "delay": DELAY}
-    return tqdm(items, what, total, **settings | options)
-
-
-def by_image(progress: Progress, batches: Iterable[Any], description: str, images: int, done: int = 0) -> Iterator[Any]:
-    """The batches (inputs, ...) of the images that are not done; the progress bar counts all `images`."""
-    counted = iter(progress(range(images), description, images))
-    for _ in islice(counted, 1 + done):  # the first starts the bar at 0
-        pass
-    for batch in batches:
-        yield batch
-        for _ in islice(counted, len(batch[0])):
-            pass
-
-
 def thumbnails(images: Iterable[ImageLike], side: int = SIDE, quality: int = 75) -> list[str]:
     """Images, shrunk to at most `side` pixels wide and high, as JPEGs in base64."""
 
     def small(image: ImageLike) -> str:
-        pixels, buffer = load_image(image), BytesIO()
+        pixels = load_image(image)
+        buffer = BytesIO()
         pixels.thumbnail((side, side))
         pixels.save(buffer, "JPEG", quality=quality)
         return b64encode(buffer.getvalue()).decode()
@@ -254,7 +274,8 @@ def thumbnails(images: Iterable[ImageLike], side: int = SIDE, quality: int = 75)
 
 
 def check_complete(path: ImageLike) -> None:
-    """ZooError if not an image, or truncated: a JPEG, PNG or WebP by its header and last bytes, the rest is decoded."""
+    """ZooError if not an image, or truncated: a JPEG, PNG or WebP by its header and last bytes, the
+    rest is decoded."""
     opened = to_image(path)
     if isinstance(opened, Image.Image):
         with _explained(_name(opened)):
@@ -274,11 +295,7 @@ def check_complete(path: ImageLike) -> None:
 @contextmanager
 def _opened_image(path: str, max_pixels: int = MAX_PIXELS, data: bytes | None = None) -> Iterator[ImageFile.ImageFile]:
     """The image, not yet decoded, from its bytes `data` if they are given, `_explained`."""
-    with (
-        _explained(path),
-        _stream(path) if data is None else BytesIO(data) as stream,
-        _identified(path, stream) as image,
-    ):
+    with _explained(path), _stream(path, data) as stream, _identified(stream) as image:
         if image.width * image.height > max_pixels:
             raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {max_pixels:,}")
         if max(image.size) > LONGEST * min(image.size):
@@ -301,13 +318,15 @@ def _explained(path: str) -> Iterator[None]:
         raise kind(text, {path: reason}) from error
 
 
-def _identified(path: str, stream: IO[bytes]) -> ImageFile.ImageFile:
-    """The image in a stream, not yet decoded: as `Image.open`, whose limit of pixels holds for the whole process."""
+def _identified(stream: IO[bytes]) -> ImageFile.ImageFile:
+    """The image in a stream, not yet decoded: as `Image.open`, whose limit of pixels holds for the
+    whole process."""
     start = stream.read(16)
     for name in picture_formats():
         make, accept = Image.OPEN[name]
         with suppress(SyntaxError, IndexError, TypeError, struct.error):  # it is in another format
-            if (accepted := accept is None or accept(start)) and not isinstance(accepted, str):
+            accepted = accept is None or accept(start)
+            if accepted and not isinstance(accepted, str):  # a text says why PIL does not read it
                 stream.seek(0)
                 return make(stream, "")
     if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:  # whatever its suffix: phones also call such files .jpg
@@ -315,24 +334,31 @@ def _identified(path: str, stream: IO[bytes]) -> ImageFile.ImageFile:
     raise UnidentifiedImageError(f"not in a supported format ({', '.join(picture_formats())})")
 
 
-def _stream(path: str) -> IO[bytes]:
+def _stream(path: str, data: bytes | None = None) -> IO[bytes]:
+    """The bytes of a file, which may have been read already."""
+    if data is not None:
+        return BytesIO(data)
     check_regular(path)
     return Path(path).open("rb")
 
 
 def crop(image: Image.Image, cfg: Values) -> "np.ndarray":
-    """An RGB image -> its pixels, uint8 (3, H, W), before they are normalised: exactly those of timm's transform for
-    testing. Of timm's `cfg`, interpolation ("bicubic") and crop_mode ("center", or "squash" both sides) may be missing.
+    """An RGB image -> its pixels, uint8 (3, H, W), before they are normalised: exactly those of timm's
+    transform for testing. Of timm's `cfg`, interpolation ("bicubic") and crop_mode ("center", or
+    "squash" both sides) may be missing.
     """
     import numpy as np
 
     _, height, width = cfg["input_size"]
-    resized, short = int(height / cfg["crop_pct"]), min(image.size)
-    size = [resized if side == short else int(resized * side / short) for side in image.size]
+    resized = int(height / cfg["crop_pct"])
     if cfg.get("crop_mode") == "squash":
         size = [int(width / cfg["crop_pct"]), resized]
+    else:
+        short = min(image.size)
+        size = [resized if side == short else int(resized * side / short) for side in image.size]
     image = image.resize(size, Image.Resampling[cfg.get("interpolation", "bicubic").upper()])
-    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+    left = round((size[0] - width) / 2)
+    top = round((size[1] - height) / 2)
     return np.asarray(image.crop((left, top, left + width, top + height))).transpose(2, 0, 1)
 
 
@@ -340,7 +366,8 @@ def normalise(pixels: "np.ndarray", cfg: Values) -> "np.ndarray":
     """uint8 (..., 3, H, W) -> float32 of the same shape, with timm's mean and std."""
     import numpy as np
 
-    mean, std = (np.asarray(cfg[name], np.float32)[:, None, None] for name in ("mean", "std"))
+    mean = np.asarray(cfg["mean"], np.float32)[:, None, None]
+    std = np.asarray(cfg["std"], np.float32)[:, None, None]
     x = pixels.astype(np.float32, order="C")
     x /= 255
     x -= mean

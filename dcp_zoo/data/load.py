@@ -8,11 +8,11 @@ from typing import Any
 
 from dcp_zoo.data import packaged, readers
 from dcp_zoo.data.find import find_images
-from dcp_zoo.data.images import bar
-from dcp_zoo.data.packaged import DATASETS, DatasetSpec, classnames, find_spec, is_own
+from dcp_zoo.data.packaged import DATASETS, DatasetSpec, classnames, find_spec, is_user_data
 from dcp_zoo.data.splits import Split, check_test_share, group_by, split_images, training_split
 from dcp_zoo.data.unreadable import damaged, without_unreadable
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, shorten, warn
+from dcp_zoo.progress import bar
 
 READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (table entry, the dataset's folder)
     "listed": readers.read_json,
@@ -33,28 +33,35 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
 
 
 def load_labelled(name: str, root: str | os.PathLike | None = None, labels: LabelFiles = None) -> Split:
-    """The dataset `name` (a key of `DATASETS`) from the data root, with a folder per dataset in CoOp's layout, or from
-    its own folder. `folder` reads `root` itself, one folder per class, or with `labels` the images that these files
-    list; `digits` needs no root. ZooError for an unknown name, missing files, or a malformed split; a warning if class
-    names differ from `classnames(name)`."""
+    """The dataset `name` (a key of `DATASETS`) from the data root, with a folder per dataset in CoOp's
+    layout, or from its own folder. `folder` reads `root` itself, one folder per class, or with `labels`
+    the images that these files list; `digits` needs no root. ZooError for an unknown name, missing
+    files, or a malformed split; a warning if class names differ from `classnames(name)`."""
     spec = find_spec(name)
     folder = _locate(spec, root)
     images = readers.read_labels(spec, folder, _files(labels)) if labels else READERS[spec.layout](spec, folder)
     if len(images.classnames) == 1:
-        place, only = folder if name == "folder" else name, images.classnames[0]
-        raise ZooError(f"{place} has one class only, {only!r}: pass a place with a folder of images for each class.")
-    if spec.split_file and (missing := [item.path for item in images.items if not Path(item.path).exists()]):
-        raise ZooError(f"{name}: {_and_first(missing)} are missing. {spec.where}")
-    if spec.names and images.classnames != (known := classnames(name)):
-        pairs = enumerate(zip(images.classnames, known, strict=True))
-        first = next(f"{label} is {here!r} here but {zoos!r}" for label, (here, zoos) in pairs if here != zoos)
-        warn(f"{name}: label {first} in the zoo's class names, which its heads use.")
+        source = folder if name == "folder" else name
+        only = images.classnames[0]
+        raise ZooError(f"{source} has one class only, {only!r}: pass a place with a folder of images for each class.")
+    if spec.split_file:
+        missing = [item.path for item in images.items if not Path(item.path).exists()]
+        if missing:
+            raise ZooError(f"{name}: {_and_first(missing)} are missing. {spec.where}")
+    if spec.names:
+        pairs = zip(images.classnames, classnames(name), strict=True)
+        for label, (here, in_zoo) in enumerate(pairs):
+            if here != in_zoo:
+                difference = f"label {label} is {here!r} here but {in_zoo!r} in the zoo's class names"
+                warn(f"{name}: {difference}, which its heads use.")
+                break
     return images
 
 
 def table_columns(table: object) -> tuple[list[Any], list[Any]] | None:
-    """The images, not decoded, and the labels of a Dataset of `datasets`, or of a Parquet file by its path; None for
-    anything else. ZooError unless it is one part, not a stream, with the columns `image` and `label`."""
+    """The images, not decoded, and the labels of a Dataset of `datasets`, or of a Parquet file by its
+    path; None for anything else. ZooError unless it is one part, not a stream, with the columns `image`
+    and `label`."""
     if isinstance(table, (str, os.PathLike)) and str(table).endswith(".parquet"):
         dataset = import_extra("datasets", "data").Dataset
         with as_zoo_error(f"Cannot read {table}: {{}}. Pass a Parquet file.", Exception):  # it raises almost any
@@ -67,10 +74,12 @@ def table_columns(table: object) -> tuple[list[Any], list[Any]] | None:
         if isinstance(table, dict):
             part = f"dataset[{next(iter(table))!r}]"
         raise ZooError(f"Pass one part of a dataset, and no stream, such as {part}.")
-    if missing := {"image", "label"}.difference(data.column_names):
+    missing = {"image", "label"}.difference(data.column_names)
+    if missing:
         problem = f"This dataset has the columns {shorten(data.column_names)}, not {' and '.join(sorted(missing))}"
         raise ZooError(f"{problem}: pass dataset.rename_column(...).")
-    image, names = data.features["image"], getattr(data.features["label"], "names", None)
+    image = data.features["image"]
+    names = getattr(data.features["label"], "names", None)
     data = data.with_format(None)
     if hasattr(image, "decode"):
         data = data.cast_column("image", replace(image, decode=False))
@@ -88,35 +97,40 @@ def load_for_training(
     skip_unreadable: bool = False,
     groups: str | None = None,
 ) -> Split:
-    """The images to train on, of a dataset or a folder. Own images without a test part are not split yet, as their
-    groups decide that; `test` is the share to hold out, see `training_split`, `groups` says which images were taken
-    together, see `group_by`, and `skip_unreadable` leaves some out, see `without_unreadable`."""
+    """The images to train on, of a dataset or a folder. Own images without a test part are not split
+    yet, as their groups decide that; `test` is the share to hold out, see `training_split`, `groups`
+    says which images were taken together, see `group_by`, and `skip_unreadable` leaves some out, see
+    `without_unreadable`."""
     images = load_labelled(dataset, data_root, labels)
     if skip_unreadable:
         images = without_unreadable(images)
     if groups:
         images = group_by(images, groups)
     check_test_share(images, test)
-    return images if is_own(images.name) and not images.has_parts else training_split(images, test)
+    return images if is_user_data(images.name) and not images.has_parts else training_split(images, test)
 
 
 def listed_images(labels: LabelFiles, folder: str | os.PathLike) -> list[str]:
-    """The images that labels files list with a class, see `readers.read_labels`, and those in folders among them.
-    ZooError for a file that lists none."""
+    """The images that labels files list with a class, see `readers.read_labels`, and those in folders
+    among them. ZooError for a file that lists none."""
     images = []
     for file in _files(labels):
         if file.is_dir():
             images += find_images([str(file)])
             continue
-        paths = (readers.listed_image(row.image, Path(folder)) for row in readers.label_rows(file) if row.name)
-        if not (of_file := [path for path in paths if path]):
+        rows = readers.label_rows(file)
+        readers.check_has_class(file, [row.name for row in rows])
+        paths = [readers.listed_image(row.image, Path(folder)) for row in rows if row.name]
+        if not any(paths):
             raise ZooError(f"{file} lists no image of {folder}: pass the folder that its paths start from.")
-        images += of_file
+        images += filter(None, paths)
     return images
 
 
 def _files(labels: LabelFiles) -> list[Path]:
-    return [Path(str(file)) for file in ([labels] if isinstance(labels, (str, os.PathLike)) else labels or ())]
+    if isinstance(labels, (str, os.PathLike)):
+        labels = [labels]
+    return [Path(file) for file in labels or ()]
 
 
 def _locate(spec: DatasetSpec, root: str | os.PathLike | None) -> Path:
@@ -129,8 +143,10 @@ def _locate(spec: DatasetSpec, root: str | os.PathLike | None) -> Path:
     folder = root / spec.folder
     if not folder.exists() and _is_own_folder(spec, root):
         folder = root
-    split_file = spec.split_file if packaged.split_rows(spec.name) is None else None
-    for path in [root, folder, folder / (split_file or ""), folder / spec.images]:
+    needed = [root, folder]
+    if spec.split_file and packaged.split_rows(spec.name) is None:
+        needed.append(folder / spec.split_file)
+    for path in [*needed, folder / spec.images]:
         if not path.exists():
             raise ZooError(f"{spec.name}: {path} does not exist. {spec.where}")
     return folder
@@ -157,8 +173,8 @@ class CheckRow:
 
 
 def check(root: str | os.PathLike | None, names: Sequence[str] | None = None) -> list[CheckRow]:
-    """Check the datasets under the data root: a row for each of `names`, by default all that have a folder and are no
-    part of another, with their counts and images, see `check_complete`."""
+    """Check the datasets under the data root: a row for each of `names`, by default all that have a
+    folder and are no part of another, with their counts and images, see `check_complete`."""
     whole = (name for name, spec in DATASETS.items() if spec.folder and not spec.part_of)
     specs = [find_spec(name) for name in names or whole]
     return [_check_one(spec, root) for spec in specs]
@@ -168,14 +184,16 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None) -> CheckRow:
     try:
         split = training_split(load_labelled(spec.name, root))
     except ZooError as error:
-        place = Path(root or "").expanduser()
-        exists = spec.folder is None or (place / spec.folder).exists() or _is_own_folder(spec, place)
+        data_root = Path(root or "").expanduser()
+        exists = spec.folder is None or (data_root / spec.folder).exists() or _is_own_folder(spec, data_root)
         return CheckRow(spec.name, "broken" if exists else "missing", str(error))
     counts = (len(split.train), len(split.val), len(split.test))
     problems = []
     if spec.counts and counts != spec.counts:
         problems.append(f"{counts} train, val and test images instead of {spec.counts}")
-    if broken := damaged(split.items, progress=bar, name=split.name):
+    broken = damaged(split.items, progress=bar, name=split.name)
+    if broken:
         problems.append(f"{_and_first([split.items[i].path for i in broken])} are damaged")
+    status = "broken" if problems else "ok"
     message = f"{'; '.join(problems)}. {spec.where}" if problems else ""
-    return CheckRow(spec.name, "broken" if problems else "ok", message, counts, split.sha256, split.note)
+    return CheckRow(spec.name, status, message, counts, split.sha256, split.note)

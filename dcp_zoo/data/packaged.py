@@ -1,6 +1,7 @@
-"""What this package has of datasets: the table `datasets.yaml` (names, layouts, prompts, sizes, terms, archives), class
-names, CoOp's splits, parts of two, and few-shot draws (MIT, see `coop/LICENSE`); and photographs. For four datasets it
-has, in place of the split, the draw of one image per class with seed 1: a split with this draw is CoOp's."""
+"""What this package has of datasets: the table `datasets.yaml` (names, layouts, prompts, sizes, terms,
+archives), class names, CoOp's splits, parts of two, and few-shot draws (MIT, see `coop/LICENSE`); and
+photographs. For four datasets it has, in place of the split, the draw of one image per class with seed
+1: a split with this draw is CoOp's."""
 
 import json
 import lzma
@@ -26,7 +27,7 @@ class Archive:
 
     url: str
     md5: str = ""  # its published checksum; "" if none is known
-    places: dict[str, str] = field(default_factory=dict)  # folders in it: where they go; without any, the file itself
+    folders: dict[str, str] = field(default_factory=dict)  # folders in it: where they go; without any, the file itself
     inner: str = ""  # an archive inside the archive that holds these folders
     name: str = ""  # the file's name, if it is not the last part of the url
 
@@ -84,12 +85,12 @@ def _read_table() -> dict[str, DatasetSpec]:
 
 
 DATASETS = _read_table()
-VARIANTS = list(DATASETS["imagenet"].shifts)
 
 
 def list_datasets() -> list[str]:
     """Names of the 11 datasets of the few-shot protocol."""
-    return [name for name, spec in DATASETS.items() if spec.counts and not (name in VARIANTS or spec.part_of)]
+    others = DATASETS["imagenet"].shifts  # ImageNet's classes in other styles
+    return [name for name, spec in DATASETS.items() if spec.counts and not spec.part_of and name not in others]
 
 
 def find_spec(name: str) -> DatasetSpec:
@@ -100,7 +101,7 @@ def find_spec(name: str) -> DatasetSpec:
     raise ZooError(f"Unknown dataset {name!r}.{valid}")
 
 
-def is_own(name: str) -> bool:
+def is_user_data(name: str) -> bool:
     """Whether a name stands for images of the user's choice."""
     return find_spec(name).num_classes is None
 
@@ -123,7 +124,8 @@ def split_rows(name: str) -> SplitRows | None:
 @cache
 def drawn(name: str) -> list[str] | None:
     """The training images drawn with one per class and seed 1; None if the package does not have them."""
-    return json.loads(lzma.decompress((HERE / "coop" / "drawn.json.xz").read_bytes())).get(name)
+    draws = lzma.decompress((HERE / "coop" / "drawn.json.xz").read_bytes())
+    return json.loads(draws).get(name)
 
 
 def wnid_names() -> dict[str, str]:
@@ -149,11 +151,21 @@ def sample_images() -> list[str]:
     return [str(HERE / "photos" / f"{name}.jpg") for name in ("cat", "coffee", "otter", "osprey", "lake", "flowers")]
 
 
+def everyday_file(model: str) -> Path:
+    """Where a plain model's features of these pictures are, if the package has them, see
+    `hub/bundle_heads.py`."""
+    return HERE / "photos" / f"{model}.safetensors"
+
+
 def everyday_pictures() -> list[Image.Image]:
-    """Thirty pictures that few classifiers are about: the photographs of `sample_images` and their quarters."""
+    """Thirty pictures that few classifiers are about: the photographs of `sample_images` and their
+    quarters."""
     pictures = []
     for photo in map(load_image, sample_images()):
-        (width, height), x, y = photo.size, photo.width // 2, photo.height // 2
-        quarters = (0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)
-        pictures += [photo, *(photo.crop(box) for box in quarters)]
+        middle = photo.width // 2
+        centre = photo.height // 2
+        pictures.append(photo)
+        for top, bottom in ((0, centre), (centre, photo.height)):
+            for left, right in ((0, middle), (middle, photo.width)):
+                pictures.append(photo.crop((left, top, right, bottom)))
     return pictures

@@ -1,39 +1,49 @@
-"""The options of a DCP, what the `config.json` of a checkpoint says, and its files: all without torch."""
+"""The options of a DCP, the schema of a checkpoint's `config.json`, and where its files are. Does not import
+torch."""
 
 import json
-import math
 import os.path
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from statistics import NormalDist
-from typing import Annotated, NamedTuple, TypedDict
+from typing import Annotated, Any, TypedDict
 
+from dcp_zoo.backbone.preprocessing import Preprocessing
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, Values, check, count, option, problems
 from dcp_zoo.files import read_plain
 
-COUPLINGS = {"bidirectional": "the paper's", "text_to_vision": "that of the authors' released code"}
+COUPLINGS = {
+    "bidirectional": "the paper's",
+    "text_to_vision": "that of the authors' released code",
+    "vision_to_text": "in which only the text prompts are rewritten",
+    "self": "in which each tower's prompts are rewritten from its own, without any exchange",
+    "none": "in which no prompts are rewritten",
+}
 PHRASE = "a photo of a"  # the authors' `ctx_init`
 POOLINGS = ("mean", "max", "first")
-STATS = ("batch", "stored")
-WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"  # the files of a checkpoint
-STATE_NAME = "training.state"  # of a training that was stopped
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
 NO_CLASSIFIER = "no_classifier"  # results of a head with its stored statistics, but without its text probe
-ACCEPTED = ("like_accepted", "others_accepted")  # what a head's `ProbeInfo` says of images of no class
+# results of the test in a head's `info`
+MEASURED = ("metrics", "test_images", "independent_images", "balanced_top1", "untested", "refused")
+ACCEPTED = ("like_accepted", "others_accepted")  # false acceptance of images of no class, in `ProbeInfo`
 
 
 @dataclass(frozen=True)
 class DCPConfig(Checked):
-    """The options of a DCP: the single source of their names, defaults, choices and help texts. Raises ZooError for a
-    value of another type, an unknown choice, or a number below 1."""
+    """The options of a DCP: the single source of their names, defaults, choices and help texts. Raises
+    ZooError for a value of another type, an unknown choice, or a number below 1."""
 
     n_ctx: int = count(16, "prompt tokens in each tower")
     depth: int = count(9, "coupled blocks; at most one less than the blocks of the shorter tower")
     pooling: str = option("mean", "how vision prompts are pooled over the batch", choices=POOLINGS)
     share_cmpa: bool = option(True, "one CMPA for all coupled blocks instead of one per block")
     coupling: str = option(
-        "bidirectional", "the paper's, or what the authors' release computes", choices=tuple(COUPLINGS)
+        "bidirectional",
+        "the paper's, what the authors' release computes (text_to_vision), or one to compare these with",
+        choices=tuple(COUPLINGS),
     )
     ctx_init: str | None = option(
         None, "phrase that initialises the text prompts if n_ctx is at most 4; further words stay before the name"
@@ -58,15 +68,16 @@ class Abilities(Checked):
 
 FORMAT_VERSION = 4  # the only one that is read
 HEADS = ("linear", "prompts", "cache", "dcp")  # kinds of heads, see `dcp_zoo.zoo.build.KINDS`
-COUNT, PERCENT = {"min": 0}, {"min": 0, "max": 100}
+COUNT = {"min": 0}
+PERCENT = {"min": 0, "max": 100}
 
 
 class ProbeInfo(TypedDict, total=False):
     """How the text probe of a head was fitted."""
 
-    thresholds: dict[str, float]  # by the share of refused images, such as "0.05"
-    like_accepted: dict[str, Annotated[float | None, PERCENT]]  # by the same shares, things much like the classes
-    others_accepted: dict[str, Annotated[float, PERCENT]]  # and everyday pictures
+    thresholds: dict[str, float]  # by the share of rejected images of the classes, such as "0.05"
+    like_accepted: dict[str, Annotated[float | None, PERCENT]]  # by the same shares: near OOD images that are accepted
+    others_accepted: dict[str, Annotated[float, PERCENT]]  # and everyday pictures, far OOD
     split_sha256: str
 
 
@@ -84,7 +95,8 @@ class _Identity(TypedDict):
 
 
 class HeadInfo(_Identity, total=False):
-    """The `dcp` block of a `config.json`, as far as this package reads it: how a head was made and measured."""
+    """The `dcp` block of a `config.json`: how a head was made and measured. Others may be there that nothing
+    reads."""
 
     clip_fingerprint: str  # of all of CLIP's weights, see `Frozen.fingerprint`; none where they were not in float32
     encoders: list[dict[str, str]]  # beside CLIP: "name", timm's, and "fingerprint"
@@ -104,16 +116,21 @@ class HeadInfo(_Identity, total=False):
     text_probe: ProbeInfo
     metrics: dict[str, Annotated[float, PERCENT]]  # top-1 by its name
     test_images: Annotated[int, COUNT]
+    untested: list[str]  # classes without a test image
+
+
+# of the `dcp` block, what describes the head itself, and not how it was made
+OWN = {*_Identity.__annotations__, "clip_fingerprint", "encoders", "named", "reads", "rest", "versions"}
 
 
 class HeadConfig(TypedDict):
-    """A `config.json`, as far as this package reads it."""
+    """A `config.json`. Others may be there that nothing reads."""
 
     weights_sha256: str  # of `model.safetensors`
     dcp: HeadInfo
     architecture: str
     label_names: list[str]
-    pretrained_cfg: Values  # timm's
+    pretrained_cfg: Preprocessing
     model_args: Values  # of `DCPConfig`; empty for other methods
 
 
@@ -128,8 +145,22 @@ def is_checkpoint(place: str | Path) -> bool:
     return os.path.isfile(checkpoint_folder(place) / CONFIG_NAME)  # noqa: PTH113  Path would raise
 
 
+def waiting_file(directory: str | Path, sha256: str) -> Path:
+    """Where weights are saved before `config.json` names them by this hash, and while others are in their
+    place."""
+    return Path(directory) / f".{WEIGHTS_NAME}.{sha256}"
+
+
+def weights_file(directory: Path) -> Path:
+    """The file with the tensors of a checkpoint: where a save was killed, that which waits. Raises ZooError
+    like `read_config`."""
+    waiting = waiting_file(directory, read_config(directory)["weights_sha256"])
+    return waiting if os.path.isfile(waiting) else directory / WEIGHTS_NAME  # noqa: PTH113  Path would raise
+
+
 def read_config(directory: str | Path) -> HeadConfig:
-    """The checked `config.json` of a checkpoint directory; ZooError if it is missing, damaged, or of another format."""
+    """The checked `config.json` of a checkpoint directory; ZooError if it is missing, damaged, or of another
+    format."""
     path = Path(directory) / CONFIG_NAME
     if not path.is_file():
         raise ZooError(f"{directory} is not a checkpoint: it has no {CONFIG_NAME}. Pass a folder written by training.")
@@ -137,8 +168,8 @@ def read_config(directory: str | Path) -> HeadConfig:
         config = json.loads(read_plain(path))
     advice = "It is damaged, or of another version: train or download the head again, or upgrade dcp_zoo."
     check(path, problems(config, HeadConfig), advice)
-    names = own_names(config)
-    check(path, [] if names and config["label_names"] else ["label_names is empty"], advice)
+    if not (own_names(config) and config["label_names"]):
+        check(path, ["label_names is empty"], advice)
     if config["dcp"]["head"] == "dcp":
         options = dict.fromkeys(DCPConfig.__dataclass_fields__) | config["model_args"]
         check(path, problems(options, DCPConfig, "model_args"), advice)
@@ -151,57 +182,23 @@ def own_names(config: HeadConfig) -> list[str]:
 
 
 def made(config: HeadConfig) -> Values:
-    """What a checkpoint says about how its head was made: dataset, shots, seed, recipe, metrics, ..."""
-    omitted = {*_Identity.__annotations__, "clip_fingerprint", "encoders", "named", "reads", "rest", "versions"}
-    return {name: value for name, value in config["dcp"].items() if name not in omitted}
+    """How the head of a checkpoint was made: dataset, shots, seed, recipe, metrics, ..."""
+    return without(config["dcp"], OWN)
 
 
-class Accuracy(NamedTuple):
-    """How many of the images of a class are classified correctly; `name` is "" for all classes together. Images that
-    come in groups, see `dcp_zoo.data.groups`, say as much as so many `independent` ones: (sum m)^2 / sum m^2, of groups
-    of m images. Default: as many as the images. It is here, as `dcp-zoo info` shows it without torch."""
+def without(values: Mapping[str, Any], names: Collection[str]) -> Values:
+    """A copy of the values without those of these names."""
+    return {name: value for name, value in values.items() if name not in names}
 
-    name: str
-    correct: int
-    images: int
-    independent: float | None = None
 
-    @property
-    def percent(self) -> float:
-        return 100 * self.correct / self.images
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson interval in percent: what the accuracy on many more images of this kind may be."""
-        z, p, n = NormalDist().inv_cdf(0.975), self.correct / self.images, self.independent or self.images
-        half = z * math.sqrt(p * (1 - p) / n + (z / n / 2) ** 2)
-        centre, scale = p + z**2 / n / 2, 100 / (1 + z**2 / n)
-        return scale * (centre - half), scale * (centre + half)
-
-    def __str__(self) -> str:
-        (low, high), n = self.interval, self.independent
-        grouped = "" if n is None or n > self.images - 0.5 else f", in groups, which count as {n:.0f}"
-        return f"{self.percent:.1f} % ({self.correct} of {self.images}{grouped}; 95 % interval {low:.0f} to {high:.0f})"
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that affect results."""
+    return {name: version(name) for name in ("torch", "timm", "open_clip_torch")}
 
 
 def alone_and_probed(metrics: Mapping[str, float]) -> tuple[float | None, float | None]:
-    """Top-1 accuracy in percent of the method alone, and of the head with its text probe; None if not measured, or
-    without one. `metrics` are those of a config.json or the manifest."""
-    stored, alone = metrics.get("top1_stored"), metrics.get(f"top1_{NO_CLASSIFIER}")
+    """Top-1 accuracy in percent of the method alone, and of the head with its text probe; None if not
+    measured, or without one. `metrics` are those of a config.json or the manifest."""
+    stored = metrics.get("top1_stored")
+    alone = metrics.get(f"top1_{NO_CLASSIFIER}")
     return (stored, None) if alone is None else (alone, stored)
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint whose training is over."""
-    any_file = (folder / WEIGHTS_NAME).exists() or (folder / CONFIG_NAME).exists()
-    return any_file and not (folder / STATE_NAME).exists()
-
-
-def check_free(output: Path, overwrite: bool, *, resumes: bool = False) -> None:
-    """ZooError if the folder holds a finished checkpoint, or, unless the caller `resumes` it, a stopped training."""
-    if overwrite:
-        return
-    if is_finished(output):
-        raise ZooError(f"{output} already holds a checkpoint: choose another --output, or pass --overwrite.")
-    if not resumes and (output / STATE_NAME).exists():
-        raise ZooError(f"{output} holds a stopped training, which can resume: choose another --output, or --overwrite.")

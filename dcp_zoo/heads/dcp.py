@@ -1,9 +1,18 @@
-"""DCP: a frozen CLIP whose prompts rewrite each other between blocks (DCP, ACL Findings 2023, arXiv 2305.17903), by
-Cross-Modal Prompt Attention (CMPA), the small trained module between its towers.
+"""DCP: a frozen CLIP whose prompts rewrite each other between blocks (DCP, ACL Findings 2023, arXiv
+2305.17903), by Cross-Modal Prompt Attention (CMPA), the small trained module between its towers.
 
-Shapes: B images, C classes, M prompt tokens, K coupled blocks, widths Dv (vision) and Dt (text), E embedding.
+Shapes: B images, C classes, M prompt tokens, K coupled blocks, widths Dv (vision) and Dt (text), E
+embedding.
+
+Stored statistics are this project's own. In the paper CMPA reads vision prompts that are pooled over the
+batch, so that the logits of an image depend on the other images of its batch. As in BatchNorm, that is so in
+training alone: `store_stats` pools once over all training images, and keeps the pooled vision prompts v_i
+(M, Dv) before each coupled block i as `stored_stats` (K, M, Dv). With these neither the text features nor
+the prompts that enter the image tower depend on the images: both are computed once per set of classes, and
+the head can be fused, exported, and given a text probe.
 """
 
+import copy
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,24 +23,37 @@ from timm.layers import LayerNormFp32  # computes in float32 and returns the inp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.backbone._torch import WeightCache, in_eval_mode, pool, pool_stream
+from dcp_zoo.backbone._torch import in_eval_mode, pool, pool_stream
 from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, check_classnames
-from dcp_zoo.backbone.clip import FrozenCLIP, Reading, joined, parts_of
+from dcp_zoo.backbone.clip import FrozenCLIP, Linear, joined, parts_of
 from dcp_zoo.backbone.inputs import Images, Inputs
 from dcp_zoo.backbone.tokens import Tokenizer
-from dcp_zoo.backbone.towers.open_clip import EMBEDDING, append_prompts
+from dcp_zoo.backbone.towers.open_clip import append_prompts
 from dcp_zoo.backbone.towers.text import FullRun, PrefixRun, TextChunks
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
-from dcp_zoo.heads.config import STATS, Abilities, DCPConfig, HeadConfig, own_names
+from dcp_zoo.heads.config import Abilities, DCPConfig, HeadConfig, own_names
 from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head import Head
 
+KEPT_BYTES = 2**31  # of tokens that `store_stats` keeps: 3,500 images of ViT-B/16 in float32
+STATS_MODES = ("batch", "stored")
+NO_STATS = 'stats="stored" needs stored statistics: call model.store_stats(images) first.'
 HEAD_WIDTH = 64  # of the attention heads in both CLIP towers, and therefore in CMPA
+# of each coupling, the towers whose prompts are rewritten, and the tower whose prompts they are rewritten
+# from
+REWRITTEN_FROM = {
+    "bidirectional": {"vision": "text", "text": "vision"},
+    "text_to_vision": {"vision": "text"},
+    "vision_to_text": {"text": "vision"},
+    "self": {"vision": "vision", "text": "text"},
+    "none": {},
+}
 
 
 class PromptAttention(nn.Module):
-    """Rewrites the prompts of one tower, whose width is a multiple of 64, from those of the other, the queries."""
+    """Rewrites the prompts of one tower, whose width is a multiple of 64, from those of the other, the
+    queries; or from its own."""
 
     def __init__(self, dim: int, other_dim: int) -> None:
         super().__init__()
@@ -41,36 +63,50 @@ class PromptAttention(nn.Module):
         self.norm1 = LayerNormFp32(dim, eps=1e-5)
         self.attn = nn.MultiheadAttention(dim, dim // HEAD_WIDTH, batch_first=True)
         self.norm2 = LayerNormFp32(dim, eps=1e-5)
-        c_fc, c_proj = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        c_fc = nn.Linear(dim, 4 * dim)
+        c_proj = nn.Linear(4 * dim, dim)
         self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=QuickGELU(), c_proj=c_proj))
 
     def forward(self, own: Tensor, other: Tensor) -> Tensor:
         """own (M, D), other (M, other_dim) -> the new prompts (M, D)."""
-        query, key = self.norm1(self.query(other)), self.norm1(own)  # the same norm for both
+        query = self.norm1(self.query(other))
+        key = self.norm1(own)  # by the same norm
         x = own + self.attn(query, key, key, need_weights=False)[0]
         return x + self.mlp(self.norm2(x))
 
 
 class CMPA(nn.Module):
-    """Both directions of prompt attention, or only text to vision: without `to_text`, which would never be trained."""
+    """The prompt attention of each tower whose prompts a coupling rewrites, see `REWRITTEN_FROM`; the other
+    tower has none, which would never be trained."""
 
-    def __init__(self, vision_width: int, text_width: int, bidirectional: bool) -> None:
+    def __init__(self, vision_width: int, text_width: int, rewritten_from: Mapping[str, str]) -> None:
         super().__init__()
-        self.to_vision = PromptAttention(vision_width, text_width)
-        self.to_text = PromptAttention(text_width, vision_width) if bidirectional else None
+        self.rewritten_from = rewritten_from
+        widths = {"vision": vision_width, "text": text_width}
+        attentions = {tower: PromptAttention(widths[tower], widths[source]) for tower, source in rewritten_from.items()}
+        self.to_vision = attentions.get("vision")
+        self.to_text = attentions.get("text")
 
-    def forward(self, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled vision prompts v (M, Dv) and text prompts t (M, Dt) -> both rewritten."""
-        return self.to_vision(v, t), t if self.to_text is None else self.to_text(t, v)
+    def forward(self, v: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Pooled vision prompts v (M, Dv) and text prompts t (M, Dt) -> both rewritten; None for those that
+        are not."""
+        prompts = {"vision": v, "text": t}
+        new_v = None
+        new_t = None
+        if self.to_vision is not None:
+            new_v = self.to_vision(v, prompts[self.rewritten_from["vision"]])
+        if self.to_text is not None:
+            new_t = self.to_text(t, prompts[self.rewritten_from["text"]])
+        return new_v, new_t
 
 
 class DCP(Head):
-    """A CLIP classifier with deeply coupled prompts. Only the prompts and CMPA require gradients. ZooError for an
-    unsupported CLIP, an unknown option or choice, or class names that are empty or too long.
+    """A CLIP classifier with deeply coupled prompts. Only the prompts and CMPA require gradients. ZooError
+    for an unsupported CLIP, an unknown option or choice, or class names that are empty or too long.
 
     Args:
-        clip: an open_clip CLIP with a vision transformer, taken as it is, or a `FrozenCLIP`; widths and depths are read
-            from it.
+        clip: an open_clip CLIP with a vision transformer, taken as it is, or a `FrozenCLIP`; widths and
+            depths are read from it.
         classnames: one name per class; underscores are read as spaces.
         config: the options; or give them one by one, as `n_ctx=4, depth=3`. See `DCPConfig`.
         tokenizer: open_clip tokenizer of `clip`. Default: open_clip's own BPE tokenizer.
@@ -92,26 +128,31 @@ class DCP(Head):
         **options: object,
     ) -> None:
         super().__init__(clip if isinstance(clip, FrozenCLIP) else FrozenCLIP(clip, tokenizer))
-        self.method, self.abilities = "dcp", Abilities(coupled=True)
+        self.method = "dcp"
+        self.abilities = Abilities(coupled=True)
         self.config = config = DCPConfig.from_options((config.as_dict() if config else {}) | options)
-        vision, text = self.encoder.vision_tower, self.encoder.text_tower
-        dv, dt = vision.width, text.width
-        room = text.length - 4  # start, a name's token, full stop, end
-        if config.n_ctx > room:
-            raise ZooError(f"n_ctx must be at most {room} for this CLIP, not {config.n_ctx}: no class name would fit.")
-        initial = {name: 0.02 * torch.randn(config.n_ctx, width) for name, width in (("text", dt), ("vision", dv))}
+        vision = self.encoder.vision_tower
+        text = self.encoder.text_tower
+        n_ctx = config.n_ctx
+        longest = text.length - 4  # start, a name's token, full stop, end
+        if n_ctx > longest:
+            raise ZooError(f"n_ctx must be at most {longest} for this CLIP, not {n_ctx}: no class name would fit.")
+        initial = {"text": 0.02 * torch.randn(n_ctx, text.width), "vision": 0.02 * torch.randn(n_ctx, vision.width)}
         self.template = NAME  # follows the text prompts
-        if config.ctx_init and config.n_ctx <= 4:
-            initial["text"] = self.encoder.embed_words(config.ctx_init, config.n_ctx)
-            self.template = " ".join([*config.ctx_init.split()[config.n_ctx :], NAME])
+        if config.ctx_init and n_ctx <= 4:
+            initial["text"] = self.encoder.embed_words(config.ctx_init, n_ctx)
+            self.template = " ".join([*config.ctx_init.split()[n_ctx:], NAME])
         self.prompts = nn.ParameterDict(initial).to(self.device)
+        self.rewritten_from = REWRITTEN_FROM[config.coupling]
         self.num_coupled = min(config.depth, len(vision.blocks) - 1, len(text.blocks) - 1)  # K
-        bidirectional = config.coupling == "bidirectional"
         modules = 1 if config.share_cmpa else self.num_coupled
-        self.cmpa = nn.ModuleList(CMPA(dv, dt, bidirectional) for _ in range(modules)).to(self.device)
+        if not self.rewritten_from:
+            self.num_coupled = 0
+            modules = 0
+        cmpa = [CMPA(vision.width, text.width, self.rewritten_from) for _ in range(modules)]
+        self.cmpa = nn.ModuleList(cmpa).to(self.device)
         self.stored_stats: Tensor | None  # (K, M, Dv), see `store_stats`
         self.register_buffer("stored_stats", None)
-        self._cache = WeightCache()
         self._classify_into(check_classnames(classnames), texts)
         self.stats = None
 
@@ -122,132 +163,190 @@ class DCP(Head):
         return cls(clip, own_names(config), options, texts=config["dcp"]["texts"])
 
     def forward(self, images: Images) -> Tensor:
-        """Images (B, 3, H, W), normalised as `create_transform` does, or other `Inputs` -> logits (B, C), without
-        classes features."""
+        """Images (B, 3, H, W), normalised as `create_transform` does, or other `Inputs` -> logits (B, C),
+        without classes features."""
         if self.num_classes == 0 or self.fc is not None or self.stats == "stored":
             return super().forward(images)
         features, text = self.encode(images)
         if self.text_probe is None:
             return self.encoder.logits(features, text)
         reads = self.reads
-        plain, *others = (reading.encode(images) for reading in reads[1:])
+        others = [reading.encode(images) for reading in reads[1:]]  # plain CLIP's first
         weight, bias = self.zero_shot_linear()
         with torch.autocast(features.device.type, enabled=False):
-            zero_shot = F.linear(plain[:, : features.shape[1]].to(weight.dtype), weight, bias)
-        f = joined([features, plain, *others], parts_of(reads))
+            zero_shot = F.linear(others[0][:, : features.shape[1]].to(weight.dtype), weight, bias)
+        f = joined([features, *others], parts_of(reads))
         return self.text_probe((self.encoder.logits(features, text) + zero_shot) / 2, f, self.classes)
 
     def encode(self, images: Images) -> tuple[Tensor, Tensor]:
         """Images, one batch -> normalised features of the images (B, E) and of the classes (C, E)."""
-        image_features, text_features = self._encode(images)
-        return image_features, text_features()
+        if self.stats == "stored":  # the towers need not run side by side
+            prompts, text_features = self._constants()
+            return self.encoder.encode_image(images, prompts, self._checkpointed), text_features
+        features, text = self._encode_batch(images)
+        return features, text.features()
+
+    def _encode_batch(self, images: Images) -> tuple[Tensor, PrefixRun | FullRun]:
+        """Image features (B, E) with the statistics of this batch, and the text tower, before the class
+        names."""
+        ((_, x, text),) = deque(self._walk(images, last=True), 1)
+        return self.encoder.vision_tower.features(x), text
+
+    def _encode_prompted(self, images: Images) -> Tensor:
+        return super()._encode_prompted(images) if self.stats == "stored" else self._encode_batch(images)[0]
 
     def couplings(
-        self, stats: Callable[[int], Tensor], names: TextChunks | None = None
+        self, pooled: Callable[[int], Tensor], names: TextChunks | None = None
     ) -> Iterator[tuple[Tensor | None, PrefixRun | FullRun]]:
-        """The loop of the method: runs the text prompts through their tower and rewrites the prompts of both towers.
-        With v = stats(i), the pooled vision prompts (M, Dv), and t, the text prompts (M, Dt) pooled over the classes,
-        before block i = 1 .. K:
+        """The loop of the method: runs the text prompts through their tower and rewrites the prompts of both
+        towers. With v = pooled(i), the pooled vision prompts (M, Dv), and t, the text prompts (M, Dt) pooled
+        over the classes, before block i = 1 .. K:
 
-            v', t' = CMPA.to_vision(v, t), CMPA.to_text(t, v)
+            v', t' = CMPA.to_vision(v, t), CMPA.to_text(t, v)           bidirectional
+            v'     = CMPA.to_vision(v, t)                               text_to_vision
+                t' =                       CMPA.to_text(t, v)           vision_to_text
+            v', t' = CMPA.to_vision(v, v), CMPA.to_text(t, t)           self
 
-        In a causal text tower t is the same for every class, as the prompts precede the names. Of each block: the
-        vision prompts (M, Dv) that newly enter it, None behind block K, and the text tower after its block.
+        Prompts that are not rewritten flow on as their tower leaves them; with the coupling none, all do,
+        and K = 0.
+
+        It yields, for each block, the vision prompts (M, Dv) that newly enter it, None where those of the
+        block before flow on, and the text tower after its block. The caller then runs the same block of the
+        image tower: `pooled(i)` is called when the caller asks for block i, and so after it has run block i
+        - 1. In a causal text tower t is the same for every class, as the prompts precede the names.
         """
-        vision, text_tower, prompts = self.encoder.vision_tower, self.encoder.text_tower, self.prompts
+        vision = self.encoder.vision_tower
+        text_tower = self.encoder.text_tower
+        prompts = self.prompts
         text = text_tower.begin(prompts["text"], names or self.name_tokens, self._checkpointed)
         for i in range(max(len(vision.blocks), len(text_tower.blocks))):
             v = vision.embed_prompts(prompts["vision"]) if i == 0 else None
             if 1 <= i <= self.num_coupled:
                 cmpa = self.cmpa[0 if self.config.share_cmpa else i - 1]
-                v, t = stats(i).to(prompts["vision"].dtype), text.prompts(self.config.pooling).to(prompts["text"].dtype)
-                v, t = cmpa(v, t)
-                if self.config.coupling == "bidirectional":
-                    text.replace(t)
+                v = pooled(i).to(prompts["vision"].dtype)
+                t = text.prompts(self.config.pooling).to(prompts["text"].dtype)
+                v, new_t = cmpa(v, t)
+                if new_t is not None:
+                    text.replace(new_t)
             if i < len(text_tower.blocks):
                 text.step()
             yield v, text
 
+    @property
+    def has_stats(self) -> bool:
+        """Whether there are stored statistics; with K = 0 none are needed, as CMPA reads no prompts."""
+        return self.stored_stats is not None or self.num_coupled == 0
+
+    @property
+    def text_reads_images(self) -> bool:
+        """Whether text prompts are rewritten from vision prompts."""
+        return self.num_coupled > 0 and self.rewritten_from.get("text") == "vision"
+
     def _walk(self, images: Images, last: bool = False) -> Iterator[tuple[Tensor, Tensor, PrefixRun | FullRun]]:
-        """Both towers side by side on one batch: the tokens (B, N + M, Dv) that enter and leave each vision block, the
-        prompts last, and the text tower. With `last`, only the pooled tokens leave the last block."""
-        tower, x = self.encoder.vision_tower, self.encoder.enter(images).x
-        n, stored = x.shape[1], self.stored_stats if self.stats == "stored" else None
+        """Both towers side by side on one batch: the tokens (B, N + M, Dv) that enter and leave each vision
+        block, the prompts last, and the text tower. With `last`, only the pooled tokens leave the last
+        block."""
+        tower = self.encoder.vision_tower
+        x = self.encoder.enter(images).x
+        n = x.shape[1]
+        uses_batch = self.stats == "batch"
 
-        def stats(i: int) -> Tensor:
-            return pool(x[:, n:], self.config.pooling) if stored is None else stored[i - 1]
+        def pooled(i: int) -> Tensor:
+            return pool(x[:, n:], self.config.pooling) if uses_batch else self._stored(i)
 
-        for i, (v, text) in enumerate(self.couplings(stats)):
-            if v is not None:
-                x = append_prompts(x[:, :n], v)
-            entering = x
+        for i, (v, text) in enumerate(self.couplings(pooled)):
+            entering = x if v is None else append_prompts(x[:, :n], v)
+            x = entering
             if i < len(tower.blocks):
-                x = self._checkpointed(tower.block, i, x, None, last and i == len(tower.blocks) - 1)
+                x = self._checkpointed(tower.block, i, entering, None, last and i == len(tower.blocks) - 1)
             yield entering, x, text
-
-    def _encode(self, images: Images) -> tuple[Tensor, Callable[[], Tensor]]:
-        """Image features (B, E), and what computes text features (C, E): class names run last, if they are needed."""
-        if self.stats == "stored":  # the text is known: the towers need not run side by side
-            prompts, text_features = self._constants()
-            return self.encoder.encode_image(images, prompts, self._checkpointed), lambda: text_features
-        ((_, x, text),) = deque(self._walk(images, last=True), 1)
-        return self.encoder.vision_tower.features(x), text.features
 
     @torch.compiler.disable  # reads texts, and is kept
     def _constants(self) -> tuple[list[Tensor], Tensor]:
-        """Copies of what depends on no image in the stored statistics: the prompts (M, Dv) that enter K + 1 vision
-        blocks, and the text features (C, E); computed again when a weight changes, see `WeightCache`."""
-        prompts, text_features = self._cache(self._run_text, [*self.parameters(), *self.buffers()], self.name_tokens)
+        """Copies of what depends on no image in the stored statistics: the `image_prompts` (M, Dv), and the
+        text features (C, E); computed again when a weight changes, see `WeightCache`."""
+        tensors = [*self.parameters(), *self.buffers()]
+        prompts, text_features = self._text_cache(self._run_text, tensors, self.name_tokens)
         return [p.clone() for p in prompts], text_features.clone()
 
     def _run_text(self, names: TextChunks | None = None) -> tuple[list[Tensor], Tensor]:
-        stored = self.stored_stats  # None only with text_to_vision, whose text ignores the vision prompts
-        steps = list(self.couplings(lambda i: self.prompts["vision"] if stored is None else stored[i - 1], names))
+        steps = list(self.couplings(self._stored, names))
         return [v for v, _ in steps if v is not None], steps[-1][1].features()
+
+    def _stored(self, i: int) -> Tensor:
+        """The stored v (M, Dv) before block i."""
+        if self.stored_stats is not None:
+            return self.stored_stats[i - 1]
+        assert not self.text_reads_images  # then the text does not depend on v
+        return self.prompts["vision"]
 
     @property
     def stats_modes(self) -> tuple[str, ...]:
-        return ("batch",) if self.stored_stats is None else ("stored", "batch")
+        if self.num_coupled == 0:
+            return ("stored",)  # those of a batch would be the same
+        return ("stored", "batch") if self.has_stats else ("batch",)
 
     @property
     def stats(self) -> str:
-        """What CMPA reads of the images. As in BatchNorm, training pools over the batch, on whose other images an
-        image's logits then depend ("batch"); evaluation takes what `store_stats` stored ("stored", the default)."""
-        return "batch" if self.training or self.stored_stats is None or self._stats == "batch" else "stored"
+        """The pooled vision prompts that CMPA reads: those of the batch ("batch": always in training), or of
+        `store_stats` ("stored", the default once there are any); see the module."""
+        return "batch" if self.training or not self.has_stats or self._stats == "batch" else "stored"
 
     @stats.setter
     def stats(self, stats: str | None) -> None:
         if stats is not None:
-            check_choice("stats", stats, STATS)
-        if stats == "stored" and self.stored_stats is None:
-            raise ZooError('stats="stored" needs stored statistics: call model.store_stats(images) first.')
+            check_choice("stats", stats, STATS_MODES)
+        if stats == "stored" and not self.has_stats:
+            raise ZooError(NO_STATS)
         self._stats = stats
 
     @torch.no_grad()
     def store_stats(self, images: Images | Iterable[Any]) -> None:
-        """Measure and store the statistics, so that logits depend on no batch. ZooError for no images or an iterator.
+        """Measure and store the statistics, so that logits depend on no batch. ZooError for no images or an
+        iterator.
 
-        All images count as one batch. They are read once for every coupled block, in the chunks that they come in.
+        All images count as one batch, in the chunks that they come in. Their tokens are kept from block to
+        block, up to `KEPT_BYTES`; more images are read again for every coupled block.
 
         Args:
-            images: the few-shot training images without augmentation: (n, 3, H, W), or an iterable that can be read
-                again and again (a DataLoader, a list) over batches (b, 3, H, W) or (images, labels) pairs.
+            images: the few-shot training images without augmentation: (n, 3, H, W), or an iterable that can
+                be read again and again (a DataLoader, a list) over batches (b, 3, H, W) or (images, labels)
+                pairs.
         """
         chunks: Iterable[Any] = images.split(64) if isinstance(images, (Tensor, Inputs)) else images
         if iter(chunks) is chunks:
             raise ZooError("store_stats reads the images once for every block: pass a tensor, a list or a DataLoader.")
-        prompts: list[Tensor] = []  # that enter vision blocks 0, 1, ...
+        tower = self.encoder.vision_tower
+        n_ctx = self.config.n_ctx
+        prompts: list[Tensor] = []  # that newly enter vision blocks 0, 1, ...
         pooled: list[Tensor] = []
+        tokens: deque[Tensor] = deque()  # of each chunk, after the last block that was run, with prompts that flow on
+        keeps_tokens = True
 
-        def leaving() -> Iterator[Tensor]:
-            """The prompts (b, M, Dv) of each chunk that leave the last block with known prompts."""
+        def entering(i: int) -> Iterator[tuple[Tensor, int]]:
+            """The tokens of each chunk, and the block up to i - 1 that they enter."""
+            if tokens:
+                for _ in range(len(tokens)):
+                    yield tokens.popleft(), i - 1
+                return
             for chunk in chunks:
                 images = chunk[0] if isinstance(chunk, (tuple, list)) else chunk
-                x = self.encoder.enter(images.to(self.device)).x
-                yield self.encoder.vision_tower.run(x, prompts, 0, len(prompts))[:, x.shape[1] :].float()
+                yield self.encoder.enter(images.to(self.device)).x, 0
+
+        def leaving(i: int) -> Iterator[Tensor]:
+            """The prompts (b, M, Dv) of each chunk that leave block i - 1."""
+            nonlocal keeps_tokens
+            for x, first in entering(i):
+                x = tower.run(x, prompts[first:], first, i)
+                if keeps_tokens:
+                    tokens.append(x[:, :-n_ctx] if "vision" in self.rewritten_from else x)
+                if sum(kept.nbytes for kept in tokens) > KEPT_BYTES:
+                    keeps_tokens = False
+                    tokens.clear()
+                yield x[:, -n_ctx:].float()
 
         def measure(i: int) -> Tensor:
-            pooled.append(pool_stream(leaving(), self.config.pooling))
+            pooled.append(pool_stream(leaving(i), self.config.pooling))
             return pooled[-1]
 
         with in_eval_mode(self):
@@ -256,46 +355,52 @@ class DCP(Head):
                     prompts.append(v)
         self.stored_stats = torch.stack(pooled) if pooled else None
 
+    def _unknown_stats(self) -> Tensor:
+        prompts = self.prompts["vision"]
+        return prompts.new_full((self.num_coupled, *prompts.shape), torch.nan)
+
     def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:
         """A state with statistics brings them; one with prompts alone leaves none behind."""
-        given, v = state_dict.get(f"{prefix}stored_stats"), self.prompts["vision"]
-        if given is not None and self.stored_stats is None:
-            self.stored_stats = v.new_full((self.num_coupled, *v.shape), torch.nan)  # stays where `given` does not fit
-        elif given is None and f"{prefix}prompts.text" in state_dict:
+        if f"{prefix}stored_stats" in state_dict:
+            if self.stored_stats is None:
+                self.stored_stats = self._unknown_stats()  # stays where those of the state do not fit
+        elif f"{prefix}prompts.text" in state_dict:
             self.stored_stats = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _classify_into(self, names: list[str], texts: Texts | None) -> None:
-        """Sentences of the classes follow the prompts in place of `name.`, and a class is the normalised mean of their
-        normalised features. A template changes nothing, as prompts are in its place; {} takes the sentences away."""
-        now = texts or TEMPLATE if isinstance(texts, Mapping) else self.texts
-        self.name_tokens = self._tokens(names, now)
-        self._keep(names, now)
+        """Sentences of the classes follow the prompts in place of `name.`, and a class is the normalised
+        mean of their normalised features. A template changes nothing, as prompts are in its place; {} takes
+        the sentences away."""
+        if not isinstance(texts, Mapping):
+            texts = self.texts
+        texts = texts or TEMPLATE
+        self.name_tokens = self._tokens(names, texts)
+        self._set_classes(names, texts)
 
     def _tokens(self, names: Sequence[str], texts: Texts) -> TextChunks:
         """What follows the text prompts of each class."""
-        behind = texts if isinstance(texts, Mapping) else self.template
-        return self.encoder.tokenize_names(names, self.config.n_ctx, behind)
+        after_prompts = texts if isinstance(texts, Mapping) else self.template
+        return self.encoder.tokenize_names(names, self.config.n_ctx, after_prompts)
 
-    def _own_reading(self) -> Reading:
-        clip = self.encoder
-        return Reading(
-            clip,
-            parts={EMBEDDING: clip.num_features},
-            encode=lambda images: self._encode(images)[0],
-            start=lambda: clip.scaled(self.encode_text()),
-            prompts=self.image_prompts,
-        )
+    has_image_prompts = True
+
+    def own_linear(self) -> Linear:
+        return self.encoder.scaled(self.encode_text())
 
     def image_prompts(self) -> list[Tensor]:
-        """The prompts (M, Dv) that enter the first K + 1 vision blocks, in the stored statistics."""
+        """The prompts (M, Dv) that newly enter the first vision blocks, in the stored statistics: K + 1
+        blocks, or one where they are not rewritten; ZooError without."""
+        if not self.has_stats:
+            raise ZooError(NO_STATS)
         return self._constants()[0]
 
     def encode_text(self, classnames: Sequence[str] | None = None) -> Tensor:
-        """Normalised text features (C, E) of `classnames`, default the model's own. ZooError if they depend on images:
-        bidirectional coupling without stored statistics."""
-        if self.config.coupling == "bidirectional" and self.stats != "stored":
-            problem = f'With bidirectional coupling and stats="{self.stats}" the text features depend on the images'
+        """Normalised text features (C, E) of `classnames`, default the model's own. ZooError if they depend
+        on images: coupling bidirectional or vision_to_text without stored statistics."""
+        if self.text_reads_images and self.stats != "stored":
+            coupling = f"{self.config.coupling} coupling"
+            problem = f'With {coupling} and stats="{self.stats}" the text features depend on the images'
             raise ZooError(f"{problem}: call model.store_stats(images) and use these, or call the model itself.")
         if classnames is None:
             return self._constants()[1]
@@ -306,18 +411,13 @@ class DCP(Head):
 
     def expected_state(self, shapes: Mapping[str, Tensor], config: HeadConfig | None = None) -> dict[str, Tensor]:
         """With or without stored statistics, as the file has them."""
-        state, vision = super().expected_state(shapes, config), self.prompts["vision"]
+        state = super().expected_state(shapes, config)
         state.pop("stored_stats", None)
-        stats = {"stored_stats": vision.new_empty(self.num_coupled, *vision.shape)} if "stored_stats" in shapes else {}
-        return state | stats
+        if "stored_stats" in shapes:
+            state["stored_stats"] = self._unknown_stats()
+        return state
 
     def fuse(self) -> FusedHead:
-        chosen, self.stats = self._stats, "stored"
-        try:
-            return super().fuse()
-        finally:
-            self.stats = chosen
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "DCP":  # .to(), .half(): tensors change without a new version
-        self._cache = WeightCache()
-        return super()._apply(*args, **kwargs)
+        view = copy.copy(self)  # with the same tensors: other threads may use this one
+        view.stats = "stored"
+        return Head.fuse(view)

@@ -1,228 +1,874 @@
-"""A head: a classifier whose classes can change, and which can be saved."""
+"""A head: features of images, logits of its classes from these, its classes, and how it is saved.
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+A head reads one or more encoders. Each gives one or more normalised features f_p (B, E_p) of the images x,
+and has a classifier f_1 W^T + b of its first feature, if it also encodes text. With P features in all, and T
+encoders that encode text, the head's features and its logits before a text probe are
+
+    f = [f_1, .., f_P] / sqrt(P)                                                            (B, F)
+    z = f W^T + b    with W = [W_1, .., W_P] sqrt(P) / T, 0 without text, b the mean of b_p  (B, C)
+
+A text probe, if the head has one, adds to these, see `dcp_zoo.probe`; without one a head reads the method's
+own first feature alone. The method's own encoder comes first. If the method changed the image features, by
+prompts or by CLIP's weights, a text probe also reads plain CLIP, from inside its image tower, too, see
+`VisionTower.read`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from dcp_zoo.backbone.classes import Texts, check_classnames, class_texts, rows_of, same_texts
-from dcp_zoo.errors import ZooError, check_choice, check_range, shorten
-from dcp_zoo.fields import Values
-from dcp_zoo.heads import checkpoint
-from dcp_zoo.heads.classifier import Classifier
-from dcp_zoo.heads.config import ACCEPTED, NO_CLASSIFIER, HeadConfig, made, own_names
+from dcp_zoo.answers import is_rejected
+from dcp_zoo.backbone._torch import WeightCache, in_eval_mode, layer_of
+from dcp_zoo.backbone.classes import (
+    NO_CLASSES,
+    TEMPLATE,
+    Texts,
+    check_classnames,
+    class_texts,
+    rows_of,
+    same_texts,
+    sentences_of,
+)
+from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading, join, joined, parts_of
+from dcp_zoo.backbone.inputs import Images
+from dcp_zoo.backbone.preprocessing import PREPROCESSING, Preprocessing, preprocessing_in
+from dcp_zoo.backbone.towers import FORMATS, take_blocks
+from dcp_zoo.backbone.towers.open_clip import EMBEDDING, append_prompts, checkpointed
+from dcp_zoo.errors import ZooError, check_choice, check_range, shorten, warn
+from dcp_zoo.fields import Values, check, problems
+from dcp_zoo.heads import file
+from dcp_zoo.heads.config import (
+    ACCEPTED,
+    FORMAT_VERSION,
+    MEASURED,
+    NO_CLASSIFIER,
+    OWN,
+    WEIGHTS_NAME,
+    Abilities,
+    HeadConfig,
+    library_versions,
+    made,
+    own_names,
+    without,
+)
+from dcp_zoo.heads.fused import FusedClassifier, FusedHead
 from dcp_zoo.probe.model import NEVER, PREFIX, TextProbe
+from dcp_zoo.rejection import REFUSED
+
+Intermediate = Tensor | tuple[Tensor, Tensor]  # patches, or with the tokens before them
 
 
-class Head(Classifier):
-    """See the module. The kinds of heads: `LinearHead`, `CacheHead`, `PromptHead` and `DCP`. A kind defines the methods
-    that are abstract here and in `Classifier`; all else follows from these. For the attributes see `Classifier`."""
+class Head(nn.Module, ABC):
+    """A classifier on a frozen CLIP, see the module: the base of `LinearHead`, `CacheHead`, `PromptHead` and
+    `DCP`. These define the abstract methods below; all else follows from them. It also is a model of timm's,
+    see the end.
+
+    Args:
+        clip: the CLIP whose features and texts it reads.
+        original: the CLIP before a method changed its weights, if one did.
+
+    Attributes:
+        encoder: the CLIP that the method's own features and the texts of classes come from.
+        image_encoders: `ImageEncoder`s that a text probe reads besides.
+        classes: their names, in the order of the logits; you may set those of `fc`.
+        fc: the layer of `reset_classifier`, or None.
+        texts: what CLIP reads of each class: a template for its name, or sentences; "" if the method reads
+            none.
+        template: what CLIP reads of a class without sentences, where the others have some.
+        text_probe: or None.
+        method, abilities: the name of the method that made it, and what such a head can do.
+        info: how it was made: dataset, shots, seed, recipe, metrics, ...; a change of its classes takes
+            metrics out.
+        origin: for timm's `pretrained_cfg`, of a head of the zoo: tag, file or repo, licence.
+        saved_as: hashes of the weights that it was loaded with, and saved with.
+    """
+
+    kind: ClassVar[str]  # as `config.json` calls it
+    trained: ClassVar[tuple[str, ...]]  # how the names of the tensors begin that a method trains
+
+    def __init__(self, clip: FrozenCLIP, original: FrozenCLIP | None = None) -> None:
+        super().__init__()
+        self.encoder = clip
+        self.image_encoders: Any = nn.ModuleList()
+        self._original = original
+        self.text_probe: TextProbe | None = None
+        self.fc: nn.Linear | None = None
+        self.classes = list[str]()
+        self._replaced_classes: list[str] | None = None  # the method's, while `reset_classifier` has replaced them
+        self.texts: Texts = TEMPLATE
+        self.template = TEMPLATE
+        self.method = ""
+        self.abilities = Abilities()
+        self.info = Values()
+        self.origin = Values()
+        self.saved_as: frozenset[str] = frozenset()
+        with suppress(ZooError):  # a CLIP without blocks: what needs them says so
+            for encoder in (clip, self.frozen):
+                _ = encoder.parts  # cached before torch.compile traces a forward, which cannot take a lock
+        self._clear_caches()
+        self._grad_checkpointing = False
 
     # --- what a kind of head defines ---
 
     @abstractmethod
-    def _classify_into(self, names: list[str], texts: Texts | None) -> None:
-        """`set_classnames` for names that were checked, by the method's own classifier."""
+    def own_linear(self) -> Linear:
+        """The method's own logits, without a text probe, as a function of its own features: weight (C, E)
+        and bias (C,). ZooError if they are no linear function of these."""
 
-    kind: ClassVar[str]  # as `config.json` calls it
-    trained: ClassVar[tuple[str, ...]]  # how the names of the tensors begin that a method trains
+    @abstractmethod
+    def _classify_into(self, names: list[str], texts: Texts | None) -> None:
+        """`set_classnames` by the method's own classifier; the names have been checked."""
+
+    @property
+    def has_image_prompts(self) -> bool:
+        """Whether the method has prompts in the image tower."""
+        return False
+
+    def image_prompts(self) -> list[Tensor]:
+        """The prompts (M, Dv) that enter the first blocks of the image tower."""
+        return []
+
+    def _encode_prompted(self, images: Images) -> Tensor:
+        """Images -> normalised features (B, E), with the prompts in the image tower."""
+        return self.encoder.encode_image(images, self.image_prompts(), self._checkpointed)
+
+    @property
+    def stats_modes(self) -> tuple[str, ...]:
+        """The statistics that it can be evaluated with, the default first."""
+        return ("stored",)
+
+    @property
+    def stats(self) -> str:
+        """What logits depend on besides an image: on nothing if "stored". Only a DCP has others, see
+        `DCP.stats`."""
+        return "stored"
+
+    @stats.setter
+    def stats(self, stats: str | None) -> None:
+        if stats is not None:
+            check_choice("stats", stats, self.stats_modes)
+
+    def method_config(self) -> tuple[Values, Values]:
+        """What `config.json` says about the method: options of the model, and values of its `dcp` block."""
+        return {}, {"head": self.kind}
 
     def _trained_state(self) -> dict[str, Tensor]:
         """The tensors that the method trained, by name: those of a checkpoint, besides the text probe's."""
         tensors = [*self.named_parameters(), *self.named_buffers()]
         return {name: tensor.detach() for name, tensor in tensors if name.startswith(self.trained)}
 
-    def method_config(self) -> tuple[Values, Values]:
-        """What `config.json` says about the method: options of the model, and values of its `dcp` block."""
-        return {}, {"head": self.kind}
-
     def _load_trained(self, state: dict[str, Tensor]) -> None:
         """Load the tensors of a checkpoint, which have been checked."""
         self.load_state_dict(state, strict=False)  # without CLIP
 
+    # --- features ---
+
+    @property
+    def frozen(self) -> FrozenCLIP:
+        """Zero-shot CLIP, before the method changed anything."""
+        return self._original or self.encoder
+
+    @property
+    def has_own_features(self) -> bool:
+        """Whether the method changed the image features: those of plain CLIP can then be read beside
+        them."""
+        return self._original is not None or self.has_image_prompts
+
+    @property
+    def readable(self) -> list[Reading]:
+        """What a text probe can read: the method's own features, plain CLIP's, and those of image
+        encoders."""
+        clip = self.encoder
+        if self.has_image_prompts:
+            embedding = {EMBEDDING: clip.num_features}
+            own = Reading(clip, embedding, self._encode_prompted, self.own_linear, self.image_prompts)
+        else:
+            own = Reading(clip, clip.parts, clip.read, self.own_linear)
+        readings = [own]
+        if self.has_own_features:
+            plain = self.frozen
+            readings = [own.only(), Reading(plain, plain.parts, plain.read, self.zero_shot_linear)]
+        for encoder in self.image_encoders:
+            readings.append(Reading(encoder, encoder.parts, encoder.read))
+        return readings
+
+    @property
+    def reads(self) -> list[Reading]:
+        """What its classifier reads: the method's own first feature, or with a text probe what that was
+        fitted to."""
+        if self.text_probe is None:
+            return [self.readable[0].only()]
+        pairs = zip(self.readable, self.text_probe.widths, strict=False)
+        return [reading.only(len(widths)) for reading, widths in pairs]
+
+    @property
+    def num_features(self) -> int:
+        """F, the width of the features that the classifier reads."""
+        return sum(sum(reading.widths) for reading in self.reads)
+
+    def forward(self, images: Images) -> Tensor:
+        """Images (B, 3, H, W), normalised as `create_transform` does -> logits (B, C), without classes
+        features."""
+        features = self.encode_image(images)
+        return self.classify(features) if self.classes else features
+
+    def encode_image(self, images: Images) -> Tensor:
+        """Images (B, 3, H, W), or other `Inputs` -> f, the normalised features (B, F) that the classifier
+        reads."""
+        reads = self.reads
+        tokens = images
+        if sum(reading.encoder is self.encoder for reading in reads) > 1:  # what both need is computed once
+            tokens = self.encoder.enter(images)
+        features = []
+        for reading in reads:
+            inputs = tokens if reading.encoder is self.encoder else images
+            features.append(reading.encode(inputs))
+        return joined(features, parts_of(reads))
+
+    # --- logits ---
+
+    def classify(self, features: Tensor) -> Tensor:
+        """f (B, F) -> logits z (B, C), in the precision of the classifier's weights. Raises ZooError like
+        `linear`."""
+        probe = self.gated_probe
+        weight, bias = self.linear() if probe is None else join(self.reads)
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(weight.dtype)
+            logits = F.linear(features, weight, bias)
+            return logits if probe is None else probe(logits, features, self.classes)
+
+    @property
+    def gated_probe(self) -> TextProbe | None:
+        """Its text probe, if that is in use and has a gate, see `dcp_zoo.probe.model.gated`."""
+        probe = self.text_probe
+        if probe is None or self.fc is not None or not self.classes:
+            return None
+        return probe if len(probe.gate) else None
+
+    def linear(self) -> Linear:
+        """W (C, F) and b (C,), the text probe included, but not the gate that may follow it. ZooError
+        without classes, or if the logits are no linear function of the features: of a head that keeps its
+        training images, or if text features depend on images, see `DCP.encode_text`."""
+        if not self.classes:
+            raise ZooError(NO_CLASSES)
+        if self.fc is not None:
+            return self.fc.weight, self.fc.bias
+        start = join(self.reads)
+        return start if self.text_probe is None else self.text_probe.linear(start, self.classes)
+
+    @torch.compiler.disable  # reads texts, and is kept
+    def zero_shot_linear(self) -> Linear:
+        """Zero-shot CLIP's logits of these classes as a function of its image features."""
+        clip = self.frozen
+        names = self.own_classes
+        texts = self.texts or TEMPLATE
+        scale = clip.clip.logit_scale
+        text = self._zero_shot_cache(lambda: clip.zero_shot_classifier(names, texts), [scale], names, texts)
+        return clip.scaled(text)
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor, reject: float | None = None) -> list[str | None]:
+        """The most probable class of each of images (B, 3, H, W), normalised as `create_transform` does;
+        with `reject`, None for those that belong to none of the classes, see `rejection_threshold`. ZooError
+        for anything else."""
+        threshold = self.rejection_threshold(reject) if reject else None
+        if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
+            kind = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            problem = f"Expected images (n, 3, H, W), stacked from what create_transform returns, not {kind}"
+            raise ZooError(f"{problem}. For image files and PIL images: dcp_zoo.predict(model, images).")
+        images = images.to(self.device)
+        is_stored = self.stats == "stored"
+        with in_eval_mode(self):
+            if is_stored or threshold is not None:
+                features = self.encode_image(images)
+            outputs = self.classify(features) if is_stored else self(images)
+            logits = outputs.float().cpu().numpy()
+            names: list[str | None] = [self.classes[label] for label in logits.argmax(-1)]
+            if threshold is None:
+                return names
+            distances = self.distances(features).cpu().numpy()
+        rejected = is_rejected(logits, distances, threshold)
+        return [None if is_out else name for name, is_out in zip(names, rejected, strict=True)]
+
+    @torch.no_grad()
+    def fuse(self) -> FusedHead:
+        """A plain module, images (B, 3, H, W) -> the same logits (B, C), for the stored statistics and these
+        classes; it shares its frozen weights with this model. Raises ZooError like `linear`."""
+        cfg = self.pretrained_cfg
+        info: Values = {"model": self.encoder.architecture, "tag": cfg.get("tag")}
+        if not self.cannot_reject:
+            info["threshold"] = self.rejection_threshold()
+        info["classnames"] = self.classnames
+        info["preprocessing"] = {  # as JSON has it
+            name: list(value) if isinstance(value, tuple) else value for name, value in preprocessing_in(cfg).items()
+        }
+        with in_eval_mode(self):  # do not pool over a batch
+            return FusedHead(self.reads, self._fused_classifier(), info)
+
+    def _fused_classifier(self) -> FusedClassifier:
+        """The classifier of the present classes; it shares no memory with the model. Raises ZooError like
+        `linear`."""
+        linear = self.linear()
+        probe = self.text_probe
+        is_gated = self.gated_probe is not None
+        if probe is None or not (is_gated or not self.cannot_reject):
+            return FusedClassifier(linear)
+        distance = probe.measure(self.classes)
+        if not is_gated:
+            return FusedClassifier(linear, distance)
+        weight, bias = join(self.reads)
+        text = (probe.text_scale * weight, probe.text_scale * bias)
+        return FusedClassifier(linear, distance, text, probe.gate)
+
+    # --- images of none of the classes ---
+
+    def rejection_threshold(self, reject: float = REFUSED) -> float:
+        """Images with a lower `in_distribution_score` belong to none of the present classes; see
+        `text_probe.threshold`. `reject` is the share of images of these classes that may be refused; True
+        for 0.05. ZooError without a threshold for it, and for exactly these classes."""
+        if self.text_probe is None or self.cannot_reject:
+            raise ZooError(self.cannot_reject)
+        if reject is True or reject == REFUSED:
+            return self.text_probe.threshold.item()
+        thresholds = self.info.get("text_probe", {}).get("thresholds", {})
+        rate = f"{reject:g}" if isinstance(reject, (int, float)) else str(reject)
+        if rate not in thresholds:
+            problem = f"This head has no threshold that refuses {rate} of the images of its classes"
+            known = ", ".join(thresholds or [str(REFUSED)])
+            raise ZooError(f"{problem}: choose from {known}, or train a head on more images.")
+        return float(thresholds[rate])
+
+    def distances(self, features: Tensor) -> Tensor:
+        """f (B, F) -> how far each image is from what the head was trained on (B,), see `TextProbe.measure`;
+        only of a head that can reject."""
+        assert self.text_probe is not None
+        return self.text_probe.measure(self.classes)(features).detach()
+
+    @property
+    def cannot_reject(self) -> str:
+        """Why images cannot be rejected among the present classes, and what to do; "" if they can."""
+        if self.fc is None and self.text_probe is not None:
+            return self.text_probe.cannot_reject(self.classes)
+        reason = "it has no text probe" if self.fc is None else "its classifier is a fine-tuned layer"
+        return f"This head cannot reject images: {reason}. Train one that can: dcp-zoo train."
+
     # --- classes ---
 
+    @property
+    def classnames(self) -> list[str]:
+        """A copy of `classes`. Names may repeat."""
+        return list(self.classes)
+
+    @property
+    def num_classes(self) -> int:
+        """C; 0 after `reset_classifier(0)`."""
+        return len(self.classes)
+
+    @property
+    def own_classes(self) -> list[str]:
+        """Those of the method's own classifier: the head's, unless `reset_classifier` replaced it."""
+        return self.classes if self._replaced_classes is None else self._replaced_classes
+
     def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None:
-        """Classify into these classes from now on: those that the head knows by these names, of repeated ones the first
-        first, and new ones, which CLIP reads. ZooError for no names or empty ones, texts that the text tower cannot
-        read, and for names that the head does not know, if it reads none, as after `reset_classifier(n)`.
+        """Classify into these classes from now on. A name that the head knows keeps its class, of repeated
+        names the first class first; new names are encoded by CLIP. ZooError for no names or empty ones,
+        texts that the text tower cannot read, and new names if the head reads none, as after
+        `reset_classifier(n)`.
 
         Args:
-            classnames: one per class. Classes of the same name stay classes of their own, with a warning: each has a
-                share of the probability, the same one where only the name is known, and a prediction names any of them.
-            texts: what CLIP reads of each class: a template for the names, or sentences. Default: as until now.
+            classnames: one per class. Classes of the same name stay classes of their own, with a warning:
+                each has a share of the probability, the same one where only the name is known, and a
+                prediction names any of them.
+            texts: what CLIP reads of each class: a template for the names, or sentences. Default: as until
+                now.
         """
         names = check_classnames(classnames)
         if self.fc is None:
             self._classify_into(names, texts)
             return
         rows = rows_of(names, self.classes)
-        if (new := [name for name, row in zip(names, rows, strict=True) if row is None]) or texts:
+        new = [name for name, row in zip(names, rows, strict=True) if row is None]
+        if new or texts:
             limit = f"has no row for {shorten(new, 5)}" if new else "reads no texts"
             problem = f"This head has a linear layer for its classes, which {limit}"
             raise ZooError(f"{problem}. Let CLIP read names: model.reset_classifier([...]).")
         if names != self.classes:  # else the layer stays, as an optimizer may have it
-            layer = nn.Linear(self.num_features, len(rows), device="meta")
-            layer.weight, layer.bias = (nn.Parameter(t.detach()[rows]) for t in self.linear())
-            self._replace_fc(names, layer)
+            weight, bias = self.linear()
+            self._replace(names, layer_of(weight.detach()[rows], bias.detach()[rows]))
 
     def reset_classifier(self, num_classes: int | Sequence[str], global_pool: str | None = None) -> None:
         """Classify into other classes. ZooError for another pooling than "token".
 
         Args:
-            num_classes: n for a fresh linear layer `fc` (n, F) on the image features, which is to be trained and reads
-                no text; its classes are "class 0", "class 1", .. until you set `classes`. 0 returns image features.
-                Names bring the head's own classifier back, see `set_classnames`.
+            num_classes: n for a fresh linear layer `fc` (n, F) on the image features, which is to be trained
+                and reads no text; its classes are "class 0", "class 1", .. until you set `classes`. 0
+                returns image features. Names bring the head's own classifier back, see `set_classnames`.
             global_pool: None or "token".
         """
         check_choice("global_pool", global_pool, (None, "token"))  # CLIP pools its class token
         if not isinstance(num_classes, int):
-            self._replace_fc(self.named, None)
+            self._restore()
             self.set_classnames(num_classes)
             return
         check_range("num_classes", num_classes, 0)
-        classes = [f"class {i}" for i in range(num_classes)]
-        dtype = self.encoder.clip.logit_scale.dtype
-        layer = nn.Linear(self.num_features, num_classes, device=self.device, dtype=dtype) if classes else None
-        self._replace_fc(classes, layer)
+        layer = None
+        if num_classes:
+            dtype = self.encoder.clip.logit_scale.dtype
+            layer = nn.Linear(self.num_features, num_classes, device=self.device, dtype=dtype)
+        self._replace([f"class {i}" for i in range(num_classes)], layer)
 
-    def _replace_fc(self, classes: list[str], layer: nn.Linear | None) -> None:
-        """Classify into these classes by this layer; None stands for the head's own classifier."""
-        del self.fc  # torch would drop the weights of a state for a module that it knows as None
-        self.classes, self.fc = classes, layer
+    def _replace(self, classes: list[str], layer: nn.Linear | None) -> None:
+        """Classify into these classes by this layer in place of the head's own classifier."""
+        own = self.own_classes
+        self._restore()
+        self._replaced_classes = own
+        self.classes = classes
+        self.fc = layer
         if layer is not None:
-            self._outdate()
+            self._drop_measured()
 
-    @torch.no_grad()
-    def get_classifier(self) -> nn.Module:
-        """The layer of `reset_classifier`, which can be trained; else a copy of the current classifier as a linear
-        layer, or an identity without classes. ZooError as of `encode_text`."""
-        if self.num_classes == 0:
-            return nn.Identity()
-        if self.fc is not None:
-            return self.fc
-        weight, bias = (t.detach().clone() for t in self.linear())
-        layer = nn.Linear(self.num_features, self.num_classes, bias=bool(bias.any()), device="meta")  # draws nothing
-        layer.weight = nn.Parameter(weight)
-        if layer.bias is not None:
-            layer.bias = nn.Parameter(bias)
-        return layer
+    def _restore(self) -> None:
+        """Classify by the head's own classifier."""
+        del self.fc  # torch would drop the weights of a state for a module that it knows as None
+        self.fc = None
+        self.classes = self.own_classes
+        self._replaced_classes = None
 
     def drop_text_probe(self) -> None:
-        """Classify by the method alone, if there is a text probe; the accuracy is then what was measured without it."""
+        """Classify by the method alone, if there is a text probe; the accuracy is then what was measured
+        without it."""
         if self.text_probe is None:
             return
-        alone = (self.info.get("metrics") or {}).get(f"top1_{NO_CLASSIFIER}")
-        gone = {"text_probe", *checkpoint.MEASURED} - ({"test_images"} if alone is not None else set())
-        info = {name: value for name, value in self.info.items() if name not in gone}
-        self.text_probe, self.info = None, info if alone is None else info | {"metrics": {"top1_stored": alone}}
+        info = without(self.info, {"text_probe", *MEASURED})
+        metrics = self.info.get("metrics") or {}
+        if f"top1_{NO_CLASSIFIER}" in metrics:
+            info["metrics"] = {"top1_stored": metrics[f"top1_{NO_CLASSIFIER}"]}
+            if "test_images" in self.info:
+                info["test_images"] = self.info["test_images"]
+        self.text_probe = None
+        self.info = info
 
-    def _keep(self, classes: list[str], texts: Texts) -> None:
-        """These classes and texts from now on. What was measured, and the threshold, go with those they were for."""
+    def _set_classes(self, classes: list[str], texts: Texts) -> None:
+        """These classes and texts from now on. If they differ from those before, what was measured for
+        these, and the threshold, are dropped."""
         probe = self.text_probe
         if probe is not None and not same_texts(probe.classes, texts, self.texts):
             probe.threshold = torch.full_like(probe.threshold, NEVER)
-        if sorted(classes) != sorted(self.named) or not same_texts(classes, texts, self.texts):
-            self._outdate()
-        self.classes, self.named, self.texts = classes, classes, texts
+        if sorted(classes) != sorted(self.own_classes) or not same_texts(classes, texts, self.texts):
+            self._drop_measured()
+        self.classes = classes
+        self.texts = texts
+        self._replaced_classes = None
 
-    def _outdate(self) -> None:
-        """Take out of `info` what was measured of other classes: the accuracy, and what the threshold accepts."""
-        self.info = {name: value for name, value in self.info.items() if name not in checkpoint.MEASURED}
-        if fitted := self.info.get("text_probe"):
-            self.info["text_probe"] = {name: value for name, value in fitted.items() if name not in ACCEPTED}
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimizers do not decay: the prompts, as timm treats learned tokens."""
-        return {"prompts.text", "prompts.vision"}
+    def _drop_measured(self) -> None:
+        """Take out of `info` what was measured for other classes: the accuracy, and what the threshold
+        accepts."""
+        self.info = without(self.info, MEASURED)
+        if self.info.get("text_probe"):
+            self.info["text_probe"] = without(self.info["text_probe"], ACCEPTED)
 
     # --- in a checkpoint ---
 
     def to_state(self) -> dict[str, Tensor]:
-        """The trained tensors by name: the method's, the text probe's, with rows in the order of the method's classes,
-        and those of the layer of `reset_classifier`."""
-        layer = {} if self.fc is None else {f"fc.{name}": p.detach() for name, p in self.fc.named_parameters()}
-        return self._trained_state() | ({} if self.text_probe is None else self.text_probe.tensors(self.named)) | layer
+        """The trained tensors by name: the method's, the text probe's, with rows in the order of the
+        method's classes, and those of the layer of `reset_classifier`."""
+        state = self._trained_state()
+        if self.text_probe is not None:
+            state |= self.text_probe.tensors(self.own_classes)
+        if self.fc is not None:
+            state |= {"fc.weight": self.fc.weight.detach(), "fc.bias": self.fc.bias.detach()}
+        return state
 
-    def expected_state(self, shapes: Mapping[str, Tensor], config: HeadConfig | None = None) -> dict[str, Tensor]:
-        """What `to_state` gives once a checkpoint with these shapes, and this `config.json`, is loaded: it may
-        bring statistics, a text probe and a layer."""
-        probe = self._probe_like(shapes, own_names(config) if config else self.named)
-        layer: dict[str, Tensor] = {}
-        if config and probe and (given := config["dcp"].get("reads")):
-            pairs = zip(self.readings, probe.widths, strict=False)
-            known = [[*reading.parts][: len(widths)] for reading, widths in pairs]
-            if given != known:
-                problem = f"This head reads {given} of its encoders, and this version of dcp_zoo {known}"
-                raise ZooError(f"{problem}: use the version that it was made with, or train it again.")
-        if config and "named" in config["dcp"]:
-            columns = self.readings[0].widths[0] if probe is None else probe.weight.shape[1]
+    def to_config(self, info: Values) -> Values:
+        """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored
+        twice."""
+        if self.cannot_reject and info.get("text_probe"):  # its thresholds no longer hold
+            info = info | {"text_probe": without(info["text_probe"], ("thresholds", *ACCEPTED))}
+        options, method_values = self.method_config()
+        block: Values = {"format_version": FORMAT_VERSION, "clip": self.encoder.source}
+        fingerprint = self.frozen.fingerprint()
+        if fingerprint:
+            block["clip_fingerprint"] = fingerprint
+        block |= {"method": self.method, "abilities": self.abilities.as_dict()}
+        if self.text_probe is not None:
+            block["reads"] = [list(reading.parts) for reading in self.reads]
+            if self.image_encoders:
+                block["encoders"] = [{"name": e.source, "fingerprint": e.fingerprint()} for e in self.image_encoders]
+        block |= info | method_values
+        block["texts"] = self.texts
+        if isinstance(self.texts, Mapping):
+            block["texts"] = sentences_of(self.own_classes, self.texts)
+        if self.fc is not None:
+            block["named"] = self.own_classes
+        block["versions"] = library_versions()
+        return {
+            "architecture": self.encoder.architecture,
+            "num_classes": self.num_classes,
+            "pretrained_cfg": self.encoder.pretrained_cfg,
+            "model_args": options,
+            "label_names": self.classes,
+            "dcp": block,
+        }
+
+    def expected_state(self, state: Mapping[str, Tensor], config: HeadConfig | None = None) -> dict[str, Tensor]:
+        """What `to_state` gives once a checkpoint with this state, and this `config.json`, is loaded, which
+        may bring stored statistics, a text probe and a layer: tensors of the right shapes."""
+        classes = self.own_classes if config is None else own_names(config)
+        probe = self._probe_like(state, classes)
+        expected = self._trained_state()
+        if probe is not None:
+            expected |= probe.tensors()
+        if config is not None and "named" in config["dcp"]:
+            columns = self.readable[0].widths[0] if probe is None else probe.weight.shape[1]
             weight = torch.empty(len(config["label_names"]), columns, device="meta")
-            layer = {"fc.weight": weight, "fc.bias": weight[:, 0]}
-        return self._trained_state() | ({} if probe is None else probe.tensors()) | layer
+            expected |= {"fc.weight": weight, "fc.bias": weight[:, 0]}
+        return expected
 
-    def from_state(self, state: dict[str, Tensor], config: HeadConfig) -> None:
-        """Take over a checkpoint: tensors that match `expected_state`, and what its `config.json` says of texts and of
-        training. The head keeps its classes, or gets those of the checkpoint's layer. ZooError, before any change, for
-        a class without sentences."""
-        wanted, texts = self.named, config["dcp"]["texts"]
-        given = self.texts if isinstance(self.texts, Mapping) else None
-        class_texts(wanted, given or texts)
-        self.text_probe, self.fc = None, None
-        self.classes = self.named = own_names(config)  # those of the tensors
-        self.texts = texts
+    def check_fits(self, state: Mapping[str, Tensor], path: str | Path, config: HeadConfig | None = None) -> None:
+        """Raise ZooError, naming the tensors, unless those of a file are exactly this head's, with this
+        config."""
+        expected = {file.in_file(name): tuple(t.shape) for name, t in self.expected_state(state, config).items()}
+        found = {file.in_file(name): tuple(t.shape) for name, t in state.items()}
+        if found == expected:
+            return
+        wrong = []
+        for name in sorted(found.keys() | expected):
+            if name not in found:
+                wrong.append(f"{name} is missing")
+            elif name not in expected:
+                wrong.append(f"{name} is not expected")
+            elif found[name] != expected[name]:
+                wrong.append(f"{name} {found[name]} instead of {expected[name]}")
+        options = [f"{name}={value!r}" for name, value in self.method_config()[0].items()]
+        model = " with ".join(filter(None, [self.encoder.architecture, ", ".join(options)]))
+        problem = f"{path} does not fit {model}. Tensors: {shorten(wrong, 4)}"
+        raise ZooError(f"{problem}. Create the one it was trained with.")
+
+    def from_state(self, config: HeadConfig, state: dict[str, Tensor], directory: str | Path) -> None:
+        """Take over what `file.read` gave of a folder. The head keeps its classes, or gets those of the
+        checkpoint's layer. ZooError, before any change, for tensors that do not fit, another CLIP than it
+        was trained on, or a class without sentences."""
+        block = config["dcp"]
+        read = [list(reading.parts) for reading in self.readable]
+        if block.get("reads", read) != read:
+            problem = f"This head reads {block['reads']} of its encoders, and this version of dcp_zoo {read}"
+            raise ZooError(f"{problem}: use the version that it was made with, or train it again.")
+        self.check_fits(state, Path(directory) / WEIGHTS_NAME, config)
+        _check_clip(self.frozen, block.get("clip_fingerprint"), directory)
+        classes = self.own_classes
+        sentences = self.texts if isinstance(self.texts, Mapping) else None
+        class_texts(classes, sentences or block["texts"])
+        self.text_probe = None
+        self._restore()
+        self.classes = own_names(config)  # those of the tensors
+        self.texts = block["texts"]
         if "fc.weight" in state:
             rows, columns = state["fc.weight"].shape
             self.fc = nn.Linear(columns, rows, device=self.encoder.device)
         self._load_trained(state)
         self.info = made(config)
-        self._classify_into(wanted, given)
+        self._classify_into(classes, sentences)
         if self.fc is not None:
+            self._replaced_classes = self.classes
             self.classes = config["label_names"]
+        self.pretrained_cfg = preprocessing_in(config["pretrained_cfg"])
+        self.saved_as |= {config["weights_sha256"]}
 
-    def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None, **info: object) -> Path:
-        """Write the head, never CLIP itself, into a checkpoint folder, and return it; see `dcp_zoo.heads.checkpoint`.
-        ZooError without classes, if a trained tensor is not finite, or if the directory is not writable or another
-        process's.
+    def save_pretrained(
+        self, directory: str | Path, dtype: torch.dtype | None = None, *, overwrite: bool = False, **info: object
+    ) -> Path:
+        """Write the head, never CLIP itself, into a checkpoint folder, and return it; see
+        `dcp_zoo.heads.file`. ZooError without classes, if a trained tensor is not finite, or if the
+        directory is not writable or another process's, or has another head.
 
         Args:
-            directory: created if needed; a head that is there is replaced as a whole.
-            dtype: of the tensors; by default float16 for those that it holds exactly, as a DCP's after training, and
-                float32 for others. Those of the text probe that logits depend on stay in float32.
-            **info: values for the `dcp` block of config.json, such as dataset, shots, metrics. Default: `info`.
+            directory: created if needed; an earlier state of this head is replaced as a whole.
+            dtype: of the tensors; by default float16 for those that it holds exactly, as a DCP's after
+                training, and float32 for others. Those of the text probe that logits depend on stay in
+                float32.
+            overwrite: whether to replace another head, or this one with other classes.
+            **info: values for the `dcp` block of config.json, such as dataset, shots, metrics, in addition
+                to `info`.
         """
-        return checkpoint.save(self, Path(directory), dtype, info or self.info)
+        if not self.classes:
+            raise ZooError(NO_CLASSES)
+        values = self.info | info
+        taken = sorted(OWN & values.keys())
+        if taken:
+            raise ZooError(f"Not saved: config.json says {', '.join(taken)} of the head itself. Choose other names.")
+        folder = Path(directory)
+        config = self.to_config(values)
+        sha256 = file.write(folder, config, self.to_state(), dtype, overwrite=overwrite, known=self.saved_as)
+        self.saved_as |= {sha256}
+        return folder
 
     # --- in torch's state dict ---
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         """torch's. The text probe has rows for the head's present classes, as in a checkpoint."""
-        state, probe = super().state_dict(*args, prefix=prefix, **kwargs), self.text_probe
-        if probe is not None and probe.classes != self.named:
-            own = probe.tensors(self.named)
-            state.update((f"{prefix}{PREFIX}{name}", own[f"{PREFIX}{name}"]) for name in ("weight", "bias", "means"))
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        probe = self.text_probe
+        if probe is not None and probe.classes != self.own_classes:
+            rows = probe.tensors(self.own_classes)
+            for name in ("weight", "bias", "means"):
+                state[f"{prefix}{PREFIX}{name}"] = rows[f"{PREFIX}{name}"]
         return state
 
     def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:
         """A state with a text probe brings it, and one with the method's tensors alone takes it away."""
         own = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
         if f"{PREFIX}weight" in own:
-            probe = self._probe_like(own, self.named)
+            probe = self._probe_like(own, self.own_classes)
             if self.text_probe is None or probe is None or not self.text_probe.is_like(probe):
                 self.text_probe = probe
         elif own.keys() & self._trained_state():
             self.text_probe = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _probe_like(self, shapes: Mapping[str, Tensor], classes: Sequence[str]) -> TextProbe | None:
-        """An empty text probe of these classes for tensors of these shapes; None if they have none."""
-        if not any(name.startswith(PREFIX) for name in shapes):
+    def _probe_like(self, state: Mapping[str, Tensor], classes: Sequence[str]) -> TextProbe | None:
+        """An empty text probe of these classes on all that is `readable`, with as many examples as that of a
+        state, and with a gate if that has one; None if the state has no text probe."""
+        if not any(name.startswith(PREFIX) for name in state):
             return None
-        names = ("means", "examples", "gate")
-        means, examples, gate = (shapes.get(f"{PREFIX}{name}", torch.empty(0)) for name in names)
-        probe = self._probe_of(classes, means.shape[-1], len(examples)).to(self.encoder.device)
+        widths = [reading.widths for reading in self.readable]
+        changed = widths[0][0] if self.has_own_features else 0
+        examples = state.get(f"{PREFIX}examples", torch.empty(0))
+        gate = state.get(f"{PREFIX}gate", torch.empty(0))
+        probe = TextProbe(classes, widths, changed, len(examples)).to(self.encoder.device)
         probe.gate = probe.bias.new_empty(gate.shape)
         return probe
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:  # .to(), .half(): tensors change without a new version
+        self._clear_caches()
+        return super()._apply(*args, **kwargs)
+
+    def _clear_caches(self) -> None:
+        self._text_cache = WeightCache()  # of the method's own text features
+        self._zero_shot_cache = WeightCache()
+
+    # --- timm's interface ---
+
+    @torch.no_grad()
+    def get_classifier(self) -> nn.Module:
+        """What gives the logits of features: the layer of `reset_classifier`, which can be trained; else a
+        copy of the current classifier, as a linear layer or, if a gate follows it, as a `FusedClassifier`;
+        an identity without classes. Raises ZooError like `encode_text`."""
+        if self.num_classes == 0:
+            return nn.Identity()
+        if self.fc is not None:
+            return self.fc
+        if self.gated_probe is not None:
+            return self._fused_classifier()
+        weight, bias = self.linear()
+        return layer_of(weight.clone(), bias.clone() if bias.any() else None)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimizers do not decay: the prompts, as timm treats learned tokens."""
+        return {"prompts.text", "prompts.vision"}
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
+
+    head_hidden_size = num_features
+
+    @property
+    def embed_dim(self) -> int:
+        """Dv, the width of the image tower's tokens."""
+        return self.encoder.vision_tower.width
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """The image tower's tokens before its patches: a class token, and registers."""
+        return self.encoder.vision_tower.num_prefix
+
+    @property
+    def pretrained_cfg(self) -> "PretrainedCfg":
+        """What timm reads of a model: its preprocessing, its classes, the modules at its ends, and its
+        origin. Set the values of its preprocessing that shall change: `model.pretrained_cfg = {"crop_pct":
+        0.9}`."""
+        modules = self.encoder.visual.named_modules(prefix="encoder.clip.visual")
+        classifier: object = () if self.text_probe is None else "text_probe"
+        if self.fc is not None:
+            classifier = "fc"
+        return PretrainedCfg(
+            {
+                **self.origin,
+                **self.encoder.pretrained_cfg,
+                "architecture": self.encoder.architecture,
+                "num_classes": self.num_classes,
+                "label_names": self.classnames,
+                "first_conv": next((name for name, module in modules if isinstance(module, nn.Conv2d)), None),
+                "classifier": classifier,
+            }
+        )
+
+    @pretrained_cfg.setter
+    def pretrained_cfg(self, cfg: Values) -> None:
+        now = self.pretrained_cfg
+        changes = preprocessing_in(cfg)
+        others = [name for name in cfg if name not in changes and cfg[name] != now.get(name)]
+        if others:
+            known = ", ".join(PREPROCESSING)
+            raise ZooError(f"pretrained_cfg: {', '.join(others)} cannot be set. What can: {known}.")
+        check("pretrained_cfg", problems(changes, Preprocessing))
+        for clip in (self.encoder, self.frozen):
+            clip.pretrained_cfg |= changes
+        for encoder in self.image_encoders:
+            encoder.read_as(self.encoder.pretrained_cfg)
+
+    default_cfg = pretrained_cfg
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each vision block and each chunk of class names in the backward pass: less memory, more
+        time."""
+        self._grad_checkpointing = enable
+
+    def _checkpointed(self, function: Callable[..., Tensor], *args: object) -> Tensor:
+        return checkpointed(function, *args) if self._grad_checkpointing else function(*args)
+
+    forward_features = encode_image
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: None = None,
+    ) -> tuple[Tensor, list[Intermediate]] | list[Intermediate] | Values:
+        """Patch tokens after the vision blocks, without the prompts: image features (B, E) as in
+        `forward_features`, and a list with one entry per block, in order. ZooError for a block that does not
+        exist, or an unknown format.
+
+        Args:
+            indices: None for all blocks, n for the last n, or a list of block numbers, -1 being the last.
+            return_prefix_tokens: return pairs of the patches and the tokens before them, such as a class
+                token.
+            norm: apply CLIP's final layer norm to the outputs.
+            stop_early: compute no block after the last of `indices`, and take the image features (B, E)
+                there.
+            output_fmt: see `FORMATS`.
+            intermediates_only: omit the image features.
+            output_dict: return them by timm's names: image_features, image_intermediates,
+                image_intermediates_prefix.
+            attn_mask: timm's; images have none.
+        """
+        check_choice("output_fmt", output_fmt, FORMATS)
+        check_choice("attn_mask", attn_mask, (None,))
+        tower = self.encoder.vision_tower
+        blocks = take_blocks(indices, len(tower.blocks))
+        stop = blocks[-1] if stop_early or intermediates_only else len(tower.blocks) - 1
+        after: list[Tensor] = []  # class token, if any, and patches (B, N, Dv)
+        for i, (entering, x, _) in enumerate(self._walk(images)):
+            if i in blocks:
+                after.append(x[:, : tower.num_tokens])
+            if i == stop:
+                enters_last = entering
+                break
+        if norm:
+            after = [tower.norm(x) for x in after]
+        patches = [x[:, tower.num_prefix :] for x in after]
+        if output_fmt == "NCHW":
+            patches = [x.transpose(1, 2).unflatten(2, tower.grid).contiguous() for x in patches]
+        named: Values = {"image_intermediates": patches}
+        outputs: list[Intermediate] = [*patches]
+        if return_prefix_tokens:
+            prefixes = [x[:, : tower.num_prefix] for x in after]
+            named["image_intermediates_prefix"] = prefixes
+            outputs = [*zip(patches, prefixes, strict=True)]
+        if intermediates_only:
+            return named if output_dict else outputs
+        features = tower.features(tower.block(stop, enters_last, None, True))  # as in a forward pass
+        if not stop_early and features.shape[1] < self.num_features:  # the head reads more
+            features = self.forward_features(images)
+        return {"image_features": features, **named} if output_dict else (features, outputs)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """The numbers of these blocks, for timm's `FeatureGetterNet`. Nothing is taken out: later blocks are
+        not computed there anyway, and a DCP rewrites its prompts from both towers, block by block."""
+        return take_blocks(indices, len(self.encoder.vision_tower.blocks))
+
+    @property
+    def feature_info(self) -> list[Values]:
+        """timm's description of each vision block's feature map: channels, reduction and module."""
+        tower = self.encoder.vision_tower
+        names = [f"encoder.clip.visual.{tower.block_path}.{i}" for i in range(len(tower.blocks))]
+        return [{"num_chs": tower.width, "reduction": tower.patch_size[0], "module": name} for name in names]
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features (B, F) -> logits (B, C), or themselves with `pre_logits`. Raises ZooError like
+        `encode_text`."""
+        if pre_logits or self.num_classes == 0:
+            return features
+        return self.classify(features)
+
+    def _walk(self, images: Images) -> Iterator[tuple[Tensor, Tensor, Any]]:
+        """Yields, for each vision block, the tokens (B, N + M, Dv) that enter and leave it, the prompts
+        last, and for a DCP the text tower beside it."""
+        tower = self.encoder.vision_tower
+        x = self.encoder.enter(images).x
+        prompts = self.image_prompts()
+        n = x.shape[1]
+        for i in range(len(tower.blocks)):
+            entering = append_prompts(x[:, :n], prompts[i]) if i < len(prompts) else x
+            x = tower.block(i, entering)
+            yield entering, x, None
+
+
+class PretrainedCfg(Values):
+    """timm's record of a model, made anew whenever it is read. ZooError for changes in place, which would be
+    lost."""
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        advice = 'Set what shall change: model.pretrained_cfg = {"mean": ...}'
+        raise ZooError(
+            f"model.pretrained_cfg is made anew whenever it is read: a change in it would be lost. {advice}."
+        )
+
+    __setitem__ = __delitem__ = update = setdefault = pop = popitem = clear = _refuse
+
+    def __reduce__(self) -> tuple[type, tuple[Values]]:
+        """A copy is a plain dictionary."""
+        return dict, (dict(self),)
+
+
+def _check_clip(clip: FrozenCLIP, trained_on: str | None, directory: str | Path) -> None:
+    """ZooError if the weights of this CLIP are not those that a head was trained on, by their fingerprints;
+    a warning where one is unknown."""
+    fingerprint = clip.fingerprint()
+    weights = f"the {clip.source!r} weights of CLIP"
+    if not trained_on or not fingerprint:
+        problem = f"Whether {weights} are those that the head in {directory} was trained on is unknown"
+        warn(f"{problem}: CLIP was not loaded in float32, here or there.")
+    elif trained_on != fingerprint:
+        raise ZooError(
+            f"The head in {directory} was trained on other weights than these: its CLIP has the fingerprint "
+            f"{trained_on}, and {weights} here, of {clip.architecture}, have {fingerprint}. Load CLIP as it was, from "
+            "the same revision of its Hub repo or the same file (a damaged download: hf cache rm), or train the head "
+            "again."
+        )
+
+
+H = TypeVar("H", bound=Head)
+
+
+def load_head(head: H, directory: str | Path) -> H:
+    """Load the trained tensors of a checkpoint directory into a head of the same architecture, strictly, and
+    what it says of how it was made. ZooError for a missing or damaged file, tensors that do not fit, or
+    another CLIP than it was trained on; the head then stays as it was."""
+    config, state = file.read(directory)
+    head.from_state(config, state, directory)
+    return head

@@ -1,6 +1,7 @@
 """Inspect labelled images before training: a page and a CSV file of what was found."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,31 +17,39 @@ from dcp_zoo.api.inputs import Groups, Images, Labels, is_folder, labelled
 from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.data import Item, Split, load_labelled
 from dcp_zoo.data.groups import bursts, group_ids, grouped, joined, near_copies
-from dcp_zoo.data.images import Progress, bar, thumbnails
+from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.splits import PARTS
-from dcp_zoo.errors import ZooError, by_reason, shorten
-from dcp_zoo.files import templates, write_file
-from dcp_zoo.inspection.look import Seen, look
-from dcp_zoo.probe.candidates import Evidence, TrainingSet, fit_candidates, mean_of
-from dcp_zoo.probe.estimates import text_scale
-from dcp_zoo.probe.evidence import leave_out_each, without_evidence
+from dcp_zoo.data.unreadable import unreadable_summary
+from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.features.device import pick_device
+from dcp_zoo.features.groups import comparable
+from dcp_zoo.features.table import FeatureTable
+from dcp_zoo.files import write_file
+from dcp_zoo.pages import templates
+from dcp_zoo.probe.candidates import TrainingSet, fit_candidates
 from dcp_zoo.probe.fit import ReadingFeatures
 from dcp_zoo.probe.folds import folds, shares, within_class
+from dcp_zoo.probe.stacking import cross_validate, prior_weights
+from dcp_zoo.progress import Progress, bar
 from dcp_zoo.tables import INSPECTION_PAGE, INSPECTION_TABLE, LEAVE_OUT, NONE, write_csv
 from dcp_zoo.threads import fair_threads
-from dcp_zoo.training.device import pick_device
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.zoo.build import plain_clip
 
 SHOWN = 60  # pictures of a section
-SURE, PER_CLASS = 20, 3
+SURE = 20  # how many times as probable as the label another class is, for a label that is probably wrong
+PER_CLASS = 3  # the same times the number of classes, if that is more
 IQR = 1.349  # standard deviations between the quartiles of a normal distribution
-SHOTS, DRAWS, TESTED = (1, 2, 4, 8, 16), 5, 1000  # of the learning curve; images tested at most
+SHOTS = (1, 2, 4, 8, 16)  # images per class of the learning curve
+DRAWS = 5  # random samples of each
+TESTED = 1000  # images on which a sample is tested, at most
+T_QUANTILE = 2.776  # of Student's t for a 95 % interval of the mean of `DRAWS` samples
 
 
 class Point(NamedTuple):
-    """A point of a learning curve: images per class, accuracy in percent, and its 95 % interval over random draws."""
+    """A point of a learning curve: images per class, accuracy in percent, and its 95 % interval over random
+    draws."""
 
     images: int
     accuracy: float
@@ -67,8 +76,10 @@ class Inspection:
     """What was found about n labelled images, which are named by their positions."""
 
     data: Split
-    seen: Seen  # their features, and why some cannot be read
-    answers: Evaluation  # each by a classifier fitted without the image, for those that can be read
+    seen: FeatureTable  # their features, and why some cannot be read
+    log_probabilities: Tensor  # (m, C), of those that can be read by a classifier fitted without the image and its
+    # group; of an image that cannot be left out, as its class has no other group, by the text
+    answers: Evaluation  # by the former
     suspects: list[int]  # images whose label is probably wrong, the most suspicious first
     of_no_class: list[int]  # images that may show none of the classes, the least like them first
     copies: list[list[int]]  # images that show the same picture
@@ -94,84 +105,112 @@ class Inspection:
     @cached_property
     def together(self) -> list[list[int]]:
         """The groups of several images, by their positions."""
-        order, sizes = self.groups.argsort(stable=True), torch.bincount(self.groups).tolist()
-        return [group.tolist() for group in order.split(sizes) if len(group) > 1]
+        members: dict[int, list[int]] = defaultdict(list)
+        for i, group in enumerate(self.groups.tolist()):
+            members[group].append(i)
+        return [group for group in members.values() if len(group) > 1]
 
     @property
     def across_classes(self) -> list[list[int]]:
-        """The groups whose images have several labels: of one moment, or one picture, few show two classes."""
+        """The groups whose images have several labels: of one moment, or one picture, few show two
+        classes."""
         return [group for group in self.together if len({self.data.items[i].label for i in group}) > 1]
 
     @cached_property
     def rows(self) -> list[Inspected]:
         """One for each image, those with a suggestion first."""
-        items, names, parts = self.data.items, self.data.classnames, parts_of(self.data)
-        readable = [i for i in range(len(items)) if i not in self.seen.errors]
-        answers = dict(zip(readable, self.answers.logits.exp(), strict=True))
+        items = self.data.items
+        names = self.data.classnames
+        parts = parts_of(self.data)
+        probabilities = dict(zip(self.seen.readable, self.log_probabilities.exp(), strict=True))
         group_of = {i: str(number) for number, group in enumerate(self.together, 1) for i in group}
-        suspects, of_no_class = set(self.suspects), set(self.of_no_class)
-        twins = {i: group for group in self.copies for i in group}
+        copies_of = {i: group for group in self.copies for i in group}
+        suspects = set(self.suspects)
+        of_no_class = set(self.of_no_class)
+        superfluous = set(self.seen.errors)
+        for group in self.copies:  # of copies in a class a test image stays, else the first; of those in two, all stay
+            stays: dict[int, int] = {}
+            for i in sorted(group, key=lambda i: (parts[i] != "test", i)):
+                stays.setdefault(items[i].label, i)
+            superfluous.update(set(group) - set(stays.values()))
         rows = []
         for i, item in enumerate(items):
-            looks = names[int(answers[i].argmax())] if i in answers else ""
-            chance = round(float(answers[i][item.label]), 4) if i in answers else None
-            same = [other for other in twins.get(i, []) if other != i]
-            marks = {
+            copies = [other for other in copies_of.get(i, []) if other != i]
+            problems = {
                 "cannot be read": i in self.seen.errors,
                 "label?": i in suspects,
                 "no class?": i in of_no_class,
-                "twice": bool(same),
+                "twice": bool(copies),
             }
-            wrong = ";".join(mark for mark, holds in marks.items() if holds)
-            # of copies in a class a test image stays, else the first; of those in two, a person decides
-            kept = (o for o in same if (parts[o] != "test", o) < (parts[i] != "test", i))
-            twin_to_drop = any(items[o].label == item.label for o in kept)
-            is_there = any(names[items[o].label] == looks for o in same)
-            drop = i in self.seen.errors or twin_to_drop or (i in suspects and is_there)
-            advice = LEAVE_OUT if drop else looks if i in suspects else ""
-            same_as = items[same[0]].key if same else ""
-            of_image = item.key, names[item.label], parts[i], wrong, looks, chance, same_as, group_of.get(i, "")
-            rows += [Inspected(*of_image, advice)]
+            looks_like = ""
+            label_probability = None
+            if i in probabilities:
+                looks_like = names[int(probabilities[i].argmax())]
+                label_probability = round(float(probabilities[i][item.label]), 4)
+            suggestion = looks_like if i in suspects else ""
+            if i in superfluous or suggestion in [names[items[other].label] for other in copies]:
+                suggestion = LEAVE_OUT
+            rows.append(
+                Inspected(
+                    file=item.key,
+                    label=names[item.label],
+                    part=parts[i],
+                    problems=";".join(problem for problem, holds in problems.items() if holds),
+                    looks_like=looks_like,
+                    label_probability=label_probability,
+                    same_as=items[copies[0]].key if copies else "",
+                    group=group_of.get(i, ""),
+                    suggestion=suggestion,
+                )
+            )
         return sorted(rows, key=lambda row: (not row.suggestion, not row.problems))
 
     def write(self, folder: str | Path) -> tuple[Path, Path]:
-        """Write the page and the CSV file into a folder; their paths. The file is a labels file: in its column `class`
-        a person writes another class, or "leave out". ZooError if it is not writable."""
-        page, table = Path(folder) / INSPECTION_PAGE, Path(folder) / INSPECTION_TABLE
+        """Write the page and the CSV file into a folder; their paths. The file is a labels file: in its
+        column `class` a person writes another class, or "leave out". ZooError if it is not writable."""
+        page = Path(folder) / INSPECTION_PAGE
+        table = Path(folder) / INSPECTION_TABLE
         write_file(page, self.page())
         columns = ["file", "class", *Inspected._fields[2:]]
-        none = [Inspected(item.key, NONE, PARTS[0], "", "", None, "", "", "") for item in self.data.none]
+        none = [Inspected(item.key, NONE, PARTS[0], "", "", None, "", "", "") for item in self.data.no_class]
         write_file(table, lambda temporary: write_csv(temporary, columns, [*self.rows, *none]))
         return page, table
 
     def page(self) -> str:
         """The page as HTML, with everything in it."""
-        items, names, parts = self.data.items, self.data.classnames, parts_of(self.data)
-        weakest = sorted(self.answers.per_class, key=lambda row: (row.percent, row.images))
+        items = self.data.items
+        parts = parts_of(self.data)
         spanning = [group for group in self.across_classes if group not in self.copies]
-        groups = [(_title(group, items, parts), group[:8]) for group in (self.copies + spanning)[: SHOWN // 2]]
-        shown = {*self.suspects[:SHOWN], *self.of_no_class[:SHOWN], *(i for _, group in groups for i in group)}
-        pictures = dict(zip(shown, thumbnails([items[i].path for i in shown]), strict=True))
-        page = templates(__package__).get_template("inspection.html.jinja")
-        return page.render(
-            title=f"Inspection of {Path(self.data.place).name}",
-            inspection=self,
-            rows={row.file: row for row in self.rows},
-            items=items,
-            names=names,
-            parts=parts if len(set(parts)) > 1 else None,
-            pictures=pictures,
-            groups=groups,
-            shown=SHOWN,
-            weakest=weakest,
+        groups = (self.copies + spanning)[: SHOWN // 2]
+        shown = {*self.suspects[:SHOWN], *self.of_no_class[:SHOWN], *(i for group in groups for i in group[:8])}
+        return (
+            templates(__package__)
+            .get_template("inspection.html.jinja")
+            .render(
+                title=f"Inspection of {Path(self.data.source).name}",
+                inspection=self,
+                rows={row.file: row for row in self.rows},
+                items=items,
+                names=self.data.classnames,
+                parts=parts if len(set(parts)) > 1 else None,
+                pictures=dict(zip(shown, thumbnails([items[i].path for i in shown]), strict=True)),
+                groups=[(_title(group, items, parts), group[:8]) for group in groups],
+                shown=SHOWN,
+                weakest=sorted(self.answers.per_class, key=lambda row: (row.percent, row.images)),
+            )
         )
 
 
 def _title(group: list[int], items: Sequence[Item], parts: Sequence[str]) -> str:
-    classes, places = {items[i].label for i in group}, {parts[i] for i in group}
-    across_classes = f"across {len(classes)} classes" if len(classes) > 1 else ""
-    across_parts = f"across {' and '.join(sorted(places))}" if len(places) > 1 else ""
-    return ", ".join(filter(None, (f"{len(group)} images", across_classes, across_parts)))
+    """Such as "3 images, across 2 classes, across test and train"."""
+    title = f"{len(group)} images"
+    classes = {items[i].label for i in group}
+    if len(classes) > 1:
+        title += f", across {len(classes)} classes"
+    parts_of_group = {parts[i] for i in group}
+    if len(parts_of_group) > 1:
+        title += f", across {' and '.join(sorted(parts_of_group))}"
+    return title
 
 
 @fair_threads()
@@ -185,12 +224,12 @@ def inspect(
     device: str = "auto",
     progress: Progress = bar,
 ) -> Inspection:
-    """Inspect images before training: wrong labels, duplicates, classes that look alike, and the accuracy to expect.
-    ZooError for no such folder, fewer than two classes, or a class without a readable image.
+    """Inspect images before training: wrong labels, duplicates, classes that look alike, and the accuracy to
+    expect. ZooError for no such folder, fewer than two classes, or a class without a readable image.
 
     Args:
-        images: a folder with one folder per class, or with `train/CLASS` and `test/CLASS`; a sequence of images, see
-            `train`; or a `dcp_zoo.data.Split`.
+        images: a folder with one folder per class, or with `train/CLASS` and `test/CLASS`; a sequence of
+            images, see `train`; or a `dcp_zoo.data.Split`.
         labels: one per image; for a folder omitted, or a CSV file with the columns file and class.
         groups: one per image of a sequence, see `dcp_zoo.train`: no image is judged by its group.
         model: its frozen features are used, and kept in the user's cache for a folder.
@@ -200,24 +239,28 @@ def inspect(
     data = _read(images, labels, groups)
     check_classnames(data.classnames)
     clip = plain_clip(model).to(pick_device(device))
-    seen = look([item.path for item in data.items], clip, isinstance(images, (str, Path, Split)), progress)
-    readable = [i for i in range(len(data.items)) if i not in seen.errors]
-    items = [data.items[i] for i in readable]
-    target = torch.tensor([item.label for item in items]).long()
-    if empty := [name for label, name in enumerate(data.classnames) if not (target == label).any()]:
-        problem = f"No image of {shorten(empty)} can be read: {unreadable(data, seen)}"
-        raise ZooError(f"{problem}. Replace them, or remove the class.")
-
+    seen = comparable(data.items, clip, progress, keep=isinstance(images, (str, Path, Split)))
+    assert seen.facts is not None
+    facts = seen.facts.numpy()
+    readable = seen.readable
+    target = seen.labels[readable]
+    empty = [name for label, name in enumerate(data.classnames) if not (target == label).any()]
+    if empty:
+        broken = unreadable_summary(data.items, seen.errors)
+        raise ZooError(f"No image of {shorten(empty)} can be read. {broken}. Replace them, or remove the class.")
     text = on_cpu(clip.scaled(clip.zero_shot_classifier(data.classnames)))
-    features = ReadingFeatures(torch.from_numpy(seen.parts[None, readable]), text, tuple(seen.widths))
-    copies = near_copies(seen.joined, seen.facts)
-    in_groups = grouped(data.items, lambda: joined([*copies, *bursts(seen.facts)]))
+    features = ReadingFeatures(seen.rows()[:, readable], text, seen.widths[0])
+    copies = near_copies(seen.joined.numpy(), facts)
+    in_groups = grouped(data.items, lambda: joined([*copies, *bursts(facts)]))
     groups = group_ids([item.group for item in in_groups])
     judged = out_of_fold(features, target, groups[readable])
+    left_out = judged.left_out
+    tested = [data.items[readable[i]] for i in left_out]
     return Inspection(
         data,
         seen,
-        Evaluation(data.classnames, items, judged.log_probabilities),
+        judged.log_probabilities,
+        Evaluation(data.classnames, tested, judged.log_probabilities[left_out]),
         [readable[i] for i in suspected(judged.log_probabilities, target)],
         [readable[i] for i in of_no_class(judged.log_probabilities, judged.distances, target)],
         joined(copies),
@@ -227,21 +270,17 @@ def inspect(
 
 
 def parts_of(data: Split) -> list[str]:
+    """The part of each image, in the order of `data.items`."""
     return [part for part in PARTS for _ in getattr(data, part)]
-
-
-def unreadable(data: Split, seen: Seen) -> str:
-    """The images that cannot be read, and why, see `by_reason`."""
-    return by_reason({data.items[i].key: reason for i, reason in seen.errors.items()})
 
 
 def _read(images: Images, labels: Labels, groups: Groups) -> Split:
     if isinstance(images, Split):
         return images
-    if is_folder(images) or (isinstance(images, (str, Path)) and labels is None):
+    if is_folder(images) or (labels is None and isinstance(images, (str, Path))):
         return load_labelled("folder", images, labels)
     given = labelled(images, labels, groups=groups)
-    return Split("images", given.names, given.items, none=given.none, place=f"{len(given.items)} images")
+    return Split("images", given.names, given.items, no_class=given.none, source=f"{len(given.items)} images")
 
 
 @dataclass(frozen=True)
@@ -250,41 +289,44 @@ class OutOfFold:
 
     log_probabilities: Tensor  # (n, C)
     distances: Tensor  # (n,), to the nearest class mean, 1 on average
+    left_out: Tensor  # (m,), positions, in order, of the images that are not the only group of their class
     images: TrainingSet
     groups: Tensor  # (n,)
-    evidence: Evidence
 
 
 def out_of_fold(given: ReadingFeatures, labels: Tensor, groups: Tensor) -> OutOfFold:
-    """What the images of other groups say of each, in four folds, of features (1, n, ..), labels and groups (n,). The
-    only group of a class is judged by the text, at no distance."""
+    """What the images of other groups say of each, in four folds, of features (1, n, ..), labels and groups
+    (n,). The only group of a class is judged by the text, at no distance."""
     assert given.start is not None
-    images = TrainingSet(given.features, given.widths, labels, given.start, weights=shares(groups))
-    images = replace(images, scale=text_scale(images.text_logits(images.views[0]), labels, images.weights))
-    log_probabilities = images.text_logits(images.views[0]).log_softmax(-1)
+    images = TrainingSet(given.features, given.widths, labels, given.start, shares(groups))
+    log_probabilities = (images.scales(images.all) * images.text_logits).log_softmax(1)
     distances = torch.zeros(len(labels))
+    left_out = torch.empty(0, dtype=torch.long)
     parts = folds(labels, groups)
-    left_out, evidence = leave_out_each(images, parts)
-    for out, fold in zip(parts, left_out, strict=True):
-        log_probabilities[out] = fold.logits(evidence)[0].log_softmax(-1)
-        distances[out] = fold.distances()
+    if parts:
+        validation = cross_validate(images, parts)
+        left_out = validation.positions
+        log_probabilities[left_out] = validation.logits()[0].log_softmax(1)
+        distances[left_out] = validation.distances()
     distances /= distances.mean().clamp(min=1e-6)
-    return OutOfFold(log_probabilities, distances, images, groups, evidence)
+    return OutOfFold(log_probabilities, distances, left_out.sort().values, images, groups)
 
 
 def suspected(log_probabilities: Tensor, labels: Tensor) -> list[int]:
-    """The images for which another class is so many times as probable as their label, the most suspicious first:
-    `SURE` times, or with many classes, one of which is the more easily like the image, `PER_CLASS` times their number.
-    At equal numbers, this order finds more wrong labels than confident learning: see `benchmarks/inspection.py`."""
+    """The images for which another class is `SURE` times as probable as their label, or with many classes,
+    one of which is easily like the image, `PER_CLASS` times their number; the most suspicious first.
+    At equal numbers, this order finds more wrong labels than confident learning: see
+    `benchmarks/inspection.py`."""
     doubt = log_probabilities.amax(1) - log_probabilities.gather(1, labels[:, None])[:, 0]
     order = doubt.argsort(descending=True, stable=True)
     return order[doubt[order] > math.log(max(SURE, PER_CLASS * log_probabilities.shape[1]))].tolist()
 
 
 def of_no_class(log_probabilities: Tensor, distances: Tensor, labels: Tensor) -> list[int]:
-    """The images that may show none of the classes, the least like them first: their `in_distribution_score` lies three
-    standard deviations, estimated from the quartiles, below the median, or one if their own class has a probability
-    below 1 / `SURE`. Chosen on art paintings, cartoons and Tiny ImageNet, see `benchmarks/inspection.py`."""
+    """The images that may show none of the classes, the least like them first: their `in_distribution_score`
+    lies three standard deviations, estimated from the quartiles, below the median, or one if their own class
+    has a probability below 1 / `SURE`. Chosen on art paintings, cartoons and Tiny ImageNet, see
+    `benchmarks/inspection.py`."""
     scores = torch.from_numpy(in_distribution_score(log_probabilities.numpy(), distances.numpy()))
     low, middle, high = scores.quantile(scores.new_tensor([0.25, 0.5, 0.75]))
     is_doubtful = log_probabilities.gather(1, labels[:, None])[:, 0] < -math.log(SURE)
@@ -294,8 +336,8 @@ def of_no_class(log_probabilities: Tensor, distances: Tensor, labels: Tensor) ->
 
 
 def learning_curve(judged: OutOfFold) -> list[Point]:
-    """Accuracy at 1 to 16 images per class, each of another group, as far as half of the classes have more groups, on
-    images of groups that were not drawn."""
+    """Accuracy at 1 to 16 images per class, each of another group, as far as half of the classes have more
+    groups, on images of groups that were not drawn."""
     labels, groups = judged.images.labels, judged.groups
     sizes = torch.bincount(labels[_first_of(groups)], minlength=int(labels.max()) + 1)
     points = []
@@ -310,13 +352,20 @@ def learning_curve(judged: OutOfFold) -> list[Point]:
             drawn = torch.zeros(len(labels), dtype=torch.bool)
             drawn[single] = within_class(labels[single]) < most[single]
             tested = order[~torch.isin(groups[order], groups[drawn])][:TESTED]
-            few, x = judged.images.of(drawn), judged.images.views[0][tested]
-            evidence = without_evidence(few, len(few.widths)) if shots == 1 else judged.evidence
-            mean = mean_of(fit_candidates(few, evidence), evidence, x.shape[1])
-            right = mean.logits(few.text_logits(x), x).argmax(1) == labels[tested]
+            few = replace(judged.images.subset(drawn), weights=torch.ones(int(drawn.sum())))
+            scale = few.scales(few.all)
+            parts = folds(few.labels)
+            if parts:
+                weights = cross_validate(few, parts, is_judged=False).weights
+            else:
+                weights = prior_weights(few, few.all[0], scale[0])
+            mean = fit_candidates(few, few.all, scale, weights).mean(0, weights)
+            logits = mean.logits(scale * judged.images.text_logits[tested], judged.images.views[0, tested])
+            right = logits.argmax(1) == labels[tested]
             values[draw] = 100 * right.float().mean().item()
-        spread = 2.776 * values.std(ddof=1) / DRAWS**0.5  # Student's t of five draws
-        points.append(Point(shots, values.mean(), max(0, values.mean() - spread), min(100, values.mean() + spread)))
+        mean = values.mean()
+        margin = T_QUANTILE * values.std(ddof=1) / DRAWS**0.5
+        points.append(Point(shots, mean, max(0, mean - margin), min(100, mean + margin)))
     return points
 
 

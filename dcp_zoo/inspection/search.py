@@ -1,13 +1,14 @@
-"""Find images with the features of a frozen CLIP: by a text or another image, or those that are worth a label next.
+"""Find images with the features of a frozen CLIP: by a text or another image, or those that are worth a
+label next.
 
-For labels, each step takes the image that most raises the sum, over all images, of the similarity to the nearest one
-with a label. Features at distance d have the similarity exp(-2 d^2 / m), with m the median of d^2 (Bae et al.,
-Generalized Coverage for More Robust Low-Budget Active Learning, ECCV 2024). How sure a head is plays no part: to weight
-it raised the accuracy on one set of images and lowered it on another.
+For labels, each step takes the image that most raises the sum, over all images, of the similarity to the
+nearest one with a label. Features at distance d have the similarity exp(-2 d^2 / m), with m the median of
+d^2 (Bae et al., Generalized Coverage for More Robust Low-Budget Active Learning, ECCV 2024). How sure a head
+is plays no part: to weight it raised the accuracy on one set of images and lowered it on another.
 """
 
+import math
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,21 +17,28 @@ import torch
 from torch import Tensor
 
 from dcp_zoo.api.functions import lent, predict
+from dcp_zoo.backbone.clip import FrozenCLIP
+from dcp_zoo.data import Item
 from dcp_zoo.data.find import find_images
-from dcp_zoo.data.images import GREY, Progress, bar, thumbnails
+from dcp_zoo.data.images import GREY, thumbnails
 from dcp_zoo.data.load import LabelFiles, listed_images
+from dcp_zoo.data.splits import not_trained_on
 from dcp_zoo.errors import ZooError
-from dcp_zoo.files import check_empty, check_outside, check_writable, templates, write_file
+from dcp_zoo.features.device import pick_device
+from dcp_zoo.features.groups import comparable
+from dcp_zoo.files import check_empty, check_outside, check_writable, write_file
 from dcp_zoo.heads.head import Head
-from dcp_zoo.inspection.look import look
+from dcp_zoo.pages import templates
+from dcp_zoo.progress import Progress, bar
 from dcp_zoo.tables import write_csv
 from dcp_zoo.threads import fair_threads
-from dcp_zoo.training.device import pick_device
 from dcp_zoo.zoo.build import plain_clip
 
-TABLE, PAGE = "found.csv", "found.html"
+TABLE = "found.csv"
+PAGE = "found.html"
 TO_LABEL = "file", "class", "guess", "guess_probability"  # the columns of that table
-MOST, SAME = 5000, 0.999  # images that are compared with each other; similarity of an image to a copy of it
+MOST = 5000  # images that are compared with each other
+SAME = 0.999  # similarity of an image to a copy of it
 BLACK = 0.04  # of white: an image is black if 99 of 100 pixels are darker
 
 
@@ -59,34 +67,36 @@ def search(
     output: str | Path | None = None,
     progress: Progress = bar,
 ) -> list[Match]:
-    """The images of a folder that fit a text, or look like another image, best first. ZooError for neither text nor
-    photo, or both, for no images or a photo that can be read, or an unusable output.
+    """The images of a folder that fit a text, or look like another image, best first. ZooError for neither
+    text nor photo, or both, for no images or a photo that can be read, or an unusable output.
 
     Args:
         folder: with images, also in subfolders. Their features are kept in the user's cache.
         text, like: what to find, such as "red mug on a table", or a photo.
         count: how many images.
-        model, device, progress: see `inspect`. The text is only understood as far as the model's text tower goes.
+        model, device, progress: see `inspect`. The text is only understood as far as the model's text tower
+            goes.
         output: a new folder for found.csv, and found.html with pictures.
     """
     if (not text) == (like is None):
         raise ZooError('Say what to find: a text such as "red mug on a table", a photo, or --to-label.')
     _check_new(output, folder)
-    paths = find_images([str(folder)])
+    items = _items(find_images([str(folder)]))
     clip = plain_clip(model).to(pick_device(device))
     if like is None:
         wanted = clip.zero_shot_classifier([str(text)])[0].float().cpu().numpy()
-        features = look(paths, clip, True, progress).parts[:, : len(wanted)]  # CLIP's embeddings
+        features = comparable(items, clip, progress).first_parts(1).rows()[0].numpy()  # CLIP's embeddings
     else:
-        photo = look([str(like)], clip)
+        photo = comparable(_items([str(like)]), clip, keep=False)
         if photo.errors:
-            raise ZooError(photo.errors[0])
-        wanted, features = photo.joined[0], look(paths, clip, True, progress).joined
-    similarity = np.nan_to_num(features @ wanted, nan=-2)
-    best = np.argsort(-similarity, kind="stable")[:count]
-    matches = [Match(paths[i], round(float(similarity[i]), 4)) for i in best if similarity[i] > -2]
-    if not matches:
+            raise photo.errors[0]
+        wanted = photo.joined[0].numpy()
+        features = comparable(items, clip, progress).joined.numpy()
+    similarity = features @ wanted
+    best = [i for i in np.argsort(-similarity, kind="stable") if not np.isnan(similarity[i])]  # NaN: cannot be read
+    if not best:
         raise ZooError(f"No image of {folder} can be read.")
+    matches = [Match(items[i].path, round(float(similarity[i]), 4)) for i in best[:count]]
     if output is not None:
         _write(Path(output), text or f"Like {like}", matches, Match._fields, matches)
     return matches
@@ -117,73 +127,100 @@ def suggest(
     device: str = "auto",
     progress: Progress = bar,
 ) -> list[Suggestion]:
-    """Choose the images of a folder that are worth a label next, even without labels: those that represent most of the
-    others, and are unlike those with a label. Never a black one, of which 99 % of the pixels are darker than 4 % of
-    white. ZooError for no image left, an unknown head or table, or an unusable output.
+    """Choose the images of a folder that are worth a label next, even without labels: those that represent
+    most of the others, and are unlike those with a label. Never a black one, of which 99 % of the pixels are
+    darker than 4 % of white. ZooError for no image left, an unknown head or table, or an unusable output.
 
     Args:
-        images: a folder, also with subfolders. Of more than 5,000 images every second, third, ... is considered.
-        head: guesses the classes: a head, its name, or the folder of a checkpoint. Its CLIP's features are used.
-        labels: what has a label and is not suggested again: tables with the columns file and class, or folders with the
-            images or copies of them.
+        images: a folder, also with subfolders. Of more than 5,000 images every second, third, ... is
+            considered.
+        head: guesses the classes: a head, its name, or the folder of a checkpoint. Its CLIP's features are
+            used, and what it was trained on is not suggested.
+        labels: what has a label and is not suggested again: tables with the columns file and class, or
+            folders with the images or copies of them.
         count: how many images.
-        output: a new folder for found.html, with pictures, and found.csv: a labels file, whose column `class` waits
-            for what a person sees.
+        output: a new folder for found.html, with pictures, and found.csv: a labels file, whose column
+            `class` waits for what a person sees.
         model, device, progress: see `inspect`; the model is that of features without a head.
     """
     _check_new(output, images)
     paths = find_images([str(images)])
-    done = listed_images(labels, images)
-    paths = paths[:: -(-len(paths) // MOST)]
-    with nullcontext() if head is None else lent(head, device) as known:
-        clip = plain_clip(model).to(pick_device(device)) if known is None else known.frozen
-        seen = look(paths, clip, True, progress)
-        usable = np.percentile(seen.facts[:, : GREY**2], 99, 1) >= 255 * BLACK  # not NaN, of a broken image
-        paths = [path for path, is_usable in zip(paths, usable, strict=True) if is_usable]
-        of_done = look(done, clip, True, progress).joined if done else seen.joined[:0]
-        features, of_labelled = map(torch.from_numpy, (seen.joined[usable], of_done[~np.isnan(of_done[:, 0])]))
-        files = [paths[i] for i in spread(features, of_labelled, count)]
-        if not files:
-            raise ZooError(f"No image of {images} is left to label: all have a label, are black, or cannot be read.")
+    paths = paths[:: math.ceil(len(paths) / MOST)]
+    labelled = listed_images(labels, images)
+    if head is None:
+        clip = plain_clip(model).to(pick_device(device))
+        files = _worth_a_label(paths, labelled, clip, count, progress)
         suggestions = [Suggestion(file) for file in files]
-        if known is not None:
-            guesses = [row[0] for row in predict(known, files) if isinstance(row, list)]
-            suggestions = [Suggestion(file, *guess) for file, guess in zip(files, guesses, strict=True)]
+    else:
+        with lent(head, device) as trained:
+            new = {item.path for item in not_trained_on(_items(paths), trained.info)}
+            labelled += [path for path in paths if path not in new]
+            files = _worth_a_label(paths, labelled, trained.frozen, count, progress)
+            best = [row[0] for row in predict(trained, files) if isinstance(row, list)] if files else []
+        suggestions = [Suggestion(file, *guess) for file, guess in zip(files, best, strict=True)]
+    if not suggestions:
+        raise ZooError(f"No image of {images} is left to label: all have a label, are black, or cannot be read.")
     if output is not None:
         rows = [[row.file, "", row.guess, row.probability] for row in suggestions]
-        _write(Path(output), f"{len(files)} images to label", suggestions, TO_LABEL, rows)
+        _write(Path(output), f"{len(rows)} images to label", suggestions, TO_LABEL, rows)
     return suggestions
+
+
+def _worth_a_label(
+    paths: Sequence[str], labelled: Sequence[str], clip: FrozenCLIP, count: int, progress: Progress
+) -> list[str]:
+    """At most `count` of the images that can be read and are not black, see `spread`."""
+    table = comparable(_items(paths), clip, progress)
+    assert table.facts is not None
+    brightest = np.percentile(table.facts[:, : GREY**2].numpy(), 99, 1)  # NaN of an image that cannot be read
+    usable = np.flatnonzero(brightest >= 255 * BLACK)
+    of_labelled = table.joined[:0]
+    if labelled:
+        of_labelled = comparable(_items(labelled), clip, progress).joined
+        of_labelled = of_labelled[~of_labelled[:, 0].isnan()]
+    return [paths[usable[i]] for i in spread(table.joined[usable], of_labelled, count)]
+
+
+def _items(paths: Iterable[str]) -> list[Item]:
+    return [Item(path, path, 0) for path in paths]
 
 
 def _check_new(output: str | Path | None, images: str | Path) -> None:
     """Raise ZooError for an output folder that exists, is among the images, or cannot be written."""
     if output is not None:
-        check_empty(Path(output))
-        check_writable(Path(output))
-        check_outside(Path(output), images)
+        output = Path(output)
+        check_empty(output)
+        check_writable(output)
+        check_outside(output, images)
 
 
 def _write(
     output: Path, title: str, images: Sequence[Match | Suggestion], columns: Sequence[str], rows: Iterable[Sequence]
 ) -> None:
+    """Write a page of pictures and a table."""
     files = [image[0] for image in images]
-    pictures = zip(thumbnails(files), (image.note for image in images), files, strict=True)
-    page = templates(__package__).get_template("sheet.html.jinja").render(title=title, pictures=list(pictures))
-    write_file(output / PAGE, page)
+    notes = [image.note for image in images]
+    pictures = list(zip(thumbnails(files), notes, files, strict=True))
+    write_file(
+        output / PAGE, templates(__package__).get_template("sheet.html.jinja").render(title=title, pictures=pictures)
+    )
     write_file(output / TABLE, lambda temporary: write_csv(temporary, columns, rows))
 
 
 def spread(features: Tensor, labelled: Tensor, count: int) -> list[int]:
-    """At most `count` rows of normalised features (n, E), best first, unlike labelled ones (m, E) and each other."""
+    """At most `count` rows of normalised features (n, E), best first, unlike labelled ones (m, E) and each
+    other."""
     if not len(features):
         return []
-    distances, chosen = torch.cdist(features, features).square(), list[int]()
+    distances = torch.cdist(features, features).square()
     median = distances.median().clamp(min=1e-6)
-    each, best = torch.exp(-2 * distances / median), torch.zeros(len(features))
+    similarity = torch.exp(-2 * distances / median)
+    best = torch.zeros(len(features))  # similarity of each to the nearest one that is labelled or chosen
     if len(labelled):
         best = torch.exp(-2 * torch.cdist(labelled, features).square() / median).amax(0)
+    chosen: list[int] = []
     while len(chosen) < count and best.min() < SAME:
-        gain = (each - best).clamp(min=0).sum(1).masked_fill(best >= SAME, -1)
+        gain = (similarity - best).clamp(min=0).sum(1).masked_fill(best >= SAME, -1)
         chosen.append(int(gain.argmax()))
-        best = torch.maximum(best, each[chosen[-1]])
+        best = torch.maximum(best, similarity[chosen[-1]])
     return chosen

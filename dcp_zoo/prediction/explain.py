@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.backbone.clip import FrozenCLIP, Reading, parts_of
+from dcp_zoo.backbone.clip import FrozenCLIP, Reading, join, parts_of
 from dcp_zoo.backbone.towers.open_clip import (
     EMBEDDING,
     EVERY,
@@ -24,6 +24,9 @@ from dcp_zoo.backbone.towers.open_clip import (
     attend,
 )
 from dcp_zoo.heads.head import Head
+from dcp_zoo.probe.model import mixed, share_of_text
+
+STEPS = 100  # of the way through a gate
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Explanation:
     crop: Image.Image  # what the head reads of the image
 
     def picture(self) -> Image.Image:
-        """The image, and beside it the same with what speaks for the class in red, and against it in blue."""
+        """The image, and beside it the same, red where it speaks for the class, blue where against it."""
         strength = self.shares[..., None] / max(float(np.abs(self.shares).max()), 1e-9)
         colour = np.where(strength > 0, (215, 25, 28), (44, 80, 200))
         grey = np.asarray(self.crop.convert("L"))[..., None]
@@ -45,11 +48,12 @@ class Explanation:
 
 @torch.no_grad()
 def logit_shares(head: Head, image: Tensor, label: int) -> Tensor:
-    """An image (1, 3, H, W), normalised as `create_transform` does -> the share (H, W) of each pixel in the logit of a
-    class, less the mean logit. Exact for what is a mean over positions: the logit is a sum over these. A share in a
-    token is that by the gradient through the block before, against the mean patch. Encoders beside CLIP have none."""
-    weight, reads = head.linear()[0], head.reads
-    own = (weight[label] - weight.mean(0)).float() / math.sqrt(parts_of(reads))
+    """An image (1, 3, H, W), normalised as `create_transform` does -> the share (H, W) of each pixel in
+    the logit of a class, less the mean logit. Exact for what is a mean over positions: the logit is a sum
+    over these. A share in a token is that by the gradient through the block before, against the mean
+    patch. Encoders beside CLIP have none."""
+    reads = head.reads
+    own = weight_of(head, head.encode_image(image), label).float() / math.sqrt(parts_of(reads))
     shares = own.new_zeros(image.shape[2:])
     for reading, weights in zip(reads, own.split([sum(reading.widths) for reading in reads]), strict=True):
         if isinstance(reading.encoder, FrozenCLIP):
@@ -60,53 +64,89 @@ def logit_shares(head: Head, image: Tensor, label: int) -> Tensor:
     return shares
 
 
+@torch.no_grad()
+def weight_of(head: Head, features: Tensor, label: int) -> Tensor:
+    """The weight (F,) of features (1, F) in the logit of a class, less the mean logit: their product is
+    that logit, but for what biases add.
+
+    Through a gate it is the mean gradient on the straight way from no logits to these, with the text's
+    share as these features have it: integrated gradients (Sundararajan et al., Axiomatic Attribution for
+    Deep Networks, ICML 2017).
+    """
+    weight, bias = head.linear()
+    probe = head.gated_probe
+    if probe is None:
+        return weight[label] - weight.mean(0)
+    text_weight, text_bias = (probe.text_scale * part for part in join(head.reads))
+    features = features.to(weight.dtype)
+    own = F.linear(features, weight, bias).float()
+    text = F.linear(features, text_weight, text_bias).float()
+    share = share_of_text(own, text, probe.measure(head.classes)(features, examples=False), probe.gate)
+    way = (torch.arange(STEPS, device=share.device)[:, None] + 0.5) / STEPS
+    with torch.enable_grad():
+        own_way = (way * own).requires_grad_()
+        text_way = (way * text).requires_grad_()
+        logits = mixed(own_way, text_way, share)
+        of_own, of_text = torch.autograd.grad((logits[:, label] - logits.mean(1)).mean(), (own_way, text_way))
+    return of_own.sum(0) @ weight.float() + of_text.sum(0) @ text_weight.float()
+
+
 def _shares(tower: VisionTower, reading: Reading, weights: Mapping[str, Tensor], image: Tensor) -> Iterator[Tensor]:
-    """What the parts of a reading say for a class, in grids of positions (h, w)."""
-    walk = _Walk(tower, reading, image)
-    patches, middle, last = walk.patches, tower.middle, len(tower.blocks) - 1
+    """The shares of the parts of a reading in the logit of a class, in grids of positions (h, w)."""
+    tower_pass = _TowerPass(tower, reading, image)
+    patches = tower_pass.patches
+    middle = tower.middle
+    last = len(tower.blocks) - 1
     if STEM in weights:
         *earlier, maps = tower.stem.stages(tower.checked(image))
         yield from _of_means([tower.stem.widen(maps)], weights[STEM])
         if STAGE in weights:
             yield from _of_means(earlier, weights[STAGE])
 
-    def embedded(x: Tensor) -> Tensor:
+    def logit_of_last(x: Tensor) -> Tensor:
         hidden = tower.hidden(x[:, : tower.pooled])
         both = {EMBEDDING: tower.project(hidden)[0], HIDDEN: hidden[0]}
         return torch.stack([_along(both[name], w) for name, w in weights.items() if name in both]).sum()
 
-    yield walk.through(last, embedded) if tower.pooled == 1 else walk.leaving(last, embedded)
+    if tower.pooled == 1:
+        yield tower_pass.shares_by_class_token(last, logit_of_last)
+    else:
+        yield tower_pass.shares_by_all_tokens(logit_of_last)
     if MIDDLE in weights:
         norm = tower.blocks[middle].norm
-        x = norm(walk.entering(middle))
-        token, mean = x[0, : tower.num_prefix > 0].flatten(), x[0, patches].mean(0)
+        x = norm(tower_pass.tokens_into(middle))
+        token = x[0, : tower.num_prefix > 0].flatten()
+        mean = x[0, patches].mean(0)
         w = weights[MIDDLE] / torch.cat([token, mean]).norm()
         yield (x[0, patches] @ w[len(token) :] / (patches.stop - patches.start)).view(tower.grid)
         if len(token):
-            yield walk.through(middle - 1, lambda x: norm(x)[0, 0] @ w[: len(token)])
+            yield tower_pass.shares_by_class_token(middle - 1, lambda x: norm(x)[0, 0] @ w[: len(token)])
     if LAST in weights:
-        x = tower.norm(tower.blocks[last](walk.entering(last), rows=slice(0, None, EVERY)))[0]
+        x = tower.norm(tower.blocks[last](tower_pass.tokens_into(last), rows=slice(0, None, EVERY)))[0]
         shown = torch.arange(0, tower.num_tokens, EVERY) >= tower.num_prefix
-        each = x.new_zeros(tower.num_tokens)
-        each[::EVERY] = x @ weights[LAST] / x[shown].mean(0).norm() / shown.sum()
-        yield each[patches].view(tower.grid)
+        shares = x.new_zeros(tower.num_tokens)
+        shares[::EVERY] = x @ weights[LAST] / x[shown].mean(0).norm() / shown.sum()
+        yield shares[patches].view(tower.grid)
 
 
-class _Walk:
-    """An image (1, 3, H, W) on its way through the blocks of a reading's tower, with its prompts."""
+class _TowerPass:
+    """The forward pass of an image (1, 3, H, W) through a tower, with the prompts of a reading."""
 
     def __init__(self, tower: VisionTower, reading: Reading, image: Tensor) -> None:
-        self.tower, self.image = tower, image
+        self.tower = tower
+        self.image = image
         self.prompts = reading.prompts() if reading.prompts else []
         self.patches = slice(tower.num_prefix, tower.num_tokens)
 
-    def entering(self, block: int) -> Tensor:
-        """The tokens (1, N, Dv)."""
+    def tokens_into(self, block: int) -> Tensor:
+        """The tokens (1, N, Dv) that enter a block."""
         return self.tower.run(self.tower.embed(self.image).x, self.prompts, 0, block)
 
-    def through(self, i: int, value: Callable[[Tensor], Tensor]) -> Tensor:
-        """Shares of the patches in a value of the class token that leaves a block: by what it takes of each."""
-        x, block = self.entering(i), self.tower.blocks[i]
+    def shares_by_class_token(self, i: int, value: Callable[[Tensor], Tensor]) -> Tensor:
+        """Shares of the patches in a value of the class token after block i: by its attention to their
+        values."""
+        x = self.tokens_into(i)
+        block = self.tower.blocks[i]
         if i < len(self.prompts):
             x = append_prompts(x, self.prompts[i])
         normed = block.norm(x)
@@ -115,17 +155,19 @@ class _Walk:
             taken = taken.detach().requires_grad_()
             attended = attend(block.query(normed[:, :1]), key, taken, None, False)
             (gradient,) = torch.autograd.grad(value(block.finish(x[:, :1], attended)), taken)
-        each = taken.detach()[0, :, self.patches]
-        return (gradient[0, :, self.patches] * (each - each.mean(1, keepdim=True))).sum((0, 2)).view(self.tower.grid)
+        values = taken.detach()[0, :, self.patches]
+        shares = gradient[0, :, self.patches] * (values - values.mean(1, keepdim=True))
+        return shares.sum((0, 2)).view(self.tower.grid)
 
-    def leaving(self, i: int, value: Callable[[Tensor], Tensor]) -> Tensor:
-        """Shares of the patches that leave the last block in a value of all of them."""
-        x = self.tower.run(self.entering(i), self.prompts[i:], i)
+    def shares_by_all_tokens(self, value: Callable[[Tensor], Tensor]) -> Tensor:
+        """Shares of the patches in a value of all tokens after the last block."""
+        x = self.tower.run(self.tower.embed(self.image).x, self.prompts)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(value(x), x)
-        each = x.detach()[0, self.patches]
-        return (gradient[0, self.patches] * (each - each.mean(0))).sum(-1).view(self.tower.grid)
+        tokens = x.detach()[0, self.patches]
+        shares = gradient[0, self.patches] * (tokens - tokens.mean(0))
+        return shares.sum(-1).view(self.tower.grid)
 
 
 def _along(part: Tensor, weight: Tensor) -> Tensor:

@@ -1,47 +1,102 @@
-"""Heads, computed by PyTorch. Features are computed in the precision asked for, and logits in the head's, as a small
-difference of features is a large one of logits."""
+"""Classify with a head by PyTorch.
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+Features are computed in the precision asked for, and logits in the head's, as a small difference of
+features is a large one of logits.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dcp_zoo.answers import Outputs, is_rejected
+from dcp_zoo.backbone._torch import in_eval_mode
 from dcp_zoo.backbone.classes import NO_CLASSES
-from dcp_zoo.backbone.clip import FrozenCLIP, joined, parts_of
-from dcp_zoo.data.images import ImageLike, Progress, by_image, no_progress
-from dcp_zoo.errors import ZooError
+from dcp_zoo.backbone.inputs import Images
+from dcp_zoo.data import Item
+from dcp_zoo.data.unreadable import ERRORS, all_named
+from dcp_zoo.errors import ZooError, check_choice, check_range
+from dcp_zoo.features import AUTO
+from dcp_zoo.features.device import autocast, pick_device, pick_precision
+from dcp_zoo.features.extract import FeatureExtractor
+from dcp_zoo.features.loader import ImageLoader
+from dcp_zoo.features.photos import Photos
 from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head import Head
-from dcp_zoo.prediction import Backend, Errors
-from dcp_zoo.tables import REFUSED
+from dcp_zoo.prediction import Backend
+from dcp_zoo.progress import Progress, by_image, no_progress
+from dcp_zoo.rejection import REFUSED
 from dcp_zoo.threads import fair_threads
-from dcp_zoo.training.cache import ALL_PARTS, ONE_READING, keeps_features, per_image, tower_setting
-from dcp_zoo.training.device import autocast, pick_device, pick_precision
-from dcp_zoo.training.recipes import AUTO
 from dcp_zoo.zoo.factory import create_model
+from dcp_zoo.zoo.resolve import check_head
 
 FEW = 16  # images, for which fusing a head takes longer than it saves
+AT_A_TIME = 1000  # images whose features are classified
 
 
 @fair_threads()
 def loaded(name: str, device: str = AUTO, classnames: Sequence[str] | None = None) -> Head:
     """The head of this name, or in this folder, to classify with, on the device."""
+    check_head(name)
     head: Head = create_model(name, True, classnames=classnames)
     return head.eval().to(pick_device(device))
 
 
 def promised(head: Head) -> float | None:
-    """The share of its own images that a head promises to reject at most, where measuring can check it; else None."""
+    """The rate at which a head rejects images of its classes; None if it cannot, or lacks stored
+    statistics."""
     return None if head.cannot_reject or head.stats != "stored" else REFUSED
 
 
+@torch.no_grad()
+def outputs_of_features(
+    head: Head | FusedHead, features: Tensor, threshold: float | None = None, keep: bool = False
+) -> Outputs:
+    """The outputs of a head for the features (n, F) of images; with a threshold, also which images are
+    rejected. `keep`: whether the outputs hold the features, too."""
+    parts = []
+    distances = []
+    for part in features.split(AT_A_TIME):
+        x = part.to(head.device)
+        parts.append(head.classify(x).float().cpu())
+        if threshold is not None:
+            distances.append(head.distances(x.float()).cpu())
+    logits = torch.cat(parts).numpy()
+    rejected = None if threshold is None else is_rejected(logits, torch.cat(distances).numpy(), threshold)
+    return Outputs(logits, rejected, features.float().cpu().numpy() if keep else None)
+
+
+@torch.no_grad()
+def outputs_of_loader(
+    head: Head, images: ImageLoader, batch_size: int, threshold: float | None = None, keep: bool = False
+) -> Outputs:
+    """The outputs of a head for the images of a loader, in order. Without stored statistics they depend
+    on the batches, of this size, and have no features."""
+    with in_eval_mode(head):
+        if head.stats == "stored":
+            return outputs_of_features(head, images.table(head.reads).joined, threshold, keep)
+        extract = images.extract
+        assert extract is not None
+        batches = by_image(extract.progress, images.in_order(batch_size), "test images", len(images))
+        return Outputs.joined([outputs_of_batch(head, inputs, extract.precision) for inputs, _ in batches])
+
+
+@torch.no_grad()
+def outputs_of_batch(head: Head, images: Images, precision: str, threshold: float | None = None) -> Outputs:
+    """The outputs of a head for a batch, with batch statistics."""
+    images = images.to(head.device)
+    with autocast(head.device, precision):
+        logits = head(images).float().cpu().numpy()
+        if threshold is None:
+            return Outputs(logits)
+        features = head.encode_image(images).float()
+    return Outputs(logits, is_rejected(logits, head.distances(features).cpu().numpy(), threshold))
+
+
 class HeadBackend(Backend):
-    """A head on its device; inside `kept_features` it computes no features that are kept. ZooError without classes, for
-    an unknown precision, for features without stored statistics, or to reject without a threshold.
+    """A head on its device. ZooError without classes, for an unknown precision, for features without
+    stored statistics, or to reject without a threshold.
 
     Args:
         features: whether the outputs keep them.
@@ -57,82 +112,69 @@ class HeadBackend(Backend):
         reject: float | None = None,
         alone: bool = True,
     ) -> None:
+        self.stored = head.stats == "stored"
         if not head.classes:
             raise ZooError(NO_CLASSES)
-        threshold, cfg = head.rejection_threshold(reject) if reject else None, head.pretrained_cfg
-        super().__init__(head.encoder.architecture, head.classnames, cfg, threshold)
-        self.head, self.features, self.alone = head, features, alone
-        self.device, self.stored = head.device, head.stats == "stored"
-        self.precision = pick_precision(precision, self.architecture, self.device)
         if features and not self.stored:
             problem = "Only stored statistics give an image the same features in any batch"
             raise ZooError(f"{problem}: omit features, or set model.stats.")
+        self.architecture = head.encoder.architecture
+        self.classnames = head.classnames
+        self.preprocessing = head.pretrained_cfg
+        self.extract = FeatureExtractor(head.frozen, pick_precision(precision, self.architecture, head.device))
+        self.threshold = head.rejection_threshold(reject) if reject else None
+        self.head = head
+        self.features = features
+        self.alone = alone
         self.fused: Head | FusedHead = head
-        self.left = FEW if head.abilities.linear and self.stored and not keeps_features() else math.inf
-        self.mean, self.std = (torch.tensor(cfg[name], device=self.device)[:, None, None] for name in ("mean", "std"))
+        self.encoded = 0  # images
 
     @fair_threads()
     @torch.inference_mode()
-    def encode(self, pixels: np.ndarray, read: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Pixels, uint8 (n, 3, H, W) -> features (n, F), or those of another function of normalised images; where
-        features depend on the batch, these images themselves."""
-        self.left -= len(pixels)
-        if self.left < 0 and self.fused is self.head:
+    def encode(self, pixels: np.ndarray) -> Tensor:
+        """Pixels, uint8 (n, 3, H, W) -> features (n, F), or normalised images without stored statistics."""
+        images = self.extract.normalised(torch.from_numpy(pixels))
+        if not self.stored:
+            return images
+        self.encoded += len(pixels)
+        if self.encoded > FEW and self.head.abilities.linear and self.fused is self.head:
             self.fused = self.head.fuse()
-        images = (torch.from_numpy(pixels).to(self.device) / 255 - self.mean) / self.std
-        with autocast(self.device, self.precision):
-            return (read or self.fused.encode_image)(images).float() if self.stored else images
+        with autocast(self.head.device, self.extract.precision):
+            return self.fused.encode_image(images).float()
 
     @torch.inference_mode()
     def classify(self, features: Tensor) -> Outputs:
         """What `encode` returns, on any device -> the outputs of n images."""
-        x = features.to(self.device)
         if self.stored:
-            logits = self.fused.classify(x)
-        else:
-            with autocast(self.device, self.precision):
-                logits = torch.cat([self.head(batch) for batch in x.split(1 if self.alone else len(x))])
-                x = torch.cat([self.head.encode_image(image[None]) for image in x]) if self.threshold is not None else x
-        values, rejected = logits.float().cpu().numpy(), None
-        if self.threshold is not None:
-            rejected = is_rejected(values, self.fused.distances(x.float()).cpu().numpy(), self.threshold)
-        return Outputs(values, rejected, features.float().cpu().numpy() if self.features else None)
+            return outputs_of_features(self.fused, features, self.threshold, self.features)
+        batches = features.split(1 if self.alone else len(features))
+        precision = self.extract.precision
+        return Outputs.joined([outputs_of_batch(self.head, batch, precision, self.threshold) for batch in batches])
 
-    def batches(
-        self, images: Sequence[ImageLike], batch_size: int, progress: Progress = no_progress
-    ) -> Iterator[tuple[Errors, Outputs]]:
-        if len(images) == 1 or not (keeps_features() and self.stored):  # one image is encoded sooner than looked up
-            yield from super().batches(images, batch_size, progress)
-            return
-        errors: Errors = [None] * len(images)
-        features = self._kept(images, errors, batch_size, progress)
-        for start in range(0, len(images), batch_size):
-            batch = slice(start, start + batch_size)
-            yield errors[batch], self.classify(features[batch])
 
-    @torch.no_grad()
-    def _kept(self, images: Sequence[ImageLike], errors: Errors, batch_size: int, progress: Progress) -> Tensor:
-        """The features (n, F) of images, NaN of those that cannot be read, whose `errors` are set. What frozen encoders
-        give is kept by `per_image`, as in training."""
-        frozen, reads, parts = self.head.frozen, self.head.reads, list[Tensor]()
-
-        def compute(read: Callable[[Tensor], Tensor], rows: Sequence[int]) -> Iterator[Tensor]:
-            left, known = iter(rows), len(images) - len(rows)
-            batches = self.encoded([images[i] for i in rows], batch_size, partial(self.encode, read=read))
-            for problems, found in by_image(progress, batches, "image features", len(images), known):
-                sound = [problem is None for problem in problems]
-                every = torch.full((len(problems), found.shape[1]), math.nan)
-                every[sound] = found[: sum(sound)].cpu()
-                for problem, i in zip(problems, left, strict=False):
-                    errors[i] = errors[i] or problem
-                yield every[None]
-
-        for reading in reads:
-            plain = reading.encoder is frozen and reading.prompts is None
-            every = partial(compute, frozen.read if plain else reading.encode)  # all parts, which other heads may read
-            if isinstance(reading.encoder, FrozenCLIP) and not plain:  # changed by the method
-                parts.append(torch.cat(list(every(range(len(images)))), 1)[0])
-                continue
-            setting = partial(tower_setting, reading.encoder, ALL_PARTS if plain else ONE_READING, self.precision)
-            parts.append(per_image(images, setting, 1, every)[0, :, : sum(reading.widths)].float())
-        return joined(parts, parts_of(reads))
+def outputs_of(
+    head: Head,
+    items: Sequence[Item],
+    batch_size: int,
+    precision: str = AUTO,
+    progress: Progress = no_progress,
+    reject: float | None = None,
+    errors: str = "raise",
+    features: bool = False,
+    alone: bool = True,
+) -> tuple[Outputs, Mapping[int, ZooError]]:
+    """The outputs for the images of items, NaN where they cannot be read; and why they cannot. Inside
+    `kept_features` nothing is computed that is kept. `errors`: see `dcp_zoo.evaluate`; other arguments as
+    of `HeadBackend`."""
+    check_choice("errors", errors, ERRORS)
+    check_range("batch_size", batch_size, 1)
+    with in_eval_mode(head), all_named(items):
+        backend = HeadBackend(head, features, precision, reject, alone)
+        if not backend.stored:
+            backend.strict = errors == "raise"
+            broken, outputs = backend.outputs([item.path for item in items], batch_size, progress)
+            return outputs, broken
+        backend.extract.progress = progress
+        backend.extract.batch_size = batch_size
+        table = backend.extract(Photos(items), head.reads, keep_errors=errors == "keep")
+        return outputs_of_features(head, table.joined, backend.threshold, features), table.errors

@@ -9,7 +9,7 @@ import numpy as np
 from dcp_zoo.answers import Outputs, is_rejected, log_softmax
 from dcp_zoo.data.images import ImageLike, normalise
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra, warn
-from dcp_zoo.prediction import Backend, decode
+from dcp_zoo.prediction import Backend, exported_file, pixels_of
 
 INPUT = "pixel_values"  # of normalised images, as other programs call it
 CUDA = "CUDAExecutionProvider"
@@ -18,7 +18,8 @@ METADATA_KEY = "dcp"  # of the JSON in an exported file: class names, preprocess
 
 
 def providers(device: str) -> list[Any]:
-    """ONNX Runtime's providers for "auto", "cpu" or "cuda"; the CPU, with a warning, where there is none for a GPU."""
+    """ONNX Runtime's providers for "auto", "cpu" or "cuda"; the CPU, with a warning, without one for a
+    GPU."""
     kind, _, number = device.partition(":")
     check_choice("device", kind, ("auto", "cpu", "cuda"))
     cpu: list[Any] = ["CPUExecutionProvider"]
@@ -30,8 +31,8 @@ def providers(device: str) -> list[Any]:
 
 
 class OnnxClassifier(Backend):
-    """An exported model. ZooError for a file that is missing, or no export of this package, or that cannot reject where
-    that is asked for.
+    """An exported model. ZooError for a file that is missing, or no export of this package, or that
+    cannot reject where that is asked for.
 
     Args:
         path: a file written by `dcp-zoo export --format onnx`.
@@ -54,22 +55,27 @@ class OnnxClassifier(Backend):
         features: bool = False,
     ) -> None:
         runtime = import_extra("onnxruntime", "export")
-        if not Path(path).is_file():
-            raise ZooError(f"There is no file {path}: create one with dcp-zoo export.")
+        file = exported_file(path)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leave the cores to others
-        self.path, chosen = path, providers(device)
+        chosen = providers(device)
         # ONNX Runtime has a separate exception for every kind of bad file
         with as_zoo_error(f"{path} is not an exported model ({{}}): create one with dcp-zoo export.", Exception):
-            self.session = runtime.InferenceSession(str(path), options, providers=chosen)
+            self.session = runtime.InferenceSession(str(file), options, providers=chosen)
             self.info = info = json.loads(self.session.get_modelmeta().custom_metadata_map[METADATA_KEY])
-            threshold = None if reject is False else info.get("threshold")
-            super().__init__(info["model"], info["classnames"], info["preprocessing"], threshold)
+            self.architecture = info["model"]
+            self.classnames = info["classnames"]
+            self.preprocessing = info["preprocessing"]
+            self.threshold = None if reject is False else info.get("threshold")
             self.name = ".".join(filter(None, (info["model"], info["tag"])))
         if len(chosen) > 1 and CUDA not in self.session.get_providers():  # it is installed, and cannot start
             warn(NO_CUDA.format(device))
-        self._returned = ["logits", *["distance"] * (self.threshold is not None), *["features"] * features]
+        self._returned = ["logits"]
+        if self.threshold is not None:
+            self._returned.append("distance")
+        if features:
+            self._returned.append("features")
         if reject and self.threshold is None:
             advice = "Export a head that can (dcp-zoo train), with exactly the classes for which it was fitted."
             raise ZooError(f"{path} has no threshold to reject images. {advice}")
@@ -84,7 +90,7 @@ class OnnxClassifier(Backend):
 
     def preprocess(self, image: ImageLike) -> np.ndarray:
         """An image -> (3, H, W), as `create_transform` returns it."""
-        return self.encode(decode(image, self.preprocessing)[None])[0]
+        return self.encode(pixels_of(image, self.preprocessing)[None])[0]
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Pixels, uint8 (n, 3, H, W) -> the images as the file takes them."""

@@ -1,14 +1,15 @@
-"""What a run on many images writes: tables of predictions (.csv, .jsonl, .parquet), image features (.npz) and a contact
-sheet. Rows are read several times and written in a stream, to need no memory."""
+"""What a run on many images writes: tables of predictions (.csv, .jsonl, .parquet), image features (.npz)
+and a contact sheet. Rows are read several times and written in a stream, to need no memory."""
 
 import heapq
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -16,31 +17,40 @@ import numpy as np
 from dcp_zoo.answers import Row, is_changed, label, written
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.fields import Values
-from dcp_zoo.files import templates
+from dcp_zoo.pages import templates
 from dcp_zoo.tables import NONE, write_csv
 
 
 def _cells(row: Row) -> Values:
-    """The values of a row by their columns. `class` is what was decided; `best`, of a run that rejects, is the most
-    probable class, and `probability` its probability."""
+    """The values of a row by their columns. `class` is what was decided; `best`, of a run that rejects,
+    is the most probable class, and `probability` its probability."""
     if "error" in row:
         return row
-    first, *further = row["predictions"]
-    flat = {name: row[name] for name in ("image", "rejected") if name in row} | {"class": label(row)}
-    flat |= ({"best": first["class"]} if "rejected" in row else {}) | {"probability": first["probability"]}
-    for rank, prediction in enumerate(further, 2):
-        flat |= {f"class_{rank}": prediction["class"], f"probability_{rank}": prediction["probability"]}
-    return flat | ({"alone": row["alone"]} if "alone" in row else {})
+    best, *others = row["predictions"]
+    cells: Values = {name: row[name] for name in ("image", "rejected") if name in row}
+    cells["class"] = label(row)
+    if "rejected" in row:
+        cells["best"] = best["class"]
+    cells["probability"] = best["probability"]
+    for rank, prediction in enumerate(others, 2):
+        cells[f"class_{rank}"] = prediction["class"]
+        cells[f"probability_{rank}"] = prediction["probability"]
+    if "alone" in row:
+        cells["alone"] = row["alone"]
+    return cells
 
 
 def _columns(rows: Iterable[Row]) -> list[str]:
-    sound = ([*_cells(row)] for row in rows if "error" not in row)
-    return [*next(sound, ["image", "class", "probability"]), "error"]  # all have the same
+    """The columns of all rows, which are the same for all images that can be read."""
+    for row in rows:
+        if "error" not in row:
+            return [*_cells(row), "error"]
+    return ["image", "class", "probability", "error"]
 
 
 def _write_csv(path: str, rows: Iterable[Row]) -> None:
-    names = _columns(rows)
-    write_csv(path, names, ([cells.get(name) for name in names] for cells in map(_cells, rows)))
+    columns = _columns(rows)
+    write_csv(path, columns, ([cells.get(name) for name in columns] for cells in map(_cells, rows)))
 
 
 def _write_parquet(path: str, rows: Iterable[Row]) -> None:
@@ -48,15 +58,23 @@ def _write_parquet(path: str, rows: Iterable[Row]) -> None:
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
-    kinds = {"probability": (pa.float32(), float("nan")), "rejected": (pa.bool_(), False)}
-    columns = {name: kinds.get(re.sub(r"_\d+$", "", name), (pa.string(), "")) for name in _columns(rows)}
-    columns |= {"rejected": kinds["rejected"]}
-    schema, left = pa.schema([(name, kind) for name, (kind, _) in columns.items()]), iter(rows)
-    blank: Values = {name: value for name, (_, value) in columns.items()}
+    def type_of(column: str) -> Any:
+        if column.startswith("probability"):
+            return pa.float32()
+        return pa.bool_() if column == "rejected" else pa.string()
+
+    blanks = {pa.float32(): float("nan"), pa.bool_(): False, pa.string(): ""}
+    schema = pa.schema([(name, type_of(name)) for name in dict.fromkeys([*_columns(rows), "rejected"])])
+    blank: Values = {field.name: blanks[field.type] for field in schema}
+    remaining = iter(rows)
     with ParquetWriter(path, schema) as file:
-        while part := [blank | _cells(row) for row in islice(left, ROWS)]:
-            for row in part:
-                row |= {name: _plain(row[name]) for name in ("image", "error")}
+        while True:
+            part = [blank | _cells(row) for row in islice(remaining, ROWS)]
+            if not part:
+                break
+            for cells in part:
+                cells["image"] = _valid(cells["image"])
+                cells["error"] = _valid(cells["error"])
             file.write_table(pa.Table.from_pylist(part, schema))
 
 
@@ -65,19 +83,23 @@ def _write_jsonl(path: str, rows: Iterable[Row]) -> None:
         file.writelines(json.dumps(written(row)) + "\n" for row in rows)
 
 
-TABLES: dict[str, Callable[..., None]] = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
+TABLES: dict[str, Callable[..., None]] = {
+    ".csv": _write_csv,
+    ".jsonl": _write_jsonl,
+    ".parquet": _write_parquet,
+}
 ROWS = 10_000  # of a Parquet file that are written at a time
 
 
-def _plain(name: str) -> str:
+def _valid(name: str) -> str:
     """A file's name with replacement characters for what is not valid in the system's encoding."""
     return re.sub("[\ud800-\udfff]", "\ufffd", name)
 
 
 def write_features(path: str, names: Sequence[str], features: np.ndarray) -> None:
-    """Arrays `image` (N,), see `_plain`, and `features` (N, E), as np.load reads them."""
+    """Arrays `image` (N,), see `_valid`, and `features` (N, E), as np.load reads them."""
     with open(path, "wb") as file:  # noqa: PTH123  np.savez would add a suffix to the path
-        np.savez(file, image=np.array([*map(_plain, names)]), features=features)
+        np.savez(file, image=np.array([*map(_valid, names)]), features=features)
 
 
 PER_CLASS = 60  # images shown of a class: the sheet of a million images must open in a browser
@@ -85,25 +107,27 @@ SIZE = 128  # pixels of a thumbnail's longer side
 
 
 def write_sheet(path: Path, images: Sequence[str], rows: Iterable[Row], temporary: str) -> None:
-    """Write the contact sheet to a `temporary` file; pictures link to the images from `path`, its later place."""
-    counts, least, errors = Counter[str](), dict[str, list[tuple[float, int, Row]]](), []
-    for index, row in enumerate(rows):
+    """Write the contact sheet to a `temporary` file; its links to the images are relative to `path`."""
+    counts = Counter[str]()
+    least_certain = defaultdict[str, list[tuple[float, int, Row]]](list)  # by class, a heap
+    errors = []
+    for position, row in enumerate(rows):
         if "error" in row:
             errors.append(row)
             continue
         counts[label(row)] += 1
-        shown = least.setdefault(label(row), [])  # a heap of the least certain
-        entry = (-row["predictions"][0]["probability"], -index, row)
-        (heapq.heappush if len(shown) < PER_CLASS else heapq.heappushpop)(shown, entry)
+        heap = least_certain[label(row)]
+        heapq.heappush(heap, (-row["predictions"][0]["probability"], -position, row))
+        if len(heap) > PER_CLASS:
+            heapq.heappop(heap)
 
     classes = len(counts.keys() - {NONE})
 
     def pictures(name: str) -> Iterator[Values]:
         """Of one class, the least certain first."""
-        shown = sorted(least[name], reverse=True)
-        entries = [(images[-index], row) for _, index, row in shown]
-        small = thumbnails((image for image, _ in entries), SIZE, quality=70)
-        for (image, row), thumbnail in zip(entries, small, strict=True):
+        shown = [(images[-position], row) for _, position, row in sorted(least_certain[name], reverse=True)]
+        small = thumbnails((image for image, _ in shown), SIZE, quality=70)
+        for (image, row), thumbnail in zip(shown, small, strict=True):
             yield {
                 "thumbnail": thumbnail,
                 "name": os.path.basename(image),  # noqa: PTH119
@@ -114,8 +138,9 @@ def write_sheet(path: Path, images: Sequence[str], rows: Iterable[Row], temporar
                 "alone": row["alone"] if is_changed(row) else None,
             }
 
+    of_images = "1 image" if len(images) == 1 else f"{len(images):,} images"
     content = {
-        "title": f"{len(images):,} image{'s' * (len(images) != 1)} in {classes} class{'es' * (classes != 1)}",
+        "title": f"{of_images} in {classes} {'class' if classes == 1 else 'classes'}",
         "groups": sorted(counts.items(), key=lambda group: (group[0] == NONE, group[0])),
         "pictures": pictures,
         "errors": errors,

@@ -1,7 +1,27 @@
-"""Candidates: softmax regressions and Gaussian classes, each a linear function. A text probe is their mean."""
+"""Candidates: softmax regressions and Gaussian classes, each a linear function of the features. A text probe
+is their weighted mean, see `stacking`.
+
+Candidates of one `Configuration` read the same columns f (B, k) of the features and start at the same share
+s of the scaled text logits a z (B, C). For each of `PENALTIES` there is one softmax regression:
+
+    logits = s a z + f D^T                                               (B, C)
+
+D (C, k) minimises sum_i w_i cross-entropy_i + penalty / 2 |D|^2 over the training images and their mirror
+images, among
+         the classes that have images: one convex problem; w_i gives each class the same weight
+
+and for each of `STRENGTHS` t there are Gaussian classes with means m_c (C, k), whose mean is m:
+
+    logits = s a z + t r (f (m_c - m)^T - (m_c - m) (m_c + m)^T / 2)     (B, C)
+
+r        such that for t = 1 both terms have the same standard deviation over the training images
+
+All are fitted to S training sets in one batch. Each set keeps some of the same n images, such as all but one
+fold.
+"""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -11,196 +31,308 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.backbone.clip import Linear
-from dcp_zoo.probe.estimates import Slope, lowest_point, means_of_some
-from dcp_zoo.probe.model import PENALTIES, STEPS
+from dcp_zoo.probe.estimates import minimum, text_scales, weighted_class_means
+from dcp_zoo.probe.model import PENALTIES, nearest
 from dcp_zoo.threads import fair_threads
 
-TEXTS = (1.0, 0.5, 0.0)  # how much of the text logits a candidate starts at
-INSIDE_TEXTS = (1.0, 0.0)  # if it reads the inside of an image tower
-STRENGTHS = (0.25, 0.5, 1.0, 2.0)  # of Gaussian classes beside the text logits
-LARGE = 2**16  # images, with their mirror images, times classes: more start at the full text alone
-ENOUGH, FEWER_STEPS = 2_000, 8  # of more training images a step is expensive, see `lowest`
+TEXT_SHARES = (1.0, 0.5, 0.0)  # s, of the text logits that a candidate starts at
+INTERMEDIATE_SHARES = (1.0, 0.0)  # s, if it reads intermediate features of an image tower
+STRENGTHS = (0.25, 0.5, 1.0, 2.0)  # t, of Gaussian classes beside the text logits
+LARGE = 2**16  # images, with their mirror images, times classes: of larger sets, all candidates start at s = 1
+STEPS = 20  # of L-BFGS for each penalty, from the solution for the one before
+FEWER_STEPS = 8  # for large sets, of which a step is expensive, and these are as accurate
+TOLERANCE = 1e-3  # of its gradient
+NEVER_PREDICTED = -1e4  # logit of a class without images in a training set; finite, as images left out may have it
 SMALL = 2**25  # multiplications of a loss that a second thread makes no faster
+
+
+class Configuration(NamedTuple):
+    """What the candidates have in common that are fitted for each of `PENALTIES`, and then of `STRENGTHS`: K
+    in all."""
+
+    columns: int  # which of `TrainingSet.columns` they read
+    text_share: float  # s
+
+
+class Columns(NamedTuple):
+    """Columns of the features that candidates read, in the coordinates of the principal axes of the training
+    images. In these a step of L-BFGS can be scaled to the curvature of each, and few images need few
+    coordinates."""
+
+    positions: Tensor  # (k,), of the columns
+    axes: Tensor  # (k, r), of the columns scaled to the length 1
+    rows: Tensor  # (V n, r), the training images
+    squares: Tensor  # (r,), the sum of squares of each coordinate
 
 
 @dataclass(frozen=True)
 class TrainingSet:
     """Features of n training images of C classes, on the CPU."""
 
-    views: Tensor  # (V, n, W), of the images, then of their mirror images: normalised parts, one after the other
-    widths: Sequence[int]  # of the parts; the first is CLIP's embedding
+    views: Tensor  # (V, n, W), of the images, then of their mirror images: normalised groups, one after the other
+    widths: Sequence[int]  # of the groups of features; the first is CLIP's embedding
     labels: Tensor  # (n,)
-    text: Linear  # the text logits z as a linear function of the first part
-    scale: float = 1.0  # a
-    weights: Tensor | None = None  # (n,), how much the images count; default 1
-    inside: Sequence[int] = ()  # positions of the parts from inside an image tower, see `blocks`
+    text: Linear  # the text logits z as a linear function of the first group
+    weights: Tensor  # (n,), how much each image counts
+    intermediate: Sequence[int] = ()  # positions of the groups that are intermediate features of an image tower
+    clip_groups: int | None = (
+        None  # how many of the first groups are CLIP's and final; default all, see `prior_weights`
+    )
 
-    def of(self, images: Tensor) -> "TrainingSet":
-        """Some of the images, by positions or a mask."""
-        weights = None if self.weights is None else self.weights[images]
-        return replace(self, views=self.views[:, images], labels=self.labels[images], weights=weights)
-
-    @property
-    def counts(self) -> Tensor:
-        """Images per class (C,)."""
-        return torch.bincount(self.labels, minlength=len(self.text[0]))
+    def subset(self, images: Tensor) -> "TrainingSet":
+        """Some of the images, by a mask or positions."""
+        return replace(self, views=self.views[:, images], labels=self.labels[images], weights=self.weights[images])
 
     @property
-    def count(self) -> float:
-        """How many images they count as."""
-        return len(self.labels) if self.weights is None else self.weights.sum().item()
+    def is_large(self) -> bool:
+        views, count, _ = self.views.shape
+        return views * count * len(self.text[0]) > LARGE
 
     @cached_property
-    def means(self) -> Tensor:
-        """Class means (C, W) of all views, 0 for a class without images."""
-        rows, labels = self.views.flatten(0, 1), self.labels.repeat(len(self.views))
-        weights = None if self.weights is None else self.weights.repeat(len(self.views))
-        return means_of_some(rows, labels, len(self.text[0]), weights).float()
+    def all(self) -> Tensor:
+        """The one set (1, n) that keeps all images."""
+        return torch.ones(1, len(self.labels), dtype=torch.bool)
 
-    def text_logits(self, features: Tensor) -> Tensor:
-        """Features (m, W) -> scaled text logits a z (m, C)."""
-        weight, bias = self.text
-        return F.linear(features[:, : self.widths[0]], self.scale * weight, self.scale * bias)
+    @cached_property
+    def text_logits(self) -> Tensor:
+        """z (n, C) of the images."""
+        return F.linear(self.views[0, :, : self.widths[0]], *self.text)
 
-    def row_weights(self) -> Tensor:
-        """The weights (V n,) of the losses of all views: each class has the same in all."""
-        views, counts = len(self.views), self.counts
-        totals = counts if self.weights is None else torch.bincount(self.labels, self.weights).clamp(min=1e-6)
-        weights = (totals.sum() / ((counts > 0).sum() * views * totals))[self.labels]
-        return (weights if self.weights is None else weights * self.weights).float().repeat(views)
+    def scales(self, kept: Tensor) -> Tensor:
+        """a (S,), by the images that each set keeps (S, n)."""
+        return text_scales(self.text_logits, self.labels, kept * self.weights)
 
-
-class Family(NamedTuple):
-    """Candidates that see the same columns and start at the same logits: one for each of `PENALTIES`, and one for each
-    of `STRENGTHS`."""
-
-    block: int  # of columns, see `blocks`
-    text: float  # how much of the text logits they start at
+    @cached_property
+    def columns(self) -> list[Columns]:
+        """See `column_subsets`."""
+        found = []
+        for positions, scale in column_subsets(self.widths, self.intermediate):
+            rows = scale * self.views.flatten(0, 1)[:, positions]
+            axes, coordinates, squares = principal_axes(rows)
+            found.append(Columns(positions, scale * axes, coordinates, squares))
+        return found
 
 
-Evidence = dict[Family, Tensor]  # the weights of each family's candidates, 1 in all
+def principal_axes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The principal axes (k, r) of rows (m, k), and the rows' coordinates (m, r) with their sums of squares
+    (r,)."""
+    left, lengths, right = torch.linalg.svd(rows, full_matrices=False)
+    return right.T, left * lengths, lengths.square()
+
+
+def column_subsets(widths: Sequence[int], intermediate: Sequence[int] = ()) -> list[tuple[Tensor, float]]:
+    """The columns that candidates read, and what scales them to the length 1: first all groups of features
+    that are not intermediate; then each of these but CLIP's embedding, and each intermediate one with the
+    final one before it.
+
+    >>> [(columns.tolist(), round(scale, 3)) for columns, scale in column_subsets([2, 1, 1, 1], intermediate=[2])]
+    [([0, 1, 2, 4], 0.577), ([2], 1.0), ([2, 3], 0.707), ([4], 1.0)]
+    """
+    columns = torch.arange(sum(widths)).split([*widths])
+    final = [group for group in range(len(widths)) if group not in intermediate]
+    subsets = [final]
+    for group in range(1, len(widths)):
+        if group in intermediate:
+            last_final = max(other for other in final if other < group)
+            subsets.append([last_final, group])
+        else:
+            subsets.append([group])
+    return [(torch.cat([columns[group] for group in subset]), len(subset) ** -0.5) for subset in subsets]
+
+
+def configurations_of(images: TrainingSet) -> list[Configuration]:
+    """The configurations that are worth fitting before anything is known of them."""
+    found = []
+    for columns in range(len(images.widths)):
+        shares = INTERMEDIATE_SHARES if columns in images.intermediate else TEXT_SHARES
+        found += [Configuration(columns, share) for share in shares if share == 1 or not images.is_large]
+    return found
 
 
 class Candidate(NamedTuple):
-    """Logits: so much of the text logits, and a linear function of some columns of the features."""
+    """A share of the text logits, and a linear function of the features."""
 
-    text: float
-    columns: Tensor  # positions
-    weight: Tensor  # (C, columns)
+    text_share: float
+    weight: Tensor  # (C, W)
     bias: Tensor  # (C,)
 
     def logits(self, text_logits: Tensor, features: Tensor) -> Tensor:
-        """Text logits (m, C) and features (m, W) of the same images -> logits (m, C)."""
-        return self.text * text_logits + F.linear(features[:, self.columns], self.weight, self.bias)
+        """Scaled text logits (m, C) and features (m, W) of the same images -> logits (m, C)."""
+        return self.text_share * text_logits + F.linear(features, self.weight, self.bias)
 
 
-def blocks(widths: Sequence[int], inside: Sequence[int] = ()) -> list[tuple[Tensor, float]]:
-    """The columns that candidates see, and their scale to the length 1: all parts but those from `inside`, each of
-    these but CLIP's embedding, and each from inside with the part before them.
+CandidateWeights = Mapping[Configuration, Tensor]  # of the K candidates of each configuration
 
-    >>> [(columns.tolist(), round(scale, 3)) for columns, scale in blocks([2, 1, 1, 1], inside=[2])]
-    [([0, 1, 2, 4], 0.577), ([2], 1.0), ([2, 3], 0.707), ([4], 1.0)]
+
+@dataclass(frozen=True)
+class Fits:
+    """The candidates of some configurations, fitted to S training sets. Methods are about the set `fit`, and
+    images at m positions among all."""
+
+    images: TrainingSet
+    kept: Tensor  # (S, n), which images are in each set
+    scales: Tensor  # (S,), a
+    has_images: Tensor  # (S, C), which classes have images
+    means: Tensor  # (S, C, W), of the classes over all views, 0 for a class without images
+    linear: Mapping[Configuration, Linear]  # weights (S, K, C, r) by the coordinates of `Columns`, and biases (S, K, C)
+
+    def text_logits(self, fit: int, positions: Tensor) -> Tensor:
+        """a z (m, C)."""
+        return self.scales[fit] * self.images.text_logits[positions]
+
+    def losses(self, fit: int, positions: Tensor) -> dict[Configuration, Tensor]:
+        """The cross-entropy (weighted sum) of each candidate (K,)."""
+        labels = self.images.labels[positions]
+        text_logits = self.text_logits(fit, positions)[:, None]
+        losses = {}
+        for configuration, (weight, bias) in self.linear.items():
+            rows = self.images.columns[configuration.columns].rows[positions]
+            added = torch.einsum("mr,kcr->mkc", rows, weight[fit]) + bias[fit]
+            log_probabilities = (configuration.text_share * text_logits + added).log_softmax(2)
+            correct = log_probabilities[torch.arange(len(labels)), :, labels]
+            losses[configuration] = -self.images.weights[positions] @ correct
+        return losses
+
+    def mean(self, fit: int, weights: CandidateWeights) -> Candidate:
+        """The sum of the candidates times their weights: one more linear function."""
+        classes, width = self.means.shape[1:]
+        text_share = 0.0
+        mean_weight = torch.zeros(classes, width)
+        mean_bias = torch.zeros(classes)
+        for configuration, each in weights.items():
+            weight, bias = self.linear[configuration]
+            columns = self.images.columns[configuration.columns]
+            text_share += configuration.text_share * each.sum().item()
+            mean_weight[:, columns.positions] += torch.tensordot(each, weight[fit], 1) @ columns.axes.T
+            mean_bias += each @ bias[fit]
+        return Candidate(text_share, mean_weight, mean_bias)
+
+    def logits(self, fit: int, weights: CandidateWeights, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (m, C) of the mean of the candidates, and the text logits that it starts at."""
+        mean = self.mean(fit, weights)
+        text_logits = self.text_logits(fit, positions)
+        return mean.logits(text_logits, self.images.views[0, positions]), mean.text_share * text_logits
+
+    def distances(self, fit: int, positions: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Distances (m,) to the nearest of these rows (k, W) of features; default: of the means of the
+        classes."""
+        if rows is None:
+            rows = self.means[fit, self.has_images[fit]]
+        return nearest(self.images.views[0, positions], rows) / math.sqrt(len(self.images.widths))
+
+
+def fit_candidates(
+    images: TrainingSet, kept: Tensor, scales: Tensor, configurations: Collection[Configuration]
+) -> Fits:
+    """Fit the candidates of some configurations to the images that each of S sets keeps (S, n), with the
+    scales a (S,).
+
+    Two classes of one image, each with the text logits 1 and 0: with the penalty 1, softmax regression adds
+    d = 0.2 to the right logit and takes it from the other. Its gradient is 0: d = 1 - p, for softmax(1.2,
+    -0.2) has p = 0.8.
+
+    >>> text = torch.eye(2), torch.zeros(2)
+    >>> images = TrainingSet(torch.eye(2)[None], [2], torch.tensor([0, 1]), text, torch.ones(2))
+    >>> fits = fit_candidates(images, images.all, torch.ones(1), [Configuration(0, 1.0)])
+    >>> regression = torch.eye(11)[1]
+    >>> fits.mean(0, {Configuration(0, 1.0): regression}).weight.round(decimals=2)
+    tensor([[ 0.2000, -0.2000],
+            [-0.2000,  0.2000]])
     """
-    parts, ends = torch.arange(sum(widths)).split([*widths]), [i for i in range(len(widths)) if i not in inside]
-    each = [[i] if i in ends else [max(end for end in ends if end < i), i] for i in range(1, len(parts))]
-    return [(torch.cat([parts[i] for i in seen]), len(seen) ** -0.5) for seen in (ends, *each)]
-
-
-def families_of(images: TrainingSet) -> list[Family]:
-    """The families that are worth fitting before anything is known of them."""
-    size = len(images.labels) * len(images.views) * len(images.text[0])
-    blocks = [(block, INSIDE_TEXTS if block in images.inside else TEXTS) for block in range(len(images.widths))]
-    return [Family(block, text) for block, texts in blocks for text in texts if size <= LARGE or text == 1]
-
-
-def fit_candidates(images: TrainingSet, families: Iterable[Family]) -> dict[Family, list[Candidate]]:
-    """The candidates of some families, fitted to training images.
-
-    Two classes of one image, each with the text logits 1 and 0: with the penalty 1, softmax regression adds d = 0.2 to
-    the right logit and takes it from the other. Its gradient is 0: d = 1 - p, for softmax(1.2, -0.2) has p = 0.8.
-
-    >>> images = TrainingSet(torch.eye(2)[None], [2], torch.tensor([0, 1]), (torch.eye(2), torch.zeros(2)))
-    >>> text_alone, regression, *_ = fit_candidates(images, [Family(0, 1.0)])[Family(0, 1.0)]
-    >>> regression.weight
-    tensor([[ 0.1983, -0.1983],
-            [-0.1983,  0.1983]])
-    """
-    x, labels = images.views.flatten(0, 1), images.labels.repeat(len(images.views))
-    weights, text_logits, seen = images.row_weights(), images.text_logits(x), images.counts > 0
-    candidates = {}
-    with fair_threads(1 if x.numel() * len(seen) < SMALL else None):
-        for block, (columns, scale) in enumerate(blocks(images.widths, images.inside)):
-            texts = [family.text for family in families if family.block == block]
-            if not texts:
+    views = len(images.views)
+    classes = len(images.text[0])
+    features = images.views.flatten(0, 1)
+    labels = images.labels.repeat(views)
+    rows_kept = kept.repeat(1, views)  # (S, V n)
+    row_weights = rows_kept * images.weights.repeat(views)
+    has_images = torch.stack([images.labels[one].bincount(minlength=classes) > 0 for one in kept])  # (S, C)
+    means = torch.stack([weighted_class_means(features, labels, classes, each).float() for each in row_weights])
+    loss_weights = balanced(row_weights, labels, has_images) / views
+    text_logits = F.linear(features[:, : images.widths[0]], *images.text)  # (V n, C)
+    linear = {}
+    with fair_threads(1 if features.numel() * classes < SMALL else None):
+        for number, columns in enumerate(images.columns):
+            own = [configuration for configuration in configurations if configuration.columns == number]
+            if not own:
                 continue
-            rows = scale * x[:, columns]
-            weight, bias = gaussian_classes(rows, scale * images.means[:, columns], text_logits, seen)
-            gaussian = [(strength * weight, strength * bias) for strength in STRENGTHS]
-            starts = [(text * text_logits).masked_fill(~seen, -math.inf) for text in texts]
-            for text, regressions in zip(texts, softmax_regressions(rows, starts, labels, weights), strict=True):
-                linears = [*((d, torch.zeros_like(bias)) for d in regressions), *gaussian]
-                candidates[Family(block, text)] = [Candidate(text, columns, scale * w, b) for w, b in linears]
-    return candidates
+            shares = torch.tensor([configuration.text_share for configuration in own])
+            starts = (scales[:, None] * shares)[:, :, None, None] * text_logits.T  # (S, T, C, V n)
+            starts = starts.masked_fill(~has_images[:, None, :, None], NEVER_PREDICTED)
+            if images.is_large and not kept.all():
+                regressions = regressions_by_set(columns.rows, starts, labels, loss_weights, rows_kept)
+            else:
+                repeated = loss_weights.repeat_interleave(len(own), 0)
+                regressions = softmax_regressions(columns.rows, columns.squares, starts.flatten(0, 1), labels, repeated)
+                regressions = regressions.unflatten(0, (len(kept), len(own)))  # (S, T, K', C, r)
+            gaussians = []
+            for fit, rows in enumerate(rows_kept):
+                own_means = means[fit][:, columns.positions] @ columns.axes
+                own_text = scales[fit] * text_logits[rows]
+                gaussians.append(gaussian_classes(columns.rows[rows], own_means, own_text, has_images[fit]))
+            weights = torch.stack([weight for weight, _ in gaussians])  # (S, K'', C, r)
+            biases = torch.stack([bias for _, bias in gaussians])
+            biases = F.pad(biases, (0, 0, len(PENALTIES), 0))  # regressions have none
+            for i, configuration in enumerate(own):
+                linear[configuration] = torch.cat([regressions[:, i], weights], 1), biases
+    return Fits(images, kept, scales, has_images, means, linear)
 
 
-def gaussian_classes(rows: Tensor, means: Tensor, text_logits: Tensor, seen: Tensor) -> Linear:
-    """The scores of Gaussian classes with means (C, E), on rows (m, E) as spread as their text logits (m, C): weight
-    (C, E) and bias (C,), 0 for a class that is not `seen` (C,)."""
-    middle = means[seen].mean(0)
-    weight = (means - middle).masked_fill(~seen[:, None], 0)
+def balanced(weights: Tensor, labels: Tensor, has_images: Tensor) -> Tensor:
+    """Weights (S, m) of rows, by labels (m,) and which classes have images (S, C), as in sum, but the same
+    for all rows of each class together."""
+    totals = torch.zeros(has_images.shape).index_add_(1, labels, weights).clamp(min=1e-6)
+    for_each_class = weights.sum(1, keepdim=True) / has_images.sum(1, keepdim=True)
+    return weights * (for_each_class / totals)[:, labels]
+
+
+def gaussian_classes(rows: Tensor, means: Tensor, text_logits: Tensor, has_images: Tensor) -> Linear:
+    """Gaussian classes of each strength for means (C, r), in units of the text logits (m, C) of the same
+    rows (m, r): weights (K, C, r) and biases (K, C), 0 for a class without images."""
+    middle = means[has_images].mean(0)
+    weight = (means - middle).masked_fill(~has_images[:, None], 0)
     bias = -(weight * (means + middle)).sum(1) / 2
-    text, scores = (z[:, seen] - z[:, seen].mean(1, keepdim=True) for z in (text_logits, rows @ weight.T + bias))
-    strength = text.std() / scores.std().clamp(min=1e-6)
-    return strength * weight, strength * bias
+    text = text_logits[:, has_images]
+    scores = (rows @ weight.T + bias)[:, has_images]
+    text_deviation = (text - text.mean(1, keepdim=True)).std(correction=0)
+    deviation = (scores - scores.mean(1, keepdim=True)).std(correction=0)
+    strengths = torch.tensor(STRENGTHS) * text_deviation / deviation.clamp(min=1e-6)
+    return strengths[:, None, None] * weight, strengths[:, None] * bias
 
 
-def softmax_regressions(x: Tensor, starts: Sequence[Tensor], labels: Tensor, weights: Tensor) -> Iterator[list[Tensor]]:
-    """From each of the logits `starts` (m, C), D (C, E) for each of `PENALTIES`: rows x (m, E), labels (m,), and the
-    weights (m,) of their losses."""
-    span, images = None, torch.arange(len(x))
-    if len(x) < x.shape[1]:  # D is in the span of the rows, which has fewer dimensions
-        span = torch.linalg.qr(x.T)[0]
-        x = x @ span
-    axes = torch.linalg.eigh((x.T @ x).double()) if len(x) > ENOUGH else None
-    for start in starts:
-        solutions = [torch.zeros(start.shape[1], x.shape[1])]  # for an infinite penalty; each starts at the one before
-        for penalty in PENALTIES[1:]:
-
-            def slope(d: Tensor, start: Tensor = start, penalty: float = penalty) -> tuple[Tensor, Tensor]:
-                log_p = F.log_softmax(start + x @ d.T, -1)
-                value = -(weights * log_p[images, labels]).sum() + penalty / 2 * d.square().sum()
-                errors = log_p.exp()
-                errors[images, labels] -= 1
-                return value, (weights[:, None] * errors).T @ x + penalty * d
-
-            solutions.append(lowest(slope, penalty, solutions[-1], axes))
-        yield [d if span is None else d @ span.T for d in solutions]
+def regressions_by_set(rows: Tensor, starts: Tensor, labels: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
+    """`softmax_regressions` (S, T, K, C, r) of one set after the other, from `starts` (S, T, C, m): on the
+    rows that it keeps (S, m), in their own principal axes. Of large sets this is faster than a batch that
+    has all rows in all sets.
+    """
+    found = []
+    for own_starts, own_weights, own in zip(starts, weights, kept, strict=True):
+        axes, coordinates, squares = principal_axes(rows[own])
+        repeated = own_weights[own].expand(len(own_starts), -1)
+        d = softmax_regressions(coordinates, squares, own_starts[:, :, own], labels[own], repeated)
+        found.append(d @ axes.T)
+    return torch.stack(found)
 
 
-def lowest(slope: Slope, penalty: float, d: Tensor, axes: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Where a loss is lowest whose value and gradient `slope` returns, by L-BFGS from D (C, E). For many images, of
-    which a step is expensive, `axes` are eigenvalues and eigenvectors of X^T X: in coordinates in which the loss is
-    about equally curved, X^T X / C + penalty, fewer steps come as close."""
-    if axes is None:
-        return lowest_point(slope, d, max_iter=STEPS, tolerance_grad=1e-3)
-    values, vectors = axes[0].clamp(min=0).float(), axes[1].float()
-    scale = (values / len(d) + penalty).rsqrt()
-    back = (vectors * scale).T
+def softmax_regressions(rows: Tensor, squares: Tensor, starts: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """D (B, K, C, r) for each of `PENALTIES`, of B problems at once: for rows (m, r) in principal axes, with
+    their sums of squares (r,), from logits `starts` (B, C, m), with labels (m,) and weights (B, m) of the
+    losses. Each penalty's solution is the start for the next one."""
+    batch, classes, _ = starts.shape
+    steps = FEWER_STEPS if len(labels) * classes > LARGE else STEPS
+    labels = labels.expand(batch, -1)
 
-    def curved(u: Tensor) -> tuple[Tensor, Tensor]:
-        value, gradient = slope(u @ back)
-        return value, gradient @ back.T
+    def logits(d: Tensor) -> Tensor:
+        return starts + (d.flatten(0, 1) @ rows.T).view_as(starts)
 
-    return lowest_point(curved, d @ vectors / scale, max_iter=FEWER_STEPS) @ back
+    solutions = [torch.zeros(batch, classes, len(squares))]  # for an infinite penalty
+    for penalty in PENALTIES[1:]:
+        last = solutions[-1]
+        unit = (squares / classes + penalty).rsqrt()  # of coordinates: in it the loss is about equally curved
 
+        def loss(scaled: Tensor, unit: Tensor = unit, penalty: float = penalty) -> Tensor:
+            d = unit * scaled
+            losses = F.cross_entropy(logits(d), labels, reduction="none")
+            return (weights * losses).sum() + penalty / 2 * d.square().sum()
 
-def mean_of(candidates: Mapping[Family, Sequence[Candidate]], evidence: Evidence, width: int) -> Candidate:
-    """The mean of candidates by their weights: one more linear function, of features (m, W)."""
-    classes = len(next(iter(candidates.values()))[0].bias)
-    text, weight, bias = 0.0, torch.zeros(classes, width), torch.zeros(classes)
-    for family, weights in evidence.items():
-        for share, each in zip(weights.tolist(), candidates[family], strict=True):
-            text += share * each.text
-            weight[:, each.columns] += share * each.weight
-            bias += share * each.bias
-    return Candidate(text, torch.arange(width), weight, bias)
+        solutions.append(unit * minimum(loss, last / unit, steps, TOLERANCE))
+    return torch.stack(solutions, 1)

@@ -1,4 +1,4 @@
-"""What classifiers on features share: class means, where a convex loss is lowest, the scale of logits.
+"""What classifiers on features share: class means, minima of convex functions, the scale of text logits.
 
 Features (n, E) and labels (n,), computed on the CPU.
 """
@@ -7,76 +7,72 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dcp_zoo.errors import ZooError
-from dcp_zoo.fields import Values
 
 ROWS_AT_A_TIME = 8192  # rows converted to float64 at a time
-Slope = Callable[[Tensor], tuple[Tensor, Tensor]]  # of a loss: its value and gradient at a place
+REMEMBERED = 5  # steps that L-BFGS keeps
 
 
-def minimum(loss: Callable[[Tensor], Tensor], start: Tensor, max_iter: int) -> Tensor:
-    """Where a convex loss is lowest, by torch's L-BFGS with a line search from `start`."""
-
-    def slope(x: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            value = loss(x.requires_grad_())
-        return value.detach(), torch.autograd.grad(value, x)[0]
-
-    return lowest_point(slope, start, max_iter)
-
-
-def lowest_point(slope: Slope, start: Tensor, max_iter: int, tolerance_grad: float = 1e-7) -> Tensor:
-    """`minimum`, of a loss whose value and gradient are given."""
+def minimum(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int, tolerance: float = 1e-7) -> Tensor:
+    """The point where a convex function of a tensor is lowest, by L-BFGS from `start`: after so many steps,
+    or where no entry of the gradient is larger than the tolerance."""
     point = start.clone().requires_grad_()
-    options: Values = {"max_iter": max_iter, "tolerance_grad": tolerance_grad, "line_search_fn": "strong_wolfe"}
-    optimizer = torch.optim.LBFGS([point], **options)
+    optimizer = torch.optim.LBFGS(
+        [point],
+        max_iter=steps,
+        tolerance_grad=tolerance,
+        history_size=REMEMBERED,
+        line_search_fn="strong_wolfe",
+    )
 
-    @torch.no_grad()
     def closure() -> Tensor:
-        value, point.grad = slope(point.detach())
+        value = loss(point)
+        (point.grad,) = torch.autograd.grad(value, point)
         return value
 
     optimizer.step(closure)
     return point.detach()
 
 
-def text_scale(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
-    """a: minimises the cross-entropy (sum, with weights (n,) of the rows) of a times logits (n, C) + (log a)^2 / 2."""
+def text_scales(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """The scales a (S,) of text logits z (n, C), by S training sets of the same images with the weights w
+    (S, n): each minimises sum_i w_i cross-entropy(a z_i) + (log a)^2 / 2."""
     logits = logits.double()
+    weights = weights.double()
 
-    def loss(log: Tensor) -> Tensor:
-        return loss_of(log.exp() * logits, labels, weights) + log.square() / 2
+    def loss(log_scales: Tensor) -> Tensor:
+        scaled = log_scales.exp()[:, None, None] * logits  # (S, n, C)
+        correct = scaled[:, torch.arange(len(labels)), labels]
+        return (weights * (scaled.logsumexp(2) - correct)).sum() + log_scales.square().sum() / 2
 
-    return minimum(loss, logits.new_zeros(()), max_iter=100).exp().item()
+    return minimum(loss, weights.new_zeros(len(weights)), steps=100).exp().float()
 
 
-def loss_of(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    """The cross-entropy (sum) of logits (n, C), with weights (n,) of the rows."""
-    if weights is None:
-        return F.cross_entropy(logits, labels, reduction="sum")
-    return weights.to(logits) @ F.cross_entropy(logits, labels, reduction="none")
+def text_scale(logits: Tensor, labels: Tensor) -> float:
+    """`text_scales` by all images alike."""
+    return text_scales(logits, labels, torch.ones(1, len(labels))).item()
 
 
 def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
     """features (n, E), labels (n,) -> class means (C, E) in float64; ZooError if a class has no features."""
-    if missing := sorted(set(range(classes)).difference(labels.tolist())):
+    missing = sorted(set(range(classes)).difference(labels.tolist()))
+    if missing:
         listed = ", ".join(map(str, missing[:5]))
         raise ZooError(f"No training image has label {listed}: every class needs at least one. Add images or drop it.")
-    return means_of_some(features, labels, classes)
+    return weighted_class_means(features, labels, classes, torch.ones(len(labels)))
 
 
-def means_of_some(features: Tensor, labels: Tensor, classes: int, weights: Tensor | None = None) -> Tensor:
-    """`class_means`, with weights (n,) of the features, which are 0 for a class without features."""
+def weighted_class_means(features: Tensor, labels: Tensor, classes: int, weights: Tensor) -> Tensor:
+    """`class_means` of features with weights (n,); 0 for a class without features."""
     sums = torch.zeros(classes, features.shape[1], dtype=torch.float64)
-    for rows, of in in_float64(features if weights is None else weights[:, None] * features, labels):
-        sums.index_add_(0, of, rows)
-    counts = torch.bincount(labels, weights, classes).double()
-    return sums / counts.masked_fill(counts == 0, 1)[:, None]
+    for rows, row_labels in in_float64(weights[:, None] * features, labels):
+        sums.index_add_(0, row_labels, rows)
+    totals = torch.bincount(labels, weights.double(), classes)
+    return sums / totals.masked_fill(totals == 0, 1)[:, None]
 
 
 def in_float64(features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Some of many rows at a time, with their labels."""
-    for rows, of in zip(features.split(ROWS_AT_A_TIME), labels.split(ROWS_AT_A_TIME), strict=True):
-        yield rows.double(), of
+    for rows, row_labels in zip(features.split(ROWS_AT_A_TIME), labels.split(ROWS_AT_A_TIME), strict=True):
+        yield rows.double(), row_labels

@@ -1,14 +1,22 @@
-"""Fit a text probe on features of the few-shot images.
+"""Fit a text probe to features of the few-shot images.
 
-1. The scale a of the text logits minimises zero-shot CLIP's cross-entropy (sum) on the training images + (log a)^2 / 2.
-2. Images are left out in four `folds`, of many images in one, and `candidates` fitted to the others. Where the method
-   was trained on these images, zero-shot CLIP takes its place there.
-3. Each candidate counts by its `evidence`, its losses on the images that were left out.
-4. The probe is the mean of the candidates, fitted to all images. Unless text explains these well, it is too unsure, the
-   more so the fewer they are: its logits are multiplied by up to 1 + `SHARPER` (1 + 1 / images per class).
-5. The scores of the images that were left out set a `threshold`, if these are 20. Images that were added as corrections
-   do not count where 20 others are left out: they are the hard ones, and would lower it. `like_accepted` says how many
-   images would pass if their class, and every second one, was unknown, `others_accepted` how many everyday pictures.
+1. The scale a of the text logits z minimises the cross-entropy (sum) of a z on the training images, + (log
+a)^2 / 2. 2. The images of four `folds` are held out, one fold after the other (of many images one of these),
+and `candidates`
+   fitted to the others. Where the method was trained on these images, zero-shot CLIP takes its place there.
+3. Each candidate's weight follows from its losses on held-out images, see `stacking`.
+4. The probe is the weighted mean of the candidates, fitted to all images. Unless text explains these well,
+it is
+   underconfident, the more so the fewer they are: its logits are multiplied by an inverse temperature of up
+   to 1 + `SHARPER` (1 + 1 / images per class).
+5. The scores of 20 or more held-out images set a `threshold`. Images that were added as corrections do not
+count where
+   there are 20 others: they are the hard ones, and would lower it. `like_accepted` says how many images
+   would pass if their class, and every second one, was unknown, `others_accepted` how many everyday
+   pictures.
+
+What the probes without each fold say of its images, `TextProbe.held_out`, is also an estimate of the
+accuracy.
 """
 
 import math
@@ -24,15 +32,15 @@ from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.probe.candidates import ENOUGH, Candidate, Evidence, TrainingSet, fit_candidates, mean_of
-from dcp_zoo.probe.estimates import text_scale
-from dcp_zoo.probe.evidence import LeftOut, leave_out, leave_out_each, surprise, without_evidence
+from dcp_zoo.probe.candidates import CandidateWeights, Fits, TrainingSet, fit_candidates
 from dcp_zoo.probe.folds import folds, shares
-from dcp_zoo.probe.model import TextProbe, gated
+from dcp_zoo.probe.model import HeldOut, TextProbe, gated
+from dcp_zoo.probe.stacking import CrossValidation, cross_validate, misfit_of_text, prior_weights
 from dcp_zoo.probe.threshold import LIKE_EXAMPLES, THRESHOLD_IMAGES, average, quantile, share_above, thresholds_of
-from dcp_zoo.tables import REFUSED
+from dcp_zoo.rejection import REFUSED
 
-INSIDE = 0.9  # the share of images like those that were left out for which the probe alone answers
+MANY = 2_000  # images: of more, one fold says as much as four
+TRUSTED = 0.9  # the share of images like the held-out ones for which the probe alone answers
 WIDTH, CERTAINTY = 0.1, 0.25  # of its gate, see `gated`; all three: see `benchmarks/notes.md`
 SHARPER = 0.15  # by which four sets are calibrated best at 1, 4 and 16 images per class, see `benchmarks/notes.md`
 
@@ -40,10 +48,10 @@ SHARPER = 0.15  # by which four sets are calibrated best at 1, 4 and 16 images p
 class ReadingFeatures(NamedTuple):
     """The training images as one reading of a head has them, in float32 on the CPU."""
 
-    features: Tensor  # (V, n, ..), of the images and their mirror images: the reading's parts
-    start: Linear | None  # the logits by the first part that the probe starts at, if the encoder reads text
-    parts: tuple[int, ...] = ()  # their widths; empty for one part
-    inside: int = 0  # how many of them, the last ones, are from inside an image tower
+    features: Tensor  # (V, n, ..), of the images and their mirror images: the reading's groups of features
+    start: Linear | None  # the logits by the first group that the probe starts at, if the encoder reads text
+    parts: tuple[int, ...] = ()  # their widths; empty for one group
+    inside: int = 0  # how many of them, the last ones, are intermediate features of an image tower
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -59,55 +67,67 @@ def fit_on_features(
     typical: Tensor | None = None,
     examples: Tensor | None = None,
     groups: Tensor | None = None,
+    describes: bool = True,
 ) -> tuple[TextProbe, Values]:
     """A text probe for these C classes, and how it was fitted, from labels (n,) of the training images.
 
     Args:
         classes, labels: of the head, and of the images.
-        readings: of the head; of two with text, the first is the method's own, and the probe the mean of both.
-        unseen: zero-shot CLIP's logits by the first part of the last reading with text, with which training images are
-            left out. Default: those that the probe starts at.
+        readings: of the head; of two with text, the first is the method's own, and the probe the mean of
+            both.
+        unseen: zero-shot CLIP's logits by the first group of the last reading with text, for candidates that
+            are fitted without held-out images. Default: those that the probe starts at.
         weights: (n,), how much each image counts. Default: the same.
-        typical: (n,), which images set the threshold, if enough of them are left out. Default: all.
-        examples: (M, F'), of images of no class, the parts of the readings that no method changed one after the other.
-            They are of use where there is a threshold. Default: none.
-        groups: (n,), integers: images with the same one are left out together, and count as one. Default: each alone.
+        typical: (n,), which images set the threshold, if enough of them are held out. Default: all.
+        examples: (M, F'), of images of no class, the groups of the readings that no method changed one after
+            the other. They are of use where there is a threshold. Default: none.
+        groups: (n,), integers: images with the same one are held out together, and count as one. Default:
+            each alone.
+        describes: whether to estimate `like_accepted`, by two more fits.
     """
     clip = [reading for reading in readings if reading.start][-1]
     if len(classes) > 1 and (clip.features[0] - clip.features[0, :1]).abs().max() < 1e-6:
         raise ZooError("All classes have the same image features: check that each class has its own images.")
-    sets = _training_sets(labels, readings, shares(groups, weights))
-    plain = sets[-1] if unseen is None else replace(sets[-1], text=unseen)
-    scale = text_scale(plain.text_logits(plain.views[0]), labels, plain.weights)
-    plain, sets = replace(plain, scale=scale), [replace(each, scale=scale) for each in sets]
+    if groups is None:
+        groups = torch.arange(len(labels))
+    training_sets = _training_sets(labels, readings, shares(groups, weights))
+    plain = training_sets[-1]
+    if unseen is not None and not torch.equal(unseen[0], plain.text[0]):
+        plain = replace(plain, text=unseen)
+    plain = replace(plain, clip_groups=len(clip.widths) - clip.inside)
+    scale = plain.scales(plain.all)
+    folds_out = folds(labels, groups)
+    if len(labels) > MANY:
+        folds_out = folds_out[:1]
+    validation = cross_validate(plain, folds_out) if folds_out else None
+    stacked = validation.weights if validation else prior_weights(plain, plain.all[0], scale[0])
+    classes_per_image = len(labels.unique()) / plain.weights.sum().item()
+    misfit = misfit_of_text(plain, plain.all[0], scale[0])
+    inverse_temperature = 1 + SHARPER * (1 + classes_per_image) * min(1.0, 20 * misfit)
+    sharpened = {configuration: inverse_temperature * each for configuration, each in stacked.items()}
 
-    out = folds(labels, groups)
-    if len(labels) > ENOUGH:
-        out = out[:1]  # says as much as four
-    left_out, evidence = leave_out_each(plain, out)
-    if not left_out:
-        evidence = without_evidence(plain, len(clip.widths) - clip.inside)
-    classes_per_image = (plain.counts > 0).sum().item() / plain.count
-    sharper = 1 + SHARPER * (1 + classes_per_image) * min(1.0, 20 * surprise(plain))
-    evidence = {family: sharper * weights for family, weights in evidence.items()}
-
-    means = [mean_of(fit_candidates(each, evidence), evidence, each.views.shape[-1]) for each in sets]
-    probe = TextProbe(classes, [reading.widths for reading in readings], clip.widths[0] if len(sets) > 1 else 0)
-    _fill(probe, sets, means)
-    probe.text_scale.fill_(scale * means[0].text)
-    info: Values = {"text_scale": round(scale, 4), "text_strength": round(means[0].text / sharper, 3)}
-
-    if left_out:
-        shares_out, typical_out = (None if each is None else each[torch.cat(out)] for each in (plain.weights, typical))
-        info |= _set_threshold(probe, left_out, evidence, shares_out, typical_out, examples)
-    if "thresholds" in info and (scores := _scores_of_unknown(probe, plain, evidence)):
-        info["like_accepted"] = share_above(info["thresholds"], np.concatenate(scores))
+    fits = [fit_candidates(each, each.all, scale, sharpened) for each in training_sets]
+    probe = TextProbe(classes, [reading.widths for reading in readings], clip.widths[0] if len(fits) > 1 else 0)
+    text_share = _fill(probe, fits, sharpened)
+    probe.text_scale.fill_(scale.item() * text_share)
+    info: Values = {
+        "text_scale": round(scale.item(), 4),
+        "text_strength": round(text_share / inverse_temperature, 3),
+    }
+    if validation:
+        info |= _set_threshold(probe, validation, inverse_temperature, typical, examples)
+    if describes and "thresholds" in info:
+        scores = _scores_of_unknown(probe, plain, scale, sharpened)
+        if scores:
+            info["like_accepted"] = share_above(info["thresholds"], np.concatenate(scores))
     return probe, info
 
 
-def _training_sets(labels: Tensor, readings: Sequence[ReadingFeatures], weights: Tensor | None) -> list[TrainingSet]:
-    """For each reading with text, its embedding beside all parts that know no text."""
-    embeddings, beside, inside = list[tuple[Tensor, Linear]](), list[Tensor](), list[int]()
+def _training_sets(labels: Tensor, readings: Sequence[ReadingFeatures], weights: Tensor) -> list[TrainingSet]:
+    """For each reading with text, its embedding beside all groups of features that know no text."""
+    embeddings = list[tuple[Tensor, Linear]]()
+    beside = list[Tensor]()
+    intermediate = list[int]()
     for reading in readings:
         first, *further = reading.features.split(reading.widths, -1)
         if reading.start is None:
@@ -115,72 +135,94 @@ def _training_sets(labels: Tensor, readings: Sequence[ReadingFeatures], weights:
         else:
             embeddings.append((first, reading.start))
         beside += further
-        inside += range(1 + len(beside) - reading.inside, 1 + len(beside))
-    widths = [part.shape[-1] for part in (embeddings[0][0], *beside)]
+        end = 1 + len(beside)
+        intermediate += range(end - reading.inside, end)
+    widths = [group.shape[-1] for group in (embeddings[0][0], *beside)]
     return [
-        TrainingSet(torch.cat([first, *beside], -1), widths, labels, text, weights=weights, inside=inside)
+        TrainingSet(torch.cat([first, *beside], -1), widths, labels, text, weights, intermediate)
         for first, text in embeddings
     ]
 
 
-def _fill(probe: TextProbe, sets: Sequence[TrainingSet], means: Sequence[Candidate]) -> None:
-    """Let a probe add to the text the mean of these linear functions, one for each of the sets. A head divides the
-    parts of its features by the root of their number."""
-    width, root = sets[0].widths[0], math.sqrt(sum(map(len, probe.widths)))
+def _fill(probe: TextProbe, fits: Sequence[Fits], weights: CandidateWeights) -> float:
+    """Let a probe add to the text the mean over fits to all images of one or two training sets. Returns the
+    share of the text logits. A head divides the groups of its features by the root of their number."""
+    means = [each.mean(0, weights) for each in fits]
+    width = fits[0].images.widths[0]
+    root = math.sqrt(sum(map(len, probe.widths)))
     embeddings = torch.cat([mean.weight[:, :width] for mean in means], 1) / len(means)
     beside = torch.stack([mean.weight for mean in means]).mean(0)[:, width:]
     probe.weight.copy_(torch.cat([embeddings, beside], 1) * root)
     probe.bias.copy_(torch.stack([mean.bias for mean in means]).mean(0))
-    seen = torch.cat([*(each.means[:, :width] for each in sets[:-1]), sets[-1].means], 1) / root
-    probe.means.copy_(seen.half())  # as they are stored
+    class_means = [each.means[0] for each in fits]
+    changed = [each[:, :width] for each in class_means[:-1]]
+    probe.means.copy_((torch.cat([*changed, class_means[-1]], 1) / root).half())  # as they are stored
+    return means[0].text_share
 
 
 def _set_threshold(
     probe: TextProbe,
-    left_out: Sequence[LeftOut],
-    evidence: Evidence,
-    weights: Tensor | None,
+    validation: CrossValidation,
+    inverse_temperature: float,
     typical: Tensor | None,
     examples: Tensor | None,
 ) -> Values:
-    """Set the gate, the unit of distances, the threshold, and the examples (M, F') of images of no class, by the images
-    that were left out; the threshold by the `typical` (m,) of them, with their weights (m,). Returns the head's info;
-    sets nothing if they are too few."""
-    distances = torch.cat([each.distances() for each in left_out])
-    if len(distances) < THRESHOLD_IMAGES or not distances.mean() > 0:
+    """Set what is said of held-out images and, if these are enough, by them the gate, the unit of distances,
+    the threshold by those that are `typical` (n,), and the examples (M, F') of images of no class. Returns
+    the head's info.
+    """
+    images = validation.fits.images
+    positions = validation.positions
+    weights = images.weights[positions]
+    logits, text_logits = validation.logits(inverse_temperature)
+    distances = validation.distances()
+    method_logits = images.text_logits[positions]
+    if len(positions) < THRESHOLD_IMAGES or not distances.mean() > 0:
+        probe.held_out = HeldOut(positions, logits, method_logits)
         return {}
     probe.spread.copy_(average(distances, weights))
-    near = quantile(distances / probe.spread, weights, INSIDE)
+    distances = distances / probe.spread
+    near = quantile(distances, weights, TRUSTED)
     probe.gate = torch.tensor([near, near + WIDTH, CERTAINTY])
-    scores = torch.from_numpy(np.concatenate([_scores(each, evidence, probe) for each in left_out]))
-    if typical is not None and typical.sum() >= THRESHOLD_IMAGES:
-        scores, weights = scores[typical], None if weights is None else weights[typical]
-    thresholds = thresholds_of(scores, weights)
+    logits = gated(logits, text_logits, distances, probe.gate)
+    scores = torch.from_numpy(in_distribution_score(logits.numpy(), distances.numpy()))
+    counted = torch.ones_like(positions, dtype=torch.bool)
+    if typical is not None and typical[positions].sum() >= THRESHOLD_IMAGES:
+        counted = typical[positions]
+    thresholds = thresholds_of(scores[counted], weights[counted])
     probe.threshold.fill_(thresholds[f"{REFUSED:g}"])
+    rejected = torch.zeros_like(counted)
+    for fold in validation.folds:
+        in_fold = torch.isin(positions, fold)
+        others = counted & ~in_fold
+        if others.sum() > 1:
+            rejected |= in_fold & (scores < quantile(scores[others], weights[others], REFUSED))
     info: Values = {"thresholds": {rate: round(value, 6) for rate, value in thresholds.items()}}
-    if examples is None:
-        return info
-    closer = distances - torch.cat([each.distances(examples) for each in left_out])
-    probe.margin.fill_(quantile(closer / probe.spread, None, 1 - LIKE_EXAMPLES))
-    probe.examples = examples / math.sqrt(sum(map(len, probe.widths)))
-    return info | {"examples": len(examples)}
+    if examples is not None:
+        closer = distances - validation.distances(examples) / probe.spread
+        probe.margin.fill_(quantile(closer, torch.ones_like(closer), 1 - LIKE_EXAMPLES))
+        probe.examples = examples / math.sqrt(sum(map(len, probe.widths)))
+        rejected |= closer > probe.margin
+        info["examples"] = len(examples)
+    probe.held_out = HeldOut(positions, logits, method_logits, scores, rejected)
+    return info
 
 
-def _scores_of_unknown(probe: TextProbe, images: TrainingSet, evidence: Evidence) -> list[np.ndarray]:
-    """The scores of images whose classes a head does not know, by fits without every second class, and if images are
-    few also without the others."""
+def _scores_of_unknown(
+    probe: TextProbe, images: TrainingSet, scale: Tensor, weights: CandidateWeights
+) -> list[np.ndarray]:
+    """The scores of images whose classes a head does not know: by a fit without every second class and, if
+    images are not many, one without the others."""
     scores = []
-    for half in [0] if len(images.labels) > ENOUGH else [0, 1]:
-        out = images.labels % 2 == half
-        if not out.any() or len(images.labels[~out].unique()) < 2:
+    for half in (0,) if len(images.labels) > MANY else (0, 1):
+        known = images.labels % 2 != half
+        unknown = (~known).nonzero().flatten()
+        if len(unknown) == 0 or len(images.labels[known].unique()) < 2:
             continue
-        left_out = leave_out(images, out.nonzero().flatten(), evidence)
-        scores.append(_scores(left_out, evidence, probe, left_out.kept.counts > 0))
+        fits = fit_candidates(images, known[None], scale, weights)
+        classes = fits.has_images[0]
+        logits, text_logits = fits.logits(0, weights, unknown)
+        distances = fits.distances(0, unknown) / probe.spread
+        logits = gated(logits[:, classes], text_logits[:, classes], distances, probe.gate)
+        scores.append(in_distribution_score(logits.numpy(), distances.numpy()))
     return scores
-
-
-def _scores(left_out: LeftOut, evidence: Evidence, probe: TextProbe, known: Tensor | slice = slice(None)) -> np.ndarray:
-    """The `in_distribution_score`s (m,) of images that were left out, by a head that has these classes."""
-    own, text = (logits[:, known] for logits in left_out.logits(evidence))
-    distances = left_out.distances() / probe.spread
-    return in_distribution_score(gated(own, text, distances, probe.gate).numpy(), distances.numpy())

@@ -12,18 +12,21 @@ FOLDS = 4
 
 
 def folds(labels: Tensor, groups: Tensor | None = None) -> list[Tensor]:
-    """The positions of the images of each fold, in order, by labels (n,). There are four folds, or as many as the
-    largest class has images: a class's first image is in the first fold, its second in the second, and so on.
+    """The positions of the images of each fold, in order, by labels (n,). There are four folds, or as many
+    as the largest class has images: a class's first image is in the first fold, its second in the second,
+    and so on.
 
-    Images with the same one of the integers `groups` (n,) are in one fold, by the first of them. Default: each image is
-    a group. A group without which a class would have no image is in no fold.
+    Images with the same one of the integers `groups` (n,) are in one fold, by the first of them. Default:
+    each image is a group. A group without which a class would have no image is in no fold.
 
     >>> [out.tolist() for out in folds(torch.tensor([0, 0, 0, 1, 1, 2]))]
     [[0, 3], [1, 4], [2]]
     >>> [out.tolist() for out in folds(torch.tensor([0, 0, 0, 1, 1, 2]), groups=torch.tensor([7, 7, 8, 3, 3, 5]))]
     [[0, 1], [2]]
     """
-    n, counts, positions = len(labels), torch.bincount(labels), torch.arange(len(labels))
+    n = len(labels)
+    counts = torch.bincount(labels)
+    positions = torch.arange(n)
     group = (positions if groups is None else groups).unique(return_inverse=True)[1]
     first = torch.full((n,), n).scatter_reduce(0, group, positions, "amin")[group]  # the group's first image
     is_first = first == positions
@@ -42,8 +45,9 @@ def folds(labels: Tensor, groups: Tensor | None = None) -> list[Tensor]:
 def left_out(
     views: Tensor, labels: Tensor, groups: Tensor, fit: Callable[[Tensor, Tensor], Linear]
 ) -> tuple[Tensor, Tensor] | None:
-    """The positions (m,) of images that are left out in folds, and their logits (m, C) by the linear classifiers that
-    `fit` makes of the others, of views (V, n, E) and labels (n,); None if none can be left out."""
+    """The positions (m,) of images that are left out in folds, and their logits (m, C) by the linear
+    classifiers that `fit` makes of the others, of views (V, n, E) and labels (n,); None if none can be left
+    out."""
     out = folds(labels, groups)
     kept = [without(part, len(labels)) for part in out]
     logits = [
@@ -52,16 +56,15 @@ def left_out(
     return (torch.cat(out), torch.cat(logits)) if out else None
 
 
-def shares(groups: Tensor | None, weights: Tensor | None = None) -> Tensor | None:
-    """How much each image counts (n,), so that a group counts as much as one image: by the groups (n,), and weights of
-    images (n,), whose mean is 1 then. None if all images count the same.
+def shares(groups: Tensor, weights: Tensor | None = None) -> Tensor:
+    """How much each image counts (n,), so that a group counts as much as one image: by the groups (n,), and
+    weights of images (n,), whose mean is 1 then.
 
     >>> shares(torch.tensor([7, 7, 8]))
     tensor([0.5000, 0.5000, 1.0000])
     """
-    weights = None if weights is None else weights / weights.mean()
-    sizes = torch.ones(()) if groups is None else torch.bincount(groups)[groups]
-    return weights if sizes.max() == 1 else (1 if weights is None else weights) / sizes
+    counts = 1 / torch.bincount(groups)[groups]
+    return counts if weights is None else counts * weights / weights.mean()
 
 
 def without(out: Tensor, n: int) -> Tensor:

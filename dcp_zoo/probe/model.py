@@ -1,4 +1,5 @@
-"""The text probe that a head carries: what it adds to the logits, and how far images are from what it has seen."""
+"""The text probe that a head carries: what it adds to the logits, and how far images are from what it has
+seen."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ from dcp_zoo.backbone.clip import Linear
 
 PREFIX = "text_probe."  # of its tensors in a head
 PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)  # an infinite one leaves the text alone
-STEPS = 20  # of L-BFGS for each penalty, from the solution for the one before
 NEVER = torch.finfo(torch.float16).min  # a threshold that rejects nothing, also in half precision
 BEYOND = 1e4  # a distance that every other threshold rejects
 TINY = 1e-12  # a share whose logarithm has a gradient
@@ -24,8 +24,8 @@ NO_THRESHOLD = (
 
 
 class Distance(NamedTuple):
-    """How far images are from what a head has seen: from the nearest of the class means, in one unit. What is nearer to
-    one of the examples of no class, by more than a margin, is beyond."""
+    """How far images are from what a head has seen: from the nearest of the class means, in one unit. What
+    is nearer to one of the examples of no class, by more than a margin, is beyond."""
 
     unit: Tensor  # ()
     means: Tensor  # (C, F')
@@ -33,7 +33,8 @@ class Distance(NamedTuple):
     margin: Tensor  # ()
 
     def __call__(self, features: Tensor, examples: bool = True) -> Tensor:
-        """Features (B, F), of which the last F' columns are read -> distances (B,), with a regard for examples."""
+        """Features (B, F), of which the last F' columns are read -> distances (B,), with a regard for
+        examples."""
         x = features[:, -self.means.shape[1] :].float() * self.unit
         distances = nearest(x, self.means.float())
         if not (examples and len(self.examples)):
@@ -42,31 +43,55 @@ class Distance(NamedTuple):
 
 
 def gated(own: Tensor, text: Tensor, distances: Tensor, gate: Tensor) -> Tensor:
-    """Logits (B, C) of the probabilities (1 - q) softmax(own) + q softmax(text), of logits (B, C). The text's share is
-    q = far(d) c / (c + w c'): far(d) rises from 0 to 1 between two distances d; c and c' are what text and probe give
-    to their first choice beyond a guess. The `gate` (3,) holds the distances, and w. Of images unlike those that it
-    has seen a probe knows less than the text, unless the text knows nothing of the image.
+    """Logits (B, C) of the probabilities (1 - q) softmax(own) + q softmax(text), of logits (B, C). The
+    text's share is q = far(d) c / (c + w c'): far(d) rises from 0 to 1 between two distances d; c and c' are
+    what text and probe give to their first choice beyond a guess. The `gate` (3,) holds the distances, and
+    w. Of images unlike those that it has seen a probe knows less than the text, unless the text knows
+    nothing of the image.
 
     >>> own, text = torch.tensor([[2.0, 0.0]] * 3), torch.tensor([[0.0, 1.0]] * 3)
     >>> gated(own, text, torch.tensor([1.0, 1.2, 9.0]), torch.tensor([1.1, 1.3, 0.25])).softmax(-1)[:, 0]
     tensor([0.8808, 0.6641, 0.4475])
     """
+    return mixed(own.float(), text.float(), share_of_text(own, text, distances, gate))
+
+
+def share_of_text(own: Tensor, text: Tensor, distances: Tensor, gate: Tensor) -> Tensor:
+    """The q (B, 1) of `gated`."""
     near, far, weight = gate.unbind()
-    own, text = own.float(), text.float()
-    known, seen = (each.softmax(-1).amax(-1) - 1 / each.shape[-1] + TINY for each in (text, own))
-    share = (((distances.float() - near) / (far - near)).clamp(0, 1) * known / (known + weight * seen))[:, None]
+    text_confidence = text.float().softmax(-1).amax(-1) - 1 / text.shape[-1] + TINY  # beyond a guess
+    confidence = own.float().softmax(-1).amax(-1) - 1 / own.shape[-1] + TINY
+    is_far = ((distances.float() - near) / (far - near)).clamp(0, 1)
+    share = is_far * text_confidence / (text_confidence + weight * confidence)
+    return share[:, None]
+
+
+def mixed(own: Tensor, text: Tensor, share: Tensor) -> Tensor:
+    """The logits (B, C) of `gated` for a share (B, 1) of the text."""
     text = text + own.logsumexp(-1, keepdim=True) - text.logsumexp(-1, keepdim=True)
     return torch.logaddexp((1 - share).log() + own, share.clamp(min=TINY).log() + text)
 
 
-class TextProbe(nn.Module):
-    """See the module. `weight` (C, F) and `bias` (C,) are added to the scaled logits, in the order of `classes`, those
-    that it was fitted on; `text_scale` multiplies these. `means` (C, F) are their mean features.
+class HeldOut(NamedTuple):
+    """What is said of m training images by what was fitted without them."""
 
-    Images with an `in_distribution_score` below `threshold` belong to none of the classes. Its distance is that of the
-    frozen features to the nearest of the class means, in units of `spread`, the mean of training images that were left
-    out, and `BEYOND` where one of the `examples` (M, F'), images of no class, is nearer by more than the `margin`.
-    Other texts unset the threshold. With a `gate` (3,) the text answers for what is far, see `gated`; without, (0,).
+    positions: Tensor  # (m,), of the images
+    logits: Tensor  # (m, C)
+    text_logits: Tensor  # (m, C), of the method alone
+    scores: Tensor | None = None  # `in_distribution_score`s (m,), if there is a threshold
+    rejected: Tensor | None = None  # (m,), by the threshold that the images of other folds set
+
+
+class TextProbe(nn.Module):
+    """See the module. `weight` (C, F) and `bias` (C,) are added to the scaled logits, in the order of
+    `classes`, those that it was fitted on; `text_scale` multiplies these. `means` (C, F) are their mean
+    features.
+
+    Images with an `in_distribution_score` below `threshold` belong to none of the classes. Its distance is
+    that of the frozen features to the nearest of the class means, in units of `spread`, the mean of training
+    images that were left out, and `BEYOND` where one of the `examples` (M, F'), images of no class, is
+    nearer by more than the `margin`. Other texts unset the threshold. With a `gate` (3,) the text answers
+    for what is far, see `gated`; without, (0,).
 
     Args:
         classes: those of the head, or as many as its images have.
@@ -89,6 +114,7 @@ class TextProbe(nn.Module):
     ) -> None:
         super().__init__()
         self.classes, self.widths, self.changed = list(classes), [tuple(parts) for parts in widths], changed
+        self.held_out: HeldOut | None = None  # of the fit, if an image could be left out; not saved
         for name in ("weight", "means"):
             self.register_buffer(name, torch.zeros(len(classes), sum(map(sum, widths))))
         self.register_buffer("bias", torch.zeros(len(classes)))
@@ -106,7 +132,8 @@ class TextProbe(nn.Module):
 
     def forward(self, logits: Tensor, features: Tensor, classes: Sequence[str]) -> Tensor:
         """Text logits (B, C) and features (B, F) of the same images -> logits (B, C) for these C classes."""
-        weight, bias = self._ordered(self.weight, classes), self._ordered(self.bias, classes)
+        weight = self._ordered(self.weight, classes)
+        bias = self._ordered(self.bias, classes)
         with torch.autocast(features.device.type, enabled=False):
             text = self.text_scale * logits
             own = text + F.linear(features.to(weight.dtype), weight, bias).to(logits.dtype)
@@ -115,15 +142,15 @@ class TextProbe(nn.Module):
             return gated(own, text, self.measure(classes)(features, examples=False), self.gate)
 
     def linear(self, text: Linear, classes: Sequence[str]) -> Linear:
-        """The logits for these C classes as a linear function of the features, which a gate leaves out; `text` is that
-        of the text logits."""
-        weight, bias = text
-        weight, bias = self.text_scale * weight, self.text_scale * bias
-        return weight + self._ordered(self.weight, classes), bias + self._ordered(self.bias, classes)
+        """The logits for these C classes as a linear function of the features, which a gate leaves out;
+        `text` is that of the text logits."""
+        weight = self.text_scale * text[0] + self._ordered(self.weight, classes)
+        bias = self.text_scale * text[1] + self._ordered(self.bias, classes)
+        return weight, bias
 
     def measure(self, classes: Sequence[str]) -> Distance:
-        """How far images are from what the head has seen of these classes, by the frozen ones of the features: about 1
-        for images like these."""
+        """How far images are from what the head has seen of these classes, by the frozen ones of the
+        features: about 1 for images like these."""
         parts = sum(map(len, self.widths))
         unit = math.sqrt(parts / (parts - 1 if self.changed else parts)) / self.spread.float()
         means = self._ordered(self.means, classes).float()
@@ -135,7 +162,8 @@ class TextProbe(nn.Module):
         if self.threshold.item() <= NEVER:
             return NO_THRESHOLD
         seen = self._ordered(self.means, classes).any(1).tolist()
-        if not (new := [name for name, known in zip(classes, seen, strict=True) if not known]):
+        new = [name for name, known in zip(classes, seen, strict=True) if not known]
+        if not new:
             return ""
         return (
             f"This head has seen no image of {', '.join(new[:5])}, and cannot tell what is none of the classes: load "
@@ -148,7 +176,8 @@ class TextProbe(nn.Module):
         return self.classes == other.classes and shapes[0] == shapes[1]
 
     def tensors(self, classes: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """What a checkpoint holds, with the rows of `classes`, default its own; no threshold for others than these."""
+        """What a checkpoint holds, with the rows of `classes`, default its own; no threshold for others than
+        these."""
         classes = self.classes if classes is None else classes
         state = self.state_dict()
         state |= {name: self._ordered(state[name], classes) for name in ("weight", "bias", "means")}

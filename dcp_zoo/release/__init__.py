@@ -1,6 +1,8 @@
-"""Heads on the Hub: the files of their repos, with model cards, and their upload. The files are also what optimum with
-transformers, and transformers.js read, which are told to scale pixels to [0, 1] alone: no two resize alike, so that the
-ONNX file does that."""
+"""Heads on the Hub: the files of their repos, with model cards, and their upload.
+
+With an ONNX file, a repo also works with transformers and optimum in Python, and with transformers.js. Their
+image processors only scale pixels to [0, 1]: no two of them resize alike, so the ONNX file resizes.
+"""
 
 import json
 import tempfile
@@ -8,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
-from dcp_zoo.data.packaged import DATASETS, classnames, is_own
+from dcp_zoo.data.packaged import DATASETS, classnames, is_user_data
 from dcp_zoo.data.splits import split_sha256
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
@@ -37,20 +39,26 @@ def accuracies(metrics: Values) -> dict[str, float]:
 def make_card(
     model: Head, repo_id: str, license: str, size: int, onnx: bool = False, others: Values | None = None
 ) -> ModelCard:
-    """The model card of a head whose weights have `size` bytes; `onnx`: the repo has an ONNX file for other clients;
-    `others`: top-1 accuracies of other protocols, by name.
+    """The model card of a head whose weights have `size` bytes; `onnx`: the repo has an ONNX file for other
+    clients; `others`: top-1 accuracies of other protocols, by name.
     ZooError for a head with an accuracy that is not of the dataset that it names, see `not_of_dataset`."""
-    info, problem = model.info, not_of_dataset(model)
+    info = model.info
+    problem = not_of_dataset(model)
     if problem and info.get("metrics"):
         raise ZooError(problem)
     dataset = None if problem or info.get("dataset") == "folder" else info.get("dataset")
     spec = MODELS.get(model.encoder.architecture)
     base = spec.clip_repo if spec and model.encoder.source == spec.clip_pretrained else None
-    (options, _), measured = model.method_config(), accuracies(info.get("metrics") or {})
-    about: Values = {"model": model, "info": info, "spec": spec, "options": options, "base": base}
+    options, _ = model.method_config()
+    measured = accuracies(info.get("metrics") or {})
     return ModelCard.from_template(
         _metadata(repo_id, license, base, dataset, measured),
         template_path=str(Path(__file__).parent / "model_card.md"),
+        model=model,
+        info=info,
+        spec=spec,
+        options=options,
+        base=base,
         repo_id=repo_id,
         size=f"{size / 1e6:.1f} MB",
         onnx=onnx,
@@ -59,48 +67,68 @@ def make_card(
         part_note=DATASETS[dataset].part_note if dataset in DATASETS else "",
         whose=COUPLINGS.get(options.get("coupling", "")),
         args=", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None),
-        top1={mode: measured.get(mode, "not measured") for mode in MODES} if measured else None,
+        top1=dict.fromkeys(MODES, "not measured") | measured if measured else None,
         alone={"dcp": "DCP alone", "text-probe": "zero-shot CLIP"}.get(model.method, f"{model.method} alone"),
-        **about,
     )
 
 
 def not_of_dataset(model: Head) -> str:
-    """Why a head must not be published under the name of the dataset that it names; "" if it may, or names none of the
-    table. Its classes, split and test images must be that dataset's, as far as the package knows them."""
-    info, name = model.info, model.info.get("dataset")
-    if name not in DATASETS or is_own(name):
+    """Why a head must not be published under the name of the dataset that it names; "" if it may, or names
+    none of the table. Its classes, split and test images must be that dataset's, as far as the package knows
+    them."""
+    info = model.info
+    name = info.get("dataset")
+    if name not in DATASETS or is_user_data(name):
         return ""
-    spec, known = DATASETS[name], split_sha256(name)
+    spec = DATASETS[name]
+    split = split_sha256(name)
+    tested = info.get("test_images")
     if spec.names and sorted(model.classes) != sorted(classnames(name)):
         reason = f"its {model.num_classes} classes are not the {spec.num_classes} of {name}"
-    elif known and info.get("split_sha256") != known:
-        reason = f"it was trained and tested on another split: its sha256 is {info.get('split_sha256')}, not {known}"
-    elif spec.counts and (tested := info.get("test_images", spec.counts[2])) != spec.counts[2]:
+    elif split and info.get("split_sha256") != split:
+        reason = f"it was trained and tested on another split: its sha256 is {info.get('split_sha256')}, not {split}"
+    elif spec.counts and tested not in (None, spec.counts[2]):
         reason = f"it was tested on {tested:,} images, not on the {spec.counts[2]:,} of {name}"
     else:
         return ""
-    advice = f"Train it on {name} as it is, or on these images as a folder: dcp-zoo train FOLDER"
-    return f"This head says that it is of {name}, but {reason}. {advice}."
+    return (
+        f"This head says that it is of {name}, but {reason}. Train it on {name} as it is, or on these images as a "
+        "folder: dcp-zoo train FOLDER."
+    )
 
 
 def _metadata(
     repo_id: str, license: str, base: str | None, dataset: str | None, measured: dict[str, float]
 ) -> ModelCardData:
     names = MODES | PROBED if NO_CLASSIFIER in measured else MODES
-    data: Values = {"task_type": "image-classification", "metric_type": "accuracy"}
-    data |= {"dataset_type": dataset, "dataset_name": dataset, "dataset_split": "test"}
-    results = [
-        EvalResult(**data, metric_name=names[mode], metric_value=top1)
-        for mode, top1 in measured.items()
-        if dataset and mode != "batch"  # what the loaded model answers, and the method alone; the text has all modes
-    ]
+    results = []
+    for mode, top1 in measured.items():
+        if dataset and mode != "batch":  # the loaded model, and the method alone; the text of the card has all modes
+            result = EvalResult(
+                task_type="image-classification",
+                dataset_type=dataset,
+                dataset_name=dataset,
+                dataset_split="test",
+                metric_type="accuracy",
+                metric_name=names[mode],
+                metric_value=top1,
+            )
+            results.append(result)
     return ModelCardData(
         library_name=HUB_LIBRARY,
         license=license,
         pipeline_tag="image-classification",
-        tags=["image-classification", "few-shot", "prompt-learning", "clip", "open_clip", "timm", "dcp"],
+        tags=[
+            "image-classification",
+            "few-shot",
+            "prompt-learning",
+            "clip",
+            "open_clip",
+            "timm",
+            "dcp",
+        ],
         base_model=base,
+        base_model_relation="adapter" if base else None,  # the Hub would guess otherwise
         datasets=[dataset] if dataset else None,
         metrics=["accuracy"] if results else None,
         model_name=repo_id.split("/")[-1],
@@ -109,21 +137,22 @@ def _metadata(
 
 
 def holds(claimed: float, measured: float) -> bool:
-    """Whether a top-1 accuracy in percent is the claimed one, within 0.05 points: they are stated to a hundredth."""
+    """Whether a top-1 accuracy in percent is the claimed one, within 0.05 points: they are stated to a
+    hundredth."""
     return round(abs(claimed - measured), 6) <= 0.05
 
 
 def claimed(name: str, model: Head) -> dict[str, float]:
-    """Top-1 accuracies in percent by mode, of the manifest or the checkpoint; what a head's card states comes first.
-    ZooError for none."""
+    """Top-1 accuracies in percent by mode, of the manifest or the checkpoint; what a head's card states
+    comes first. ZooError for none."""
     kind, place, tag = parse_name(name)
     card = download_file(place, CARD_NAME, tag or None, None) if kind == "hf-hub" else Path(place) / CARD_NAME
-    data = ModelCard.load(card).data if card.is_file() else ModelCardData()
-    stated = {result.metric_name: result.metric_value for result in data.eval_results or []}
-    metrics = (newest(get_head(name)).metrics if kind == "zoo" and tag else {}) or model.info.get("metrics") or {}
-    claims = accuracies(metrics)
+    metrics = newest(get_head(name)).metrics if kind == "zoo" and tag else {}
+    claims = accuracies(metrics or model.info.get("metrics") or {})
+    results = ModelCard.load(card).data.eval_results if card.is_file() else None
+    stated = {result.metric_name: result.metric_value for result in results or []}
     for names in (MODES, PROBED):
-        claims |= {mode: stated[card_name] for mode, card_name in names.items() if card_name in stated}
+        claims |= {mode: stated[metric] for mode, metric in names.items() if metric in stated}
     if not claims:
         raise ZooError(f"{name} claims no accuracy: there is nothing to compare with. Omit --claim.")
     return claims
@@ -135,13 +164,14 @@ ONNX_FILE = "onnx/model.onnx"  # as transformers.js names it, of float32
 
 
 def export_hub(model: Head, folder: str | Path) -> Path:
-    """Write a folder with the files of a repo on the Hub that other clients read, too: optimum and transformers.js.
-    ZooError as of `export`, `take_any_size` and `make_card`, and for a folder that is not empty or not writable.
+    """Write a folder with the files of a repo on the Hub that other clients read, too: optimum and
+    transformers.js. ZooError as of `export`, `take_any_size` and `make_card`, and for a folder that is not
+    empty or not writable.
 
     Args:
         model: with stored statistics; float32, on the CPU.
-        folder: created; must not exist, or be empty. It is a checkpoint, with a model card, `preprocessor_config.json`
-            and `onnx/model.onnx`, which contains CLIP's image tower.
+        folder: created; must not exist, or be empty. It is a checkpoint, with a model card,
+            `preprocessor_config.json` and `onnx/model.onnx`, which contains CLIP's image tower.
     """
     folder = Path(folder)
     check_empty(folder)
@@ -154,8 +184,8 @@ def export_hub(model: Head, folder: str | Path) -> Path:
 
 
 def push_to_hub(model: Head, repo_id: str, *, private: bool = False, license: str = LICENSE, onnx: bool = False) -> str:
-    """Upload a model's head, of any dataset, with a model card. ZooError as of `make_card`, or if the Hub refuses it or
-    cannot be reached.
+    """Upload a model's head, of any dataset, with a model card. ZooError as of `make_card`, or if the Hub
+    refuses it or cannot be reached.
 
     Args:
         model: only its trained tensors are uploaded, never CLIP, unless `onnx`.
@@ -181,7 +211,8 @@ def _write_repo(model: Head, folder: Path, repo_id: str, license: str, onnx: boo
 
 
 def upload(folder: Path, repo_id: str, private: bool = False) -> str:
-    """Upload the files of a checkpoint folder in one commit, and return that; what the Hub already has makes none."""
+    """Upload the files of a checkpoint folder in one commit, and return that; what the Hub already has makes
+    none."""
     api = HfApi(library_name=HUB_LIBRARY)
     with explained(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -194,14 +225,16 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
 
 
 def write_client_files(model: Head, folder: Path) -> None:
-    """Add to a model's checkpoint what other clients read: an ONNX file, a `preprocessor_config.json`, and fields of
-    `config.json`. ZooError as of `export` and `take_any_size`."""
+    """Add to a model's checkpoint what other clients read: an ONNX file, a `preprocessor_config.json`, and
+    fields of `config.json`. ZooError as of `export` and `take_any_size`."""
     take_any_size(export(model, folder / ONNX_FILE))
     cfg = model.pretrained_cfg
     _, height, width = cfg["input_size"]
     preprocessor = {
         "image_processor_type": "ViTImageProcessor",
-        **dict.fromkeys(("do_resize", "do_center_crop", "do_normalize"), False),  # part of the ONNX file
+        "do_resize": False,  # the ONNX file does this and the next two
+        "do_center_crop": False,
+        "do_normalize": False,
         "do_convert_rgb": True,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -211,12 +244,12 @@ def write_client_files(model: Head, folder: Path) -> None:
         "image_mean": list(cfg["mean"]),
         "image_std": list(cfg["std"]),
     }
-    names = model.classnames
+    labels = {str(i): name for i, name in enumerate(model.classnames)}
     config = json.loads((folder / CONFIG_NAME).read_text()) | {
         "model_type": "vit",  # of the types for which both clients classify images, the one that says least
         "transformers_weights": "none-but-the-onnx-file.safetensors",  # or transformers loads random ones
-        "id2label": {str(i): name for i, name in enumerate(names)},
-        "label2id": {name: i for i, name in enumerate(names)},
+        "id2label": labels,
+        "label2id": {name: int(i) for i, name in labels.items()},
     }
     for name, content in ((PREPROCESSOR, preprocessor), (CONFIG_NAME, config)):
         write_file(folder / name, json.dumps(content, indent=1) + "\n")

@@ -17,9 +17,10 @@ from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.errors import ZooError, import_extra, writing_to
 from dcp_zoo.fields import Values
-from dcp_zoo.files import templates, write_file
+from dcp_zoo.files import write_file
 from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head import Head
+from dcp_zoo.pages import templates
 from dcp_zoo.prediction.onnx import INPUT, METADATA_KEY, OnnxClassifier
 
 OLDEST_TORCH = (2, 8)  # of older ones, torch.export fixes the batch size
@@ -28,33 +29,40 @@ LOGIT_TOLERANCE = 1e-3  # in logits, which are about 10 to 40
 
 
 def export(model: Head | FusedHead, path: str | Path) -> Path:
-    """Export a model with its current classes to ONNX, for any batch size: its input is "pixel_values", normalised
-    images (B, 3, H, W), float32; its outputs are "logits" (B, C), "features" (B, E), the normalised image features,
-    and "distance" (B,) if the model can reject. Class names and preprocessing are in its metadata. ZooError for no
-    stored statistics, a model elsewhere than on the CPU, missing packages, a file that cannot be written, or one that
-    disagrees with the model in ONNX Runtime (by more than 1e-3 in a logit, or in the top-1 class).
+    """Export a model with its current classes to ONNX, for any batch size: its input is "pixel_values",
+    normalised images (B, 3, H, W), float32; its outputs are "logits" (B, C), "features" (B, E), the
+    normalised image features, and "distance" (B,) if the model can reject. Class names and preprocessing are
+    in its metadata. ZooError for no stored statistics, a model elsewhere than on the CPU, missing packages,
+    a file that cannot be written, or one that disagrees with the model in ONNX Runtime (by more than 1e-3 in
+    a logit, or in the top-1 class).
 
     Args:
         model: a fused model, or one with stored statistics; float32, on the CPU.
         path: the file; replaced atomically.
     """
     check_export()
-    path, fused = Path(path), model.fuse()
-    if (size := fused.info["preprocessing"].get("input_size")) is None:
-        raise ZooError('The input size of this model is unknown: set model.encoder.pretrained_cfg["input_size"] first.')
-    if (place := fused.classifier.device.type) != "cpu":
-        raise ZooError(f"The model is on {place}, but export needs it on the CPU: call model.cpu() first.")
+    path = Path(path)
+    fused = model.fuse()
+    size = fused.info["preprocessing"].get("input_size")
+    if size is None:
+        raise ZooError(
+            'The input size of this model is unknown: set model.pretrained_cfg = {"input_size": (3, H, W)} first.'
+        )
+    if fused.device.type != "cpu":
+        raise ZooError(f"The model is on {fused.device.type}, but export needs it on the CPU: call model.cpu() first.")
     images = torch.randn(3, *size, generator=torch.Generator().manual_seed(0))
 
     def write_and_check(temporary: str) -> None:
         write_onnx(fused, temporary, images)
         exported = OnnxClassifier(temporary)
         for n in (3, 1):  # a file with a fixed batch size fails here
-            actual, expected = torch.from_numpy(exported(images[:n].numpy())), fused(images[:n])
+            actual = torch.from_numpy(exported(images[:n].numpy()))
+            expected = fused(images[:n])
             error = (actual - expected).abs().max().item()
             if error > LOGIT_TOLERANCE or not torch.equal(actual.argmax(-1), expected.argmax(-1)):
-                problem = f"(logits differ by {error:.2g}) and was not kept. {REPORT}"
-                raise ZooError(f"The ONNX file does not match the model {problem}")
+                raise ZooError(
+                    f"The ONNX file does not match the model (logits differ by {error:.2g}) and was not kept. {REPORT}"
+                )
 
     with torch.no_grad(), warnings.catch_warnings(), writing_to(path, "choose another file"):
         warnings.simplefilter("ignore")  # torch's exporters warn about their internals
@@ -73,18 +81,27 @@ def check_export() -> None:
 
 
 def onnx_program(module: nn.Module, images: torch.Tensor, *outputs: str) -> Any:
-    """`module.forward(images)` as an ONNX program for any batch size; `outputs` are the names of its outputs."""
-    names: Values = {"input_names": [INPUT], "output_names": list(outputs)}
-    any_batch, before = {"images": {0: torch.export.Dim("batch")}}, dict(os.environ)
+    """`module.forward(images)` as an ONNX program for any batch size; `outputs` are the names of its
+    outputs."""
+    before = set(os.environ)
     try:
-        return torch.onnx.export(module, (images,), dynamo=True, dynamic_shapes=any_batch, verbose=False, **names)
+        return torch.onnx.export(
+            module,
+            (images,),
+            input_names=[INPUT],
+            output_names=outputs,
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            dynamo=True,
+            verbose=False,
+        )
     finally:  # torch 2.8 names a folder of its compiler there
         for name in os.environ.keys() - before:
             del os.environ[name]
 
 
 class ExportedHead(nn.Module):
-    """images (B, 3, H, W) -> logits (B, C), normalised image features (B, E); distances (B,) if the head rejects."""
+    """images (B, 3, H, W) -> logits (B, C), normalised image features (B, E); distances (B,) if the head
+    rejects."""
 
     def __init__(self, fused: FusedHead) -> None:
         super().__init__()
@@ -109,41 +126,59 @@ TOLERANCE = 1e-3  # in probabilities
 
 
 def take_any_size(path: Path) -> None:
-    """Put the preprocessing into an exported file, which then takes "pixel_values" (B, 3, any height, any width), RGB
-    from 0 to 1, and returns "logits" (B, C) alone. ZooError for another preprocessing than a bicubic resize and a
-    centre crop, and for probabilities that differ, for photographs of odd sizes."""
+    """Put the preprocessing into an exported file, which then takes "pixel_values" (B, 3, any height, any
+    width), RGB from 0 to 1, and returns "logits" (B, C) alone. ZooError for another preprocessing than a
+    bicubic resize and a centre crop, and for probabilities that differ, for photographs of odd sizes."""
     import onnx
     import onnxruntime
 
-    plain, model = OnnxClassifier(path), onnx.load(path)
+    plain = OnnxClassifier(path)
+    model = onnx.load(path)
     cfg = plain.preprocessing
-    if cfg.get("interpolation", "bicubic") != "bicubic" or cfg.get("crop_mode", "center") != "center":
-        other = f"{cfg['interpolation']} and {cfg['crop_mode']}: export the head to a file, as --format onnx does"
-        raise ZooError(f"Only a bicubic resize and a centre crop can be part of the file, not {other}.")
-    ir, opset = model.ir_version, next(entry.version for entry in model.opset_import if entry.domain == "")
-    before = onnx.parser.parse_model(preprocessing_graph(cfg, ir, opset))
-    before = onnx.compose.add_prefix(before, "preprocessing/", rename_inputs=False, rename_outputs=False)
-    model = onnx.compose.merge_models(before, model, [("images", INPUT)])
+    interpolation = cfg.get("interpolation", "bicubic")
+    crop_mode = cfg.get("crop_mode", "center")
+    if (interpolation, crop_mode) != ("bicubic", "center"):
+        raise ZooError(
+            f"Only a bicubic resize and a centre crop can be part of the file, not {interpolation} and {crop_mode}: "
+            "export the head to a file, as --format onnx does."
+        )
+    (opset,) = (entry.version for entry in model.opset_import if entry.domain == "")
+    graph = onnx.parser.parse_model(preprocessing_graph(cfg, model.ir_version, opset))
+    graph = onnx.compose.add_prefix(graph, "preprocessing/", rename_inputs=False, rename_outputs=False)
+    model = onnx.compose.merge_models(graph, model, [("images", INPUT)])
     for node in model.graph.node:
         node.input[:] = [INPUT if name == "rgb" else name for name in node.input]
     model.graph.input[0].name = INPUT
-    del model.graph.output[1:], model.metadata_props[:]
+    del model.graph.output[1:]
+    del model.metadata_props[:]
     onnx.save(model, path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for photograph, size in zip(sample_images(), SIZES, strict=False):
         image = load_image(photograph).resize(size, Image.Resampling.BICUBIC)
         rgb = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255
-        actual = np.exp(log_softmax(session.run(["logits"], {INPUT: rgb})[0]))
-        error = float(np.abs(actual - plain.probabilities(plain.preprocess(image)[None])).max())
+        (logits,) = session.run(["logits"], {INPUT: rgb})
+        expected = plain.probabilities(plain.preprocess(image)[None])
+        error = float(np.abs(np.exp(log_softmax(logits)) - expected).max())
         if error > TOLERANCE:
-            problem = f"by {error:.2g}, more than {TOLERANCE:g}: it was not kept. {REPORT}"
-            raise ZooError(f"Probabilities of the file for a photograph differ from the model's {problem}")
+            raise ZooError(
+                "Probabilities of the file for a photograph differ from the model's by "
+                f"{error:.2g}, more than {TOLERANCE:g}: it was not kept. {REPORT}"
+            )
 
 
 def preprocessing_graph(cfg: Values, ir: int, opset: int) -> str:
+    """The graph of the preprocessing in ONNX's text format, of these versions."""
     _, rows, columns = cfg["input_size"]
-    scale = ", ".join(f"{1 / (255 * std):.9e}" for std in cfg["std"])
-    offset = ", ".join(f"{-mean / std:.9e}" for mean, std in zip(cfg["mean"], cfg["std"], strict=True))
-    sizes = {"rows": rows, "columns": columns, "short_side": int(rows / cfg["crop_pct"])}
-    graph = templates(__package__).get_template("preprocessing.onnx.jinja")
-    return graph.render(ir=ir, opset=opset, **sizes, scale=scale, offset=offset)
+    return (
+        templates(__package__)
+        .get_template("preprocessing.onnx.jinja")
+        .render(
+            ir=ir,
+            opset=opset,
+            rows=rows,
+            columns=columns,
+            short_side=int(rows / cfg["crop_pct"]),
+            scale=", ".join(f"{1 / (255 * std):.9e}" for std in cfg["std"]),
+            offset=", ".join(f"{-mean / std:.9e}" for mean, std in zip(cfg["mean"], cfg["std"], strict=True)),
+        )
+    )

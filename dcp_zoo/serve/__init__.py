@@ -1,5 +1,5 @@
-"""The HTTP server of one head, `app`. Here, without its packages: where it listens, whom it answers, and what a request
-may hold."""
+"""The HTTP server of one head, `app`. Here, without its packages: where it listens, whom it answers, and
+what a request may hold."""
 
 import re
 import socket
@@ -28,11 +28,12 @@ def allowed_hosts(host: str, names: Sequence[str] = ()) -> list[str]:
     for name in names:
         if not re.fullmatch(r"(\*\.)?[\w.-]+|\[?[\da-fA-F:.]+\]?|\*", name):
             raise ZooError(f"--allow-hosts takes names without scheme and port, such as example.org, not {name}.")
-    return [*LOCAL_HOSTS, *([] if host in ALL_INTERFACES else [host, f"[{host}]"]), *names]
+    own = [] if host in ALL_INTERFACES else [host, f"[{host}]"]
+    return [*LOCAL_HOSTS, *own, *names]
 
 
 def server(app: Callable[..., Awaitable[None]], shutdown_seconds: float) -> Any:
-    """A uvicorn.Server that, when it is stopped, first answers the requests in progress, for so many seconds."""
+    """A uvicorn.Server that on shutdown gives requests in progress so many seconds to finish."""
     import uvicorn
 
     stop = round(shutdown_seconds)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 import yaml
 from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from python_multipart.exceptions import MultipartParseError
@@ -22,14 +23,15 @@ from starlette.types import Message
 
 from dcp_zoo.answers import Outputs
 from dcp_zoo.data.images import UnsupportedImage
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, attempted
 from dcp_zoo.fields import Values
-from dcp_zoo.prediction import decode
+from dcp_zoo.prediction import pixels_of
 from dcp_zoo.prediction.onnx import OnnxClassifier
 from dcp_zoo.serve import DEFAULT_LIMITS, Limits
 
 BYTES = 64_000_000  # of the bodies of all requests in progress
-BATCH, WAITING = 16, 256  # images per batch, and images that may wait; further ones get status 503
+BATCH = 16  # images
+WAITING = 256  # images that may wait; further ones get status 503
 DISCARDED = 10  # times the most bytes, which are read of a request that is too large
 
 
@@ -39,7 +41,9 @@ class Service:
     def __init__(self, classifier: OnnxClassifier, limits: Limits, threads: int) -> None:
         with suppress(Exception):  # not glibc, which keeps the memory of freed images and bodies for itself
             ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
-        self.classifier, self.limits, self.threads = classifier, limits, ThreadPoolExecutor(threads)
+        self.classifier = classifier
+        self.limits = limits
+        self.threads = ThreadPoolExecutor(threads)
         self.free = max(BYTES, 2 * limits.max_bytes)
         self.queue: asyncio.Queue[tuple[np.ndarray, asyncio.Future]] = asyncio.Queue(WAITING)
 
@@ -51,17 +55,30 @@ class Service:
             self.batching.cancel()
 
     async def answer(self, request: Request, top_k: int) -> Response:
-        """The images of a request with their most probable classes."""
-        loop, request.state.held = asyncio.get_running_loop(), 0
+        """The images of a request with their most probable classes; of a form also why an image cannot be
+        read, unless that holds for all: HTTPException, 415 for no image, 422 for a damaged one or one of
+        too many pixels."""
+        loop = asyncio.get_running_loop()
+        request.state.held = 0  # bytes of the body
         try:
             body = await asyncio.wait_for(self._body(request), self.limits.timeout)
             images = await images_of(request, body, self.limits.max_images)
             decoding = (loop.run_in_executor(self.threads, self._decode, *image) for image in images)
-            decoded, futures = await asyncio.gather(*decoding), [loop.create_future() for _ in images]
-            for waiting in zip(decoded, futures, strict=True):
+            decoded = await asyncio.gather(*decoding)
+            sound = [pixels for pixels in decoded if isinstance(pixels, np.ndarray)]
+            if not sound:  # not an image, or a damaged one, or with too many pixels
+                error = decoded[0]
+                raise HTTPException(415 if isinstance(error, UnsupportedImage) else 422, str(error))
+            futures = [loop.create_future() for _ in sound]
+            for waiting in zip(sound, futures, strict=True):
                 self.queue.put_nowait(waiting)
-            rows = Outputs.joined(await asyncio.gather(*futures)).rows(self.classifier.classnames, top_k)
-            return JSONResponse({"images": [{"name": name} | row for (name, _), row in zip(images, rows, strict=True)]})
+            outputs = Outputs.joined(await asyncio.gather(*futures))
+            rows = iter(outputs.rows(self.classifier.classnames, top_k))
+            answers = []
+            for (name, _), found in zip(images, decoded, strict=True):
+                row = {"error": str(found)} if isinstance(found, ZooError) else next(rows)
+                answers.append({"name": name} | row)
+            return JSONResponse({"images": answers})
         except ClientDisconnect:
             return Response(status_code=499)  # as nginx calls it; nobody receives it
         except asyncio.TimeoutError:
@@ -73,12 +90,16 @@ class Service:
             self.free += request.state.held
 
     async def _body(self, request: Request) -> bytes:
-        """The bytes of a request, at most half of those that are left, so that large requests shut none out. What is
-        too much is read for a while, as most clients send it all, but not kept."""
-        most, body, size, fits = self.limits.max_bytes, bytearray(), 0, True
+        """The bytes of a request, at most half of those that are left, so that large requests shut none
+        out. What is too much is read for a while, as most clients send it all, but not kept."""
+        most = self.limits.max_bytes
+        body = bytearray()
+        size = 0
+        fits = True
         async for part in request.stream():
             size += len(part)
-            if fits := fits and size <= most and size <= self.free - len(part):
+            fits = fits and size <= most and size <= self.free - len(part)
+            if fits:
                 body += part
                 self.free -= len(part)
                 request.state.held = size
@@ -90,12 +111,10 @@ class Service:
             raise asyncio.QueueFull
         return bytes(body)
 
-    def _decode(self, name: str, data: bytes) -> np.ndarray:
-        """An image's pixels; HTTPException 415 for none, 422 for a damaged one or too many pixels."""
-        try:
-            return decode({"bytes": data, "path": name}, self.classifier.preprocessing, self.limits.max_pixels)
-        except ZooError as error:
-            raise HTTPException(415 if isinstance(error, UnsupportedImage) else 422, str(error)) from error
+    def _decode(self, name: str, data: bytes) -> np.ndarray | ZooError:
+        """An image's pixels, or why it has none."""
+        image = {"bytes": data, "path": name}
+        return attempted(pixels_of, image, self.classifier.preprocessing, self.limits.max_pixels)
 
     async def _classify(self) -> None:
         """Classify what waits as one batch, again and again."""
@@ -110,11 +129,12 @@ class Service:
                 results = [error] * len(batch)
             for (_, future), result in zip(batch, results, strict=True):
                 if not future.done():  # it was cancelled
-                    (future.set_exception if isinstance(result, Exception) else future.set_result)(result)
+                    settle = future.set_exception if isinstance(result, Exception) else future.set_result
+                    settle(result)
 
 
 async def images_of(request: Request, body: bytes, most: int) -> list[tuple[str, bytes]]:
-    """The names of a request's images, and their bytes: its body, or the files of its form, at most so many."""
+    """The names and bytes of a request's images: its body, or the files of its form, at most so many."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         images = [("image", body)] if body else []
     else:
@@ -141,8 +161,9 @@ def application(
     hosts: Sequence[str] = ("*",),
     device: str = "cpu",
 ) -> FastAPI:
-    """The server for a file from `dcp-zoo export`: so many `threads` run the model, and as many decode. It shows
-    `name`, by default the file's; clients may call the server by the names `hosts`, such as "*.example.org"."""
+    """The server for a file from `dcp-zoo export`: so many `threads` run the model, and as many decode.
+    It shows `name`, by default the file's; clients may call the server by the names `hosts`, such as
+    "*.example.org"."""
     classifier = OnnxClassifier(path, threads, device)
     service = Service(classifier, limits, threads)
     app = FastAPIOffline(title=name or classifier.name, version=version("dcp_zoo"), lifespan=service.running)
@@ -150,16 +171,24 @@ def application(
 
     @app.post("/predict", **yaml.safe_load((Path(__file__).parent / "predict.yaml").read_text()))
     async def predict(request: Request, top_k: Annotated[int, Query(ge=1)] = 5) -> Response:
-        """Classify the image in the body (`curl --data-binary @photo.jpg`) or the files of a form (`curl -F`)."""
-        if unknown := [name for name in request.query_params if name != "top_k"]:
+        """Classify the image in the body (`curl --data-binary @photo.jpg`) or the files of a form (`curl
+        -F`)."""
+        unknown = [name for name in request.query_params if name != "top_k"]
+        if unknown:
             raise HTTPException(422, f"There is no parameter {', '.join(unknown)}: the only one is top_k.")
         return await service.answer(request, top_k)
 
+    @app.exception_handler(RequestValidationError)
+    async def refuse(request: Request, error: RequestValidationError) -> Response:
+        """Of the only parameter there is."""
+        given = request.query_params["top_k"]
+        return JSONResponse({"detail": f"top_k must be an integer of at least 1, not {given!r}."}, 422)
+
     @app.get("/health", responses={503: {"description": "the model no longer runs"}})
     async def health() -> Values:
-        """Whether the server can classify, and the classes of its head."""
+        """Whether the server can classify, the file that it serves, and the classes of its head."""
         if service.batching.done():
             raise HTTPException(503, "The model no longer runs.")
-        return {"head": app.title, "classes": classifier.classnames}
+        return {"head": app.title, "file": path.name, "classes": classifier.classnames}
 
     return app

@@ -1,6 +1,8 @@
-"""Training: recipes, image sources, the loop, its saved state, and complete runs; and what methods are made of.
+"""Training: recipes, image sources, the loop, its saved state, and complete runs; and what methods are made
+of.
 
-The public names are in `__init__.pyi` and imported on first use: commands read the table of methods without torch.
+The public names are in `__init__.pyi` and imported on first use: commands read the table of methods without
+torch.
 """
 
 import lazy_loader

@@ -1,9 +1,10 @@
 from .evaluation import Accuracy as Accuracy
 from .evaluation import Evaluation as Evaluation
 from .evaluation import measure as measure
-from .loop import Epoch as Epoch
 from .methods.base import Method as Method
-from .methods.base import Task as Task
+from .methods.base import augmented as augmented
+from .methods.base import mirrored as mirrored
+from .methods.base import plain as plain
 from .methods.table import METHODS as METHODS
 from .recipes import BaseRecipe as BaseRecipe
 from .recipes import Recipe as Recipe
@@ -12,5 +13,5 @@ from .recipes import option as option
 from .run import RunOptions as RunOptions
 from .run import plan as plan
 from .run import train_head as train_head
-from .sources import ImageSource as ImageSource
-from .sources import image_source as image_source
+from .task import Epoch as Epoch
+from .task import Task as Task

@@ -1,10 +1,11 @@
-"""Run a head on labelled images, and measure its predictions: accuracy with its interval, per class, confused classes,
-mistakes, and how far the probabilities can be trusted. Percentages are rounded to a hundredth."""
+"""Run a head on labelled images, and measure its predictions: accuracy with its interval, per class,
+confused classes, mistakes, and how far the probabilities can be trusted. Percentages are rounded to a
+hundredth."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from statistics import mean
 from typing import NamedTuple
 
@@ -12,27 +13,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.answers import is_rejected
+from dcp_zoo.accuracy import Accuracy
+from dcp_zoo.answers import Outputs
 from dcp_zoo.backbone._torch import in_eval_mode
 from dcp_zoo.backbone.clip import parts_of
 from dcp_zoo.data import Item
-from dcp_zoo.data.groups import group_ids
-from dcp_zoo.data.images import Progress, by_image, no_progress
 from dcp_zoo.errors import warn
+from dcp_zoo.features import ImageLoader, Labelled
 from dcp_zoo.fields import Values
-from dcp_zoo.heads.config import NO_CLASSIFIER, Accuracy
+from dcp_zoo.heads.config import NO_CLASSIFIER
 from dcp_zoo.heads.head import Head
-from dcp_zoo.training.device import autocast
+from dcp_zoo.prediction.heads import outputs_of_loader
 from dcp_zoo.training.recipes import NOT_LEARNT
-from dcp_zoo.training.sources import ImageSource, features_of
 
 EVAL_BATCH = 100  # images; logits do not depend on it, except with batch statistics
-FEATURES_AT_A_TIME = 1000  # that are classified
 BINS = 15
 
 
 class Confusion(NamedTuple):
-    """How many `times` images of class `name` were classified as `predicted`, of the `images` of this class."""
+    """How many `times` images of class `name` were classified as `predicted`, of the `images` of this
+    class."""
 
     name: str
     predicted: str
@@ -55,7 +55,8 @@ class Mistake(NamedTuple):
 
 
 class Bin(NamedTuple):
-    """The predictions whose confidence lies in one range: their number, mean confidence and accuracy, from 0 to 1."""
+    """The predictions whose confidence lies in one range: their number, mean confidence and accuracy, from 0
+    to 1."""
 
     images: int
     confidence: float
@@ -63,24 +64,25 @@ class Bin(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """The predictions of a head on labelled images. `logits` (n, C), for its class names, are on the CPU; `refused`
-    (n,): which images the head's threshold rejects, if it has one."""
+class Evaluation(Labelled):
+    """The predictions of a head on labelled images. `logits` (n, C), for its class names, are on the CPU;
+    `refused` (n,): which images the head's threshold rejects, if it has one."""
 
     classnames: Sequence[str]
     items: Sequence[Item]
     logits: Tensor
     refused: Tensor | None = None
 
+    @classmethod
+    def of(cls, outputs: Outputs, classnames: Sequence[str], items: Sequence[Item]) -> "Evaluation":
+        """Of what a head says of these images."""
+        refused = None if outputs.rejected is None else torch.from_numpy(outputs.rejected)
+        return cls(classnames, items, torch.from_numpy(outputs.logits), refused)
+
     def __repr__(self) -> str:
         return (
             f"<Evaluation: {self.accuracy.correct} of {len(self.items)} images right, {len(self.classnames)} classes>"
         )
-
-    @cached_property
-    def labels(self) -> Tensor:
-        """Labels (n,)."""
-        return torch.tensor([item.label for item in self.items])
 
     @cached_property
     def predicted(self) -> Tensor:
@@ -90,21 +92,23 @@ class Evaluation:
     @property
     def accuracy(self) -> Accuracy:
         """Over all images."""
-        return self._accuracy("", torch.ones(len(self.items), dtype=torch.bool))
+        return self._accuracy("", torch.ones(len(self.items), dtype=torch.bool))._replace(untested=self.untested)
+
+    @property
+    def untested(self) -> list[str]:
+        """The classes without an image here, of which no accuracy is known."""
+        tested = set(self.labels.tolist())
+        return [name for label, name in enumerate(self.classnames) if label not in tested]
 
     def _accuracy(self, name: str, own: Tensor) -> Accuracy:
         sizes = torch.bincount(self.groups[own]).double()
         independent = (sizes.sum() ** 2 / sizes.square().sum()).item() if sizes.amax() > 1 else None
         return Accuracy(name, int((self.predicted == self.labels)[own].sum()), int(own.sum()), independent)
 
-    @cached_property
-    def groups(self) -> Tensor:
-        """Of images that were taken together (n,), see `group_ids`."""
-        return group_ids([item.group for item in self.items])
-
     @property
     def balanced(self) -> float | None:
-        """The mean of the classes' accuracies in percent; None if they have as many images each: then equal."""
+        """The mean of the classes' accuracies in percent; None if they have as many images each: then
+        equal."""
         sizes = {row.images for row in self.per_class}
         return round(mean(row.percent for row in self.per_class), 2) if len(sizes) > 1 else None
 
@@ -116,31 +120,37 @@ class Evaluation:
             said["independent_images"] = round(self.accuracy.independent, 1)
         if self.balanced is not None:
             said["balanced_top1"] = self.balanced
+        if self.untested:
+            said["untested"] = self.untested
         if self.refused is not None:
             said["refused"] = round(100 * self.refused.float().mean().item(), 1)
         return said
 
     @property
     def per_class(self) -> list[Accuracy]:
-        """One entry for each class that has images, in the order of the classes, by its name; if classes share a name,
-        as in two pairs of ImageNet's, later ones get their label."""
+        """One entry for each class that has images, in the order of the classes, by its name; if classes
+        share a name, as in two pairs of ImageNet's, later ones get their label."""
         rows = []
         for label, name in enumerate(self.classnames):
-            if (own := self.labels == label).any():
+            own = self.labels == label
+            if own.any():
                 rows.append(self._accuracy(f"{name} ({label})" if name in self.classnames[:label] else name, own))
         return rows
 
     @property
     def confusion_matrix(self) -> Tensor:
-        """The number of images (C, C) of each class, the row, that were classified as each class, the column."""
+        """The number of images (C, C) of each class, the row, that were classified as each class, the
+        column."""
         classes = len(self.classnames)
         return torch.bincount(self.labels * classes + self.predicted, minlength=classes**2).view(classes, classes)
 
     @property
     def confused_pairs(self) -> list[Confusion]:
         """The entries of `confusion_matrix` off its diagonal, without zeros, most images first."""
-        matrix, names = self.confusion_matrix, self.classnames
-        wrong, sizes = matrix.clone().fill_diagonal_(0).nonzero().tolist(), matrix.sum(1).tolist()
+        matrix = self.confusion_matrix
+        names = self.classnames
+        sizes = matrix.sum(1).tolist()
+        wrong = matrix.clone().fill_diagonal_(0).nonzero().tolist()
         pairs = [Confusion(names[i], names[j], int(matrix[i, j]), sizes[i]) for i, j in wrong]
         return sorted(pairs, key=lambda pair: -pair.times)
 
@@ -156,77 +166,54 @@ class Evaluation:
         ]
 
 
+def measure(
+    head: Head, images: ImageLoader, batch_size: int = EVAL_BATCH, all_modes: bool = True
+) -> tuple[dict[str, float], Evaluation]:
+    """Top-1 accuracy in percent in each mode of `outputs_by_mode`, and the predictions in the first."""
+    return measured(outputs_by_mode(head, images, batch_size, all_modes), head.classnames, images.items)
+
+
 @torch.no_grad()
-def read(
-    head: Head, source: ImageSource, batch_size: int, progress: Progress = no_progress
-) -> tuple[Tensor, Tensor | None]:
-    """The logits (n, C) of all images of a source, in order, with the current statistics; and with the stored ones the
-    features (n, F). With others a batch has `batch_size` images."""
-    with in_eval_mode(head):
-        if head.stats == "stored":
-            features = features_of(head, source, 1, progress)[0].float()
-            chunks = features.split(FEATURES_AT_A_TIME)
-            return torch.cat([head.classify(x.to(head.device)).float().cpu() for x in chunks]), features
-        logits = []
-        for inputs, _ in by_image(progress, source.batches(batch_size), "test images", len(source.items)):
-            with autocast(head.device, source.precision):
-                logits.append(head(inputs.to(head.device)).float().cpu())
-    return torch.cat(logits), None
-
-
-def predict_modes(
-    head: Head, read: Callable[[], tuple[Tensor, Tensor | None]]
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Logits (n, C) of images in each way that a head is measured, the default first: with the stored statistics, with
-    those of batches as the release evaluates, and without the text probe; and the features (n, F), if there are stored
-    statistics. `read` computes what the function of this name returns."""
-    modes, without_probe, features = dict[str, Tensor](), dict[str, Tensor](), None
+def outputs_by_mode(
+    head: Head, images: ImageLoader, batch_size: int = EVAL_BATCH, all_modes: bool = True
+) -> dict[str, Outputs]:
+    """What a head says of images in each way that it is measured, the default first: with the stored
+    statistics, where it also says which images it rejects, with those of batches as the release evaluates,
+    and without the text probe. With `all_modes` False, only as the head is."""
+    threshold = None if head.cannot_reject else head.rejection_threshold()
+    outputs: dict[str, Outputs] = {}
     with in_eval_mode(head):
         before = head.stats
-        default = before == head.stats_modes[0]  # it may become another one, when statistics are stored
+        is_default = before == head.stats_modes[0]  # it may become another one, when statistics are stored
+        if not all_modes:
+            return {before: outputs_of_loader(head, images, batch_size, threshold)}
+        without_probe: dict[str, Outputs] = {}
         try:
             for stats in head.stats_modes:
                 head.stats = stats
-                modes[stats], given = read()
-                if given is not None:
-                    features = given
-                if given is not None and head.text_probe is not None:
+                outputs[stats] = outputs_of_loader(head, images, batch_size, threshold, keep=True)
+                features = outputs[stats].features
+                if features is not None and head.text_probe is not None:
                     weight, bias = (part.detach().float().cpu() for part in head.own_linear())
-                    own = given[:, : weight.shape[1]] * math.sqrt(parts_of(head.reads))
-                    without_probe[NO_CLASSIFIER] = F.linear(own, weight, bias)
+                    own = torch.from_numpy(features[:, : weight.shape[1]]) * math.sqrt(parts_of(head.reads))
+                    without_probe[NO_CLASSIFIER] = Outputs(F.linear(own, weight, bias).numpy())
         finally:
-            head.stats = None if default else before
-    return modes | without_probe, features
-
-
-def measure(
-    head: Head, source: ImageSource, batch_size: int = EVAL_BATCH, progress: Progress = no_progress
-) -> tuple[dict[str, float], Evaluation]:
-    """Top-1 accuracy in percent in each mode of `predict_modes`, and the predictions in the first."""
-    return measured(*answers(head, source, batch_size, progress), head.classnames, source.items)
-
-
-def answers(
-    head: Head, source: ImageSource, batch_size: int, progress: Progress
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """`predict_modes` of the images, and which of them the head's threshold rejects."""
-    modes, features = predict_modes(head, partial(read, head, source, batch_size, progress))
-    if features is None or head.cannot_reject:
-        return modes, None
-    logits, distances = next(iter(modes.values())), head.distances(features.to(head.device)).cpu()
-    return modes, torch.from_numpy(is_rejected(logits.numpy(), distances.numpy(), head.rejection_threshold()))
+            head.stats = None if is_default else before
+    return outputs | without_probe
 
 
 def measured(
-    modes: Mapping[str, Tensor], refused: Tensor | None, classnames: Sequence[str], items: Sequence[Item]
+    outputs: Mapping[str, Outputs], classnames: Sequence[str], items: Sequence[Item]
 ) -> tuple[dict[str, float], Evaluation]:
-    """What `measure` returns, of the logits in each mode, and which images are refused, if that is known."""
-    evaluation = Evaluation(classnames, items, next(iter(modes.values())), refused)
-    return {f"top1_{mode}": top1(logits, evaluation.labels) for mode, logits in modes.items()}, evaluation
+    """What `measure` returns, of the outputs in each mode."""
+    evaluation = Evaluation.of(next(iter(outputs.values())), classnames, items)
+    labels = evaluation.labels
+    return {f"top1_{mode}": top1(torch.from_numpy(each.logits), labels) for mode, each in outputs.items()}, evaluation
 
 
 def warn_if_not_learnt(loss: float, classes: int, length: str, value: int) -> None:
-    """Warn if the loss on the training images is above `NOT_LEARNT` of a guess's; the field `length` is `value`."""
+    """Warn if the loss on the training images is above `NOT_LEARNT` of a guess's; the field `length` is
+    `value`."""
     guess = math.log(max(classes, 2))
     if loss > NOT_LEARNT * guess:
         warn(
@@ -242,8 +229,9 @@ def top1(logits: Tensor, labels: Tensor) -> float:
 
 
 def reliability(logits: Tensor, labels: Tensor) -> list[Bin]:
-    """The bins of a reliability diagram (Guo et al., On Calibration of Modern Neural Networks, ICML 2017), without
-    empty ones: bin i of `BINS` has the predictions whose highest probability is in (i / BINS, (i + 1) / BINS]."""
+    """The bins of a reliability diagram (Guo et al., On Calibration of Modern Neural Networks, ICML 2017),
+    without empty ones: bin i of `BINS` has the predictions whose highest probability is in (i / BINS, (i +
+    1) / BINS]."""
     confidence, predicted = logits.double().softmax(-1).max(-1)
     hits = (predicted == labels).double()
     bin_of = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
@@ -252,7 +240,8 @@ def reliability(logits: Tensor, labels: Tensor) -> list[Bin]:
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """ECE in percent: the mean over all predictions of |accuracy - mean confidence| of the prediction's bin."""
+    """ECE in percent: the mean over all predictions of |accuracy - mean confidence| of the prediction's
+    bin."""
     gaps = (part.images * abs(part.accuracy - part.confidence) for part in reliability(logits, labels))
     return round(100 * sum(gaps) / len(labels), 2)
 

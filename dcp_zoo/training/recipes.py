@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 from dcp_zoo.data.packaged import find_spec
 from dcp_zoo.errors import check_range
+from dcp_zoo.features import MANY
 from dcp_zoo.fields import Checked, Values, changed, check, count, option, problems
 from dcp_zoo.heads.config import PHRASE, DCPConfig
 from dcp_zoo.zoo.registry import get_spec
 
-PRECISIONS, AUTO = ("float32", "bfloat16", "float16"), "auto"
 TEXT_PROBE = "text-probe"
 # what hyperparameters were chosen on; cross-validation is on the training images
 VALIDATION, CROSS_VALIDATION = "few-shot validation images", "cross-validation"
@@ -22,9 +22,10 @@ PROBE_REFUSED = (
 EXAMPLES_UNUSED = "The {} images of none of the classes are not used: {}."
 # the default beside the paper's: a schedule that fits the training set, clip_reg with CLIP, and a text probe
 FITTED_SCHEDULE: Values = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "classifier": TEXT_PROBE}
-FEWEST_STEPS, MANY, MIN_EPOCHS = 100, 2000, 5
+FEWEST_STEPS, MIN_EPOCHS = 100, 5
 NOT_LEARNT = 0.4  # of the loss of a random guess: training images with a higher loss are not learnt
-# changes to `Recipe` in the authors' two recipes: their released code, and their paper with that code's other numbers
+# changes to `Recipe` in the authors' two recipes: their released code, and their paper with that code's
+# other numbers
 PAPER: Values = {"ctx_init": PHRASE}
 AUTHORS = {"release": PAPER | {"coupling": "text_to_vision"}, "paper": PAPER}
 TRANSFER = 4  # times DCP's clip_reg, for what it was not trained on
@@ -39,8 +40,8 @@ def check_seed(seed: int) -> None:
 
 
 def batch_sizes(images: int, batch_size: int, drop_last: bool) -> list[int]:
-    """Sizes of the shuffled batches of an epoch. With `drop_last` an incomplete batch is dropped, unless it is the only
-    one; otherwise every image is in a batch, and the sizes differ by at most one."""
+    """Sizes of the shuffled batches of an epoch. With `drop_last` an incomplete batch is dropped, unless it
+    is the only one; otherwise every image is in a batch, and the sizes differ by at most one."""
     if drop_last or images <= batch_size:
         return [min(images, batch_size)] * max(1, images // batch_size)
     count = -(-images // batch_size)
@@ -49,16 +50,17 @@ def batch_sizes(images: int, batch_size: int, drop_last: bool) -> list[int]:
 
 def steps_needed(images: int, classes: int, batch_size: int) -> int:
     """Optimiser steps of a schedule that fits the training set, chosen on validation images, see
-    `benchmarks/notes.md`: one for two images and two for each class, at least `FEWEST_STEPS`, and up to `MANY` images
-    never less than the release's 20 epochs. Beyond, further images need no further steps: they replace repetitions."""
+    `benchmarks/notes.md`: one for two images and two for each class, at least `FEWEST_STEPS`, and up to
+    `MANY` images never less than the release's 20 epochs. Beyond, further images need no further steps: they
+    replace repetitions."""
     counted = min(images, MANY)
     return max(FEWEST_STEPS, counted // 2 + 2 * classes, 20 * counted // batch_size)
 
 
 @dataclass(frozen=True)
 class BaseRecipe(Checked):
-    """The hyperparameters of one method, and the classifier that is fitted after it. `is_trained` says whether
-    `loop.train` trains by it: with callbacks, and a state from which it resumes."""
+    """The hyperparameters of one method, and the classifier that is fitted after it. `is_trained` says
+    whether `loop.train` trains by it: with callbacks, and a state from which it resumes."""
 
     is_trained = False
     augment: str = option(
@@ -72,13 +74,9 @@ class BaseRecipe(Checked):
 
     @classmethod
     def for_task(cls, model: str, dataset: str, shots: int, protocol: str) -> "BaseRecipe":
-        """The published values for a task with at least one image per class; by default those of the fields."""
+        """The published values for a task with at least one image per class; by default those of the
+        fields."""
         return cls()
-
-    @property
-    def image_augment(self) -> str:
-        """How training images are read: the classifier after a method takes their mirror images, too."""
-        return "flip" if self.augment == "none" and self.classifier != "none" else self.augment
 
     def fitted(self: R, images: int, classes: int) -> R:
         """This recipe for a training set; the same, unless its length depends on that."""
@@ -137,16 +135,17 @@ class TrainingRecipe(BaseRecipe):
 
 @dataclass(frozen=True)
 class Recipe(TrainingRecipe, DCPConfig):
-    """How a DCP head is trained: options of model and training, by default the paper's with the numbers of its code."""
+    """How a DCP head is trained: options of model and training, by default the paper's with the numbers of
+    its code."""
 
     eval_batch_size: int = count(16, "images per batch when batch statistics are evaluated")
     clip_reg: float = option(0.0, "weight of the distance to zero-shot CLIP's features in the loss; 1: as in PromptSRC")
 
     @classmethod
     def for_task(cls, model: str, dataset: str, shots: int, protocol: str) -> "Recipe":
-        """The default recipe; where it agrees with zero-shot CLIP, more so for classes and styles that it was not
-        trained on. From ImageNet, transfer is measured after `IMAGENET_EPOCHS`: this reads the authors' scripts, which
-        disagree on it."""
+        """The default recipe; where it agrees with zero-shot CLIP, more so for classes and styles that it
+        was not trained on. From ImageNet, transfer is measured after `IMAGENET_EPOCHS`: this reads the
+        authors' scripts, which disagree on it."""
         default = default_recipe(model, dataset)
         if protocol == "few-shot":
             return default
@@ -165,9 +164,10 @@ class Recipe(TrainingRecipe, DCPConfig):
 
 
 def default_recipe(model: str, dataset: str | None = None) -> Recipe:
-    """For CLIP models on the paper's datasets the recipe "paper" and the text probe, for the zoo's planned heads, too;
-    otherwise its values with the changes of the model's row in the registry, and a schedule that fits the training set.
-    `dataset=None` counts as one of them. The coupling is the paper's because it is the method as described."""
+    """For CLIP models on the paper's datasets the recipe "paper" and the text probe, for the zoo's planned
+    heads, too; otherwise its values with the changes of the model's row in the registry, and a schedule that
+    fits the training set. `dataset=None` counts as one of them. The coupling is the paper's because it is
+    the method as described."""
     changes = get_spec(model).recipe
     if not changes and (dataset is None or find_spec(dataset).counts):
         return Recipe(**AUTHORS["paper"], classifier=TEXT_PROBE)

@@ -1,7 +1,8 @@
 """The state of a training run in a file, from which a stopped or killed run resumes; on a CPU bit for bit.
 
-The next steps depend on the trained weights, the optimizer, the scaler and the number of steps done. The order of the
-images, their augmentation and all other randomness depend only on the seed and the step, see `loop.train`.
+The next steps depend on the trained weights, the optimizer, the scaler and the number of steps done. The
+order of the images, their augmentation and all other randomness depend only on the seed and the step, see
+`loop.train`.
 """
 
 import io
@@ -16,10 +17,10 @@ import torch
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Values
 from dcp_zoo.files import write_file
-from dcp_zoo.heads.config import STATE_NAME
+from dcp_zoo.training.folder import STATE_NAME
 
 SAVE_EVERY = 60.0  # seconds: little work is lost; saving 11 M weights with AdamW, 133 MB, takes a slow machine 1 to 2 s
-STATE_FORMAT = 3
+STATE_FORMAT = 4
 Log = Callable[[str], object]
 
 
@@ -27,10 +28,40 @@ def no_log(message: object) -> None:
     """Say nothing."""
 
 
+class EpochAverage:
+    """The average of tensors that are trained, after each epoch, with these weights of the epochs, which sum
+    to 1.
+
+    Args:
+        trained: the tensors.
+        weights: one per epoch.
+        per_epoch: steps in an epoch.
+    """
+
+    def __init__(self, trained: Sequence[torch.Tensor], weights: Sequence[float], per_epoch: int) -> None:
+        self.trained = trained
+        self.weights = weights
+        self.per_epoch = per_epoch
+        self.sums = [torch.zeros_like(p, requires_grad=False) for p in trained]
+
+    def step(self, steps: int) -> None:
+        """Add the tensors if an epoch ends after this number of steps."""
+        epochs, within = divmod(steps, self.per_epoch)
+        if within == 0:
+            for total, p in zip(self.sums, self.trained, strict=True):
+                total.add_(p.detach(), alpha=self.weights[epochs - 1])
+
+    @torch.no_grad()
+    def finish(self, epochs: int) -> None:
+        """Replace the tensors by their average over the epochs that were run."""
+        for p, total in zip(self.trained, self.sums, strict=True):
+            p.copy_(total / sum(self.weights[:epochs]))
+
+
 class TrainingState:
-    """The state of one training run: weights, optimizer and losses, and a file from which it resumes, written
-    atomically every `every` seconds (0: after every step), at the end, and when the run stops between two steps for any
-    reason. ZooError if the file is damaged, or the state of another run."""
+    """The state of one training run: weights, optimizer and losses, and a file from which it resumes,
+    written atomically every `every` seconds (0: after every step), at the end, and when the run stops
+    between two steps for any reason. ZooError if the file is damaged, or the state of another run."""
 
     def __init__(
         self,
@@ -39,35 +70,47 @@ class TrainingState:
         every: float = SAVE_EVERY,
         log: Log = no_log,
     ) -> None:
-        self.path, self.run, self.every, self.log = path, {**(run or {}), "state's format": STATE_FORMAT}, every, log
-        self._found = self._read()
-        self.losses: list[float] = self._found["losses"] if self._found else []  # of every completed step
-        self.seconds: float = self._found["seconds"] if self._found else 0.0  # that these took
-        self._saved_steps = len(self.losses) if self._found else None
+        self.path = path
+        self.run = {**(run or {}), "state's format": STATE_FORMAT}
+        self.every = every
+        self.log = log
+        self.losses: list[float] = []  # of every completed step
+        self.seconds = 0.0  # that these took
+        self._saved_steps: int | None = None
         self._between_steps = True  # False while weights and optimizer change: they must not be saved then
+        self._found = self._read()
+        if self._found is not None:
+            self.losses = self._found["losses"]
+            self.seconds = self._found["seconds"]
+            self._saved_steps = len(self.losses)
 
     def begin(
-        self, optimizer: torch.optim.Optimizer, precision: str = "float32", others: Sequence[torch.Tensor] = ()
+        self, optimizer: torch.optim.Optimizer, precision: str = "float32", average: EpochAverage | None = None
     ) -> "TrainingState":
-        """Start with this optimizer, its weights, other tensors that change, and the state of the file, if any."""
-        self.optimizer, self.precision, self.others = optimizer, precision, others
+        """Start with this optimizer, what it trains, its average over epochs, and the state of the file, if
+        any."""
+        self.optimizer = optimizer
+        self.precision = precision
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.average = average
+        self.saved = [*self.trained, *(average.sums if average else ())]
         device = self.trained[0].device.type
         self.scaler = torch.amp.GradScaler(device, enabled=precision == "float16" and device != "mps")
-        if state := self._found:
+        if self._found is not None:
             with torch.no_grad():
-                for p, saved in zip([*self.trained, *others], state["trained"], strict=True):
-                    p.copy_(saved)
-            optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+                for p, value in zip(self.saved, self._found["trained"], strict=True):
+                    p.copy_(value)
+            optimizer.load_state_dict(self._found["optimizer"])
+            self.scaler.load_state_dict(self._found["scaler"])
             self.log(f"Resuming after step {self._saved_steps}, from {self.path}")
             self._found = None
-        self._saved = time.perf_counter()
-        self._started = self._saved - self.seconds
+        self._saved_at = time.perf_counter()
+        self._started = self._saved_at - self.seconds
         return self
 
     def step(self, loss: float) -> None:
-        """The end of a step: update the weights, and record its loss. If that fails, the last saved state is kept."""
+        """The end of a step: update the weights, and record its loss. If that fails, the last saved state is
+        kept."""
         self._between_steps = False
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -75,9 +118,11 @@ class TrainingState:
             problem = f"Training diverged: the loss of step {len(self.losses) + 1} is {loss}."
             raise ZooError(f"{problem} {self._lower_rate()}, or use float32 or bfloat16 instead of float16.")
         self.losses.append(loss)
+        if self.average:
+            self.average.step(len(self.losses))
         self.seconds = time.perf_counter() - self._started
         self._between_steps = True
-        if self.path and time.perf_counter() - self._saved >= self.every:
+        if time.perf_counter() - self._saved_at >= self.every:
             self._save()
 
     def _lower_rate(self) -> str:
@@ -87,7 +132,7 @@ class TrainingState:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        """Save; add to errors that users can act on what is saved and how to resume."""
+        """Save; an error that users can act on also says what is saved and how to resume."""
         if error is None:
             self._save()
             return
@@ -119,15 +164,17 @@ class TrainingState:
             raise ZooError(f"Training diverged: the weights {after} are not finite. {self._lower_rate()}.")
         state = {
             "run": self.run,
-            "trained": [p.detach() for p in (*self.trained, *self.others)],
+            "trained": [p.detach() for p in self.saved],
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "losses": self.losses,
             "seconds": self.seconds,
         }
-        torch.save(state, buffer := io.BytesIO())
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
         write_file(self.path, buffer.getvalue(), otherwise="")  # `_advice` follows
-        self._saved_steps, self._saved = len(self.losses), time.perf_counter()
+        self._saved_steps = len(self.losses)
+        self._saved_at = time.perf_counter()
 
     def _read(self) -> Values | None:
         """The file's content, checked, or None if there is no file."""
@@ -135,9 +182,10 @@ class TrainingState:
             return None
         with as_zoo_error(f"{self.path} is damaged. Pass --overwrite, or delete the file, to start again.", Exception):
             state: Values = torch.load(self.path, map_location="cpu", weights_only=True)
-            before, now = state["run"], self.run
-        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        if different := [f"{name} {before.get(name)} instead of {now.get(name)}" for name in names]:
+            saved = state["run"]
+        names = [name for name in {**saved, **self.run} if saved.get(name) != self.run.get(name)]
+        if names:
+            different = [f"{name} {saved.get(name)} instead of {self.run.get(name)}" for name in names]
             problem = f"{self.path} is the state of another run: {'; '.join(different)}."
             advice = "To resume, repeat its command; otherwise choose another --output, or pass --overwrite."
             raise ZooError(f"{problem} {advice}")

@@ -1,7 +1,9 @@
-"""From what a name stands for to a model: CLIP with its weights and tokenizer, a trained or a fresh head, and the image
-encoders of timm that a head reads beside CLIP."""
+"""From a `Source`, what a name stands for, to a model: CLIP with its weights and tokenizer, a trained or a
+fresh head, and the image encoders of timm that a head reads beside CLIP. The logger `dcp_zoo.zoo.build`
+tells at level INFO which file, of which repository and revision, the weights of a head and of its CLIP come
+from."""
 
-import warnings
+import logging
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -21,17 +23,18 @@ from dcp_zoo.backbone.clip import FrozenCLIP, ImageEncoder
 from dcp_zoo.backbone.mini import build_mini_clip
 from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.data import classnames as dataset_classnames
-from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, nearest_hint, warn
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, nearest_hint, warn, without_warnings
 from dcp_zoo.fields import Values
-from dcp_zoo.heads.checkpoint import load, read_tensors
-from dcp_zoo.heads.config import Abilities, DCPConfig
+from dcp_zoo.heads.config import WEIGHTS_NAME, Abilities, DCPConfig
 from dcp_zoo.heads.dcp import DCP
+from dcp_zoo.heads.file import read_tensors
 from dcp_zoo.heads.head import Head
 from dcp_zoo.heads.kinds import CacheHead, LinearHead, PromptHead
-from dcp_zoo.hub import fetch_clip
-from dcp_zoo.zoo.registry import OPEN_CLIP, ModelSpec, described
+from dcp_zoo.hub import fetch_clip, origin
+from dcp_zoo.zoo.registry import OPEN_CLIP, ModelSpec, clip_cfg, described
 from dcp_zoo.zoo.resolve import Source, resolve
 
+logger = logging.getLogger(__name__)
 KINDS: Values = {kind.kind: kind for kind in (LinearHead, PromptHead, CacheHead, DCP)}
 
 
@@ -45,10 +48,11 @@ def build_head(
     tokenizer: Tokenizer | None,
     options: Values,
 ) -> Head:
-    """The head that a source stands for, on its CLIP; a fresh DCP, for these classes, if it stands for none. For the
-    arguments see `create_model`; ZooError for options of a DCP that the checkpoint does not have."""
+    """The head that a source stands for, on its CLIP; a fresh DCP, for these classes, if it stands for none.
+    For the arguments see `create_model`; ZooError for options of a DCP that the checkpoint does not have."""
     config = _dcp_config(source, {name: value for name, value in options.items() if value is not None})
     clip = load_clip(source.spec, source.pretrained is not False, tokenizer, source.cache_dir)
+    clip.pretrained_cfg = source.data_cfg
     if source.is_trained:
         head = trained_head(clip, source)
         if classnames is not None or descriptions:
@@ -57,32 +61,41 @@ def build_head(
         return head
     if source.folder and not source.pretrained:
         warn(f"Only the architecture is taken from {source.folder}: pass pretrained=True to load its weights.")
-    stored = source.config["label_names"] if source.config else None
-    names = classnames or stored or dataset_classnames(source.head.dataset if source.head else "imagenet")
-    with warnings.catch_warnings():
-        if classnames is None:  # ImageNet's list has two pairs of classes with the same name
-            warnings.filterwarnings("ignore", message="Repeated class names")
-        return DCP(clip, names, config, texts=descriptions or TEMPLATE)
+    texts = descriptions or TEMPLATE
+    if classnames is not None:
+        fresh = DCP(clip, classnames, config, texts=texts)
+    else:
+        if source.config:
+            classnames = source.config["label_names"]
+        else:
+            classnames = dataset_classnames(source.head.dataset if source.head else "imagenet")
+        with without_warnings():  # ImageNet's list has two pairs of classes with the same name
+            fresh = DCP(clip, classnames, config, texts=texts)
+    if source.head and source.pretrained:
+        fresh.origin = clip_cfg(source.spec)
+    return fresh
 
 
 def _dcp_config(source: Source, options: Values) -> DCPConfig | None:
     """The options of a DCP, None for a trained head of another method."""
     if source.config is None:
         return DCPConfig.from_options(source.spec.dcp_options | options)
-    method, values = source.config["dcp"]["method"], source.config["model_args"]
+    method = source.config["dcp"]["method"]
     if source.config["dcp"]["head"] != "dcp":
         if not source.is_trained:
-            made = f"{source.folder} is a head of {method}, which has no fresh prompts"
-            raise ZooError(f"{made}: pass pretrained=True for its weights.")
+            raise ZooError(
+                f"{source.folder} is a head of {method}, which has no fresh prompts: pass pretrained=True for its "
+                "weights."
+            )
         if options:
             raise ZooError(f"A head of {method} has no options: omit {', '.join(options)}.")
         return None
-    trained = DCPConfig.from_options(values)
-    asked = DCPConfig.from_options(values | options).as_dict()
-    if differ := [f"{k}={v!r}, not {asked[k]!r}" for k, v in trained.as_dict().items() if v != asked[k]]:
-        raise ZooError(
-            f"The head {Path(source.folder or '').name} was trained with {'; '.join(differ)}. Omit these options."
-        )
+    trained = DCPConfig.from_options(source.config["model_args"])
+    asked = DCPConfig.from_options(source.config["model_args"] | options).as_dict()
+    differ = [f"{name}={own!r}, not {asked[name]!r}" for name, own in trained.as_dict().items() if own != asked[name]]
+    if differ:
+        name = Path(source.folder or "").name
+        raise ZooError(f"The head {name} was trained with {'; '.join(differ)}. Omit these options.")
     return trained
 
 
@@ -92,87 +105,114 @@ def trained_head(clip: FrozenCLIP, source: Source) -> Head:
     assert source.config is not None
     block = source.config["dcp"]
     state = read_tensors(source.folder, source.config["weights_sha256"])
-    with skip_init(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Repeated class names")
+    with skip_init(), without_warnings():
         head: Head = KINDS[block["head"]].from_config(clip, source.config, state)
-    head.method, head.abilities = block["method"], Abilities(**cast(Values, block["abilities"]))
+    head.method = block["method"]
+    head.abilities = Abilities(**cast(Values, block["abilities"]))
     stored = block.get("encoders", [])
-    head.image_encoders.extend(load_encoders([said["name"] for said in stored], clip, stored))
-    return load(head, source.folder, source.config, state)
+    head.image_encoders.extend(load_encoders([encoder["name"] for encoder in stored], clip, stored))
+    head.from_state(source.config, state, source.folder)
+    logger.info("Head of %s: %s", head.method, origin(source.folder / WEIGHTS_NAME))
+    return head
 
 
 # --- CLIP ---
 
 
 def plain_clip(model: str, *, with_weights: bool = True) -> FrozenCLIP:
-    """The CLIP of a model of the zoo such as "dcp_vitb16", with its weights, or random ones, which need no download; on
-    the CPU."""
+    """The CLIP of a model of the zoo such as "dcp_vitb16", with its weights, or random ones, which need no
+    download; on the CPU."""
     return load_clip(resolve(model, "clip").spec, with_weights)
 
 
 def load_clip(
-    spec: ModelSpec, with_weights: bool, tokenizer: Tokenizer | None = None, cache_dir: str | Path | None = None
+    spec: ModelSpec,
+    with_weights: bool,
+    tokenizer: Tokenizer | None = None,
+    cache_dir: str | Path | None = None,
 ) -> FrozenCLIP:
     """The CLIP of a model's row with its weights, or random ones; see `create_model`."""
     tokenizer = tokenizer or build_tokenizer(spec, cache_dir)
-    built = build_clip(spec, with_weights, cache_dir)
+    built, note = build_clip(spec, with_weights, cache_dir)
     clip = FrozenCLIP(built, tokenizer, spec.data_cfg, spec.name, spec.clip_pretrained)
-    return clip.remember_weights() if with_weights else clip
+    clip.note = note
+    if with_weights:
+        clip.remember_weights()
+    return clip
 
 
-def build_clip(spec: ModelSpec, with_weights: bool, cache_dir: str | Path | None = None) -> nn.Module:
-    """CLIP itself, in float32, with QuickGELU for weights trained with it (such as OpenAI's)."""
+def build_clip(spec: ModelSpec, with_weights: bool, cache_dir: str | Path | None = None) -> tuple[nn.Module, str]:
+    """CLIP itself, in float32, with QuickGELU for weights trained with it (such as OpenAI's), and
+    `FrozenCLIP.note`."""
     if spec.clip is None:
-        return build_mini_clip(MINI_WEIGHTS if with_weights else None)
-    source, config = described(spec.clip, spec.clip_pretrained, cache_dir)
-    file = _weights_file(spec, source, cache_dir) if with_weights else ""
-    repo = source.get("hf_hub", "").rpartition("/")[0]
+        if with_weights:
+            logger.info("CLIP of %s: %s", spec.name, origin(MINI_WEIGHTS))
+        return build_mini_clip(MINI_WEIGHTS if with_weights else None), ""
+    weights, config = described(spec.clip, spec.clip_pretrained, cache_dir)
+    file = Path(_weights_file(spec, weights, cache_dir)) if with_weights else Path()
+    repo = weights.get("hf_hub", "").rpartition("/")[0]
+    remedy = f"hf cache rm model/{repo}" if repo else "replace them"
     failed = (
-        f"open_clip cannot load the {spec.clip_pretrained} weights of {spec.clip}: {{}}. If they are damaged, "
-        f"{f'hf cache rm model/{repo}' if repo else 'replace them'}, and try again. Other weights are other models: "
-        "open_clip:ARCH/TAG."
+        f"open_clip cannot load the {spec.clip_pretrained} weights of {spec.clip}: {{}}. If they are damaged, {remedy}"
+        ", and try again. Other weights are other models: open_clip:ARCH/TAG."
     )
     other = f"{spec.clip} is not a CLIP of images and texts that dcp_zoo can build: {{}}. Choose another."
     with as_zoo_error(failed, RuntimeError, SafetensorError, FileNotFoundError):
         with as_zoo_error(other, TypeError, ValueError), skip_init(with_weights):
-            clip = build_open_clip(config, quick_gelu=bool(source.get("quick_gelu", config.get("quick_gelu", False))))
+            quick_gelu = weights.get("quick_gelu", config.get("quick_gelu", False))
+            clip = build_open_clip(config, quick_gelu=bool(quick_gelu))
         if with_weights:
             load_weights(clip, file)
-    return clip.eval()
+            logger.info("CLIP of %s: %s", spec.name, origin(file))
+    note = ""
+    commit = file.parent.name
+    if with_weights and spec.clip_revision not in (None, commit):
+        note = f"The pinned commit {spec.clip_revision} of {repo} could not be had: CLIP's weights are of {commit}."
+        warn(f"{note} A head that was trained on others is refused.")
+    return clip.eval(), note
 
 
-def _weights_file(spec: ModelSpec, source: Values, cache_dir: str | Path | None) -> str | Path:
-    """The file with CLIP's weights, downloaded if needed, from the row's pinned revision if it has one; `source` is
-    open_clip's description of it. ZooError if open_clip has moved the weights to another repo."""
-    if not (place := source.get("hf_hub")):
-        return open_clip.download_pretrained(source, cache_dir=cache_dir and str(cache_dir))
+def _weights_file(spec: ModelSpec, weights: Values, cache_dir: str | Path | None) -> str | Path:
+    """The file with CLIP's weights, downloaded if needed, of the row's pinned revision if it has one, see
+    `fetch_clip`; `weights` is open_clip's description of it. ZooError if open_clip has moved the weights to
+    another repo."""
+    place = weights.get("hf_hub")
+    if not place:
+        return open_clip.download_pretrained(weights, cache_dir=cache_dir and str(cache_dir))
     repo = place.rpartition("/")[0]
-    advice = f"Upgrade dcp_zoo, or take the weights as they are now: {OPEN_CLIP}{spec.clip}/{spec.clip_pretrained}."
     if spec.clip_revision and repo != spec.clip_repo:
-        moved = (
-            f"open_clip {version('open_clip_torch')} has the {spec.clip_pretrained} weights of {spec.clip} in {repo}"
+        raise ZooError(
+            f"open_clip {version('open_clip_torch')} has the {spec.clip_pretrained} weights of {spec.clip} in {repo}, "
+            f"and {spec.name} has them from {spec.clip_repo}. Upgrade dcp_zoo, or take the weights as they are now: "
+            f"{OPEN_CLIP}{spec.clip}/{spec.clip_pretrained}."
         )
-        raise ZooError(f"{moved}, and {spec.name} has them from {spec.clip_repo}. {advice}")
-    return fetch_clip(place, cache_dir, spec.clip_revision, advice)
+    return fetch_clip(place, cache_dir, spec.clip_revision)
 
 
 def build_open_clip(config: Values, quick_gelu: bool) -> nn.Module:
-    """The CLIP of one of open_clip's model configs, with random weights: what `open_clip.create_model` chooses."""
-    custom = config.get("custom_text", False) or "hf_model_name" in config["text_cfg"]
-    if "hf_model_name" in config["text_cfg"]:  # its weights come with CLIP's
-        config = config | {"text_cfg": config["text_cfg"] | {"hf_model_pretrained": False}}
-    kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    """The CLIP of one of open_clip's model configs, with random weights: what `open_clip.create_model`
+    chooses."""
     sizes = {name: value for name, value in config.items() if name not in ("custom_text", "quick_gelu")}
+    from_transformers = "hf_model_name" in sizes["text_cfg"]
+    if from_transformers:  # the text tower's weights come with CLIP's
+        sizes["text_cfg"] = sizes["text_cfg"] | {"hf_model_pretrained": False}
+    if "multimodal_cfg" in sizes:
+        kind = open_clip.CoCa
+    elif config.get("custom_text", False) or from_transformers:
+        kind = open_clip.CustomTextCLIP
+    else:
+        kind = open_clip.CLIP
     return kind(**sizes, quick_gelu=quick_gelu)
 
 
-def load_weights(clip: nn.Module, path: str | Path) -> None:
-    """Load CLIP's weights strictly. A safetensors file with exactly its tensors stays memory-mapped until used;
-    open_clip's loader converts every other format it supports."""
-    if Path(path).suffix == ".safetensors":
+def load_weights(clip: nn.Module, path: Path) -> None:
+    """Load CLIP's weights strictly. A safetensors file with exactly its tensors stays memory-mapped until
+    used; open_clip's loader converts every other format it supports."""
+    if path.suffix == ".safetensors":
         state = load_file(path)
-        if {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in clip.state_dict().items()}:
-            clip.load_state_dict({n: t.float() for n, t in state.items()}, assign=True)
+        shapes = {name: tensor.shape for name, tensor in clip.state_dict().items()}
+        if {name: tensor.shape for name, tensor in state.items()} == shapes:
+            clip.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
             return
     open_clip.load_checkpoint(clip, str(path))
 
@@ -185,38 +225,42 @@ def build_tokenizer(spec: ModelSpec, cache_dir: str | Path | None = None) -> Tok
         return open_clip.get_tokenizer(spec.clip, cache_dir=cache_dir and str(cache_dir))
     except Exception as error:  # of `transformers`, which reports a missing file in many ways
         text_cfg = described(spec.clip, spec.clip_pretrained, cache_dir)[1].get("text_cfg", {})
-        wanted = text_cfg.get("hf_tokenizer_name", spec.clip)
+        repo = text_cfg.get("hf_tokenizer_name", spec.clip)
         import_extra("transformers", "tokenizers")
-        problem = f"The tokenizer of {spec.clip} cannot be loaded from the Hub repo {wanted!r}: {error}."
-        advice = "Check the connection, or pass your own: create_model(..., tokenizer=...)."
-        raise ZooError(f"{problem} {advice}") from error
+        raise ZooError(
+            f"The tokenizer of {spec.clip} cannot be loaded from the Hub repo {repo!r}: {error}. "
+            "Check the connection, or pass your own: create_model(..., tokenizer=...)."
+        ) from error
 
 
 # --- image encoders ---
 
-PLACES = ("hf-hub:", "local-dir:")  # timm's names for other places of a model
+TIMM_SCHEMES = ("hf-hub:", "local-dir:")  # before names of models outside timm's registry
 
 
 def load_encoders(names: Sequence[str], clip: FrozenCLIP, stored: Sequence[Values] = ()) -> list[ImageEncoder]:
-    """The image encoders of these names with their pretrained weights, on the device of a CLIP; `stored` is what a head
-    says of each. ZooError for an unknown one, weights that are neither here nor can be downloaded, or others than the
-    head was trained with."""
+    """The image encoders of these names with their pretrained weights, on the device of a CLIP; `stored` is
+    what a head says of each. ZooError for an unknown one, weights that are neither here nor can be
+    downloaded, or others than the head was trained with."""
     check_encoders(names)
     encoders = [_load_encoder(name, clip) for name in names]
-    for encoder, said in zip(encoders, stored, strict=False):
-        if said["fingerprint"] != encoder.fingerprint():
-            problem = f"The weights of {encoder.source} are not those that the head was trained with"
-            raise ZooError(f"{problem}: use the version of timm that it names, or train the head again.")
+    for encoder, trained_with in zip(encoders, stored, strict=False):
+        if trained_with["fingerprint"] != encoder.fingerprint():
+            raise ZooError(
+                f"The weights of {encoder.source} are not those that the head was trained with: use the version of "
+                "timm that it names, or train the head again."
+            )
     return encoders
 
 
 def check_encoders(names: Sequence[str]) -> None:
     """ZooError for a name that timm does not know."""
     for name in names:
-        if not name.startswith(PLACES) and not timm.is_model_pretrained(name):
+        if not name.startswith(TIMM_SCHEMES) and not timm.is_model_pretrained(name):
             hint = nearest_hint(name, timm.list_models(pretrained=True))
-            advice = "All: timm.list_models(pretrained=True)"
-            raise ZooError(f"timm has no pretrained image model {name!r}.{hint} {advice}.")
+            raise ZooError(
+                f"timm has no pretrained image model {name!r}.{hint} All: timm.list_models(pretrained=True)."
+            )
 
 
 def _load_encoder(name: str, clip: FrozenCLIP) -> ImageEncoder:
@@ -225,14 +269,15 @@ def _load_encoder(name: str, clip: FrozenCLIP) -> ImageEncoder:
         "internet, or choose another: timm.list_models(pretrained=True)."
     )
     with as_zoo_error(failed, Exception):
-        size, options = _size(name, clip.pretrained_cfg["input_size"][1:])
+        size, options = _encoder_size(name, clip.pretrained_cfg["input_size"][1:])
         model = timm.create_model(name, pretrained=True, num_classes=0, **options)
     return ImageEncoder(model, name, size, clip).remember_weights().to(clip.device)
 
 
-def _size(name: str, size: Sequence[int]) -> tuple[tuple[int, int], Values]:
-    """The pixels that a model shall read, for images of this size, and timm's options for it: this size, where the
-    model has a fixed one a multiple of its patches, or its own where it has no patches."""
+def _encoder_size(name: str, size: Sequence[int]) -> tuple[tuple[int, int], Values]:
+    """The height and width that a model shall read, for images of this `size`, and timm's options for that.
+    A model of any size reads `size`; one of a fixed size the next smaller multiple of its patches, or
+    without patches its own."""
     with torch.device("meta"):
         model: Any = timm.create_model(name, num_classes=0)
     height, width = size
@@ -240,7 +285,6 @@ def _size(name: str, size: Sequence[int]) -> tuple[tuple[int, int], Values]:
         return (height, width), {}
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if not isinstance(patch, tuple):
-        own: tuple[int, int] = model.pretrained_cfg["input_size"][1:]
-        return own, {}
-    fitting = height // patch[0] * patch[0], width // patch[1] * patch[1]
+        return model.pretrained_cfg["input_size"][1:], {}
+    fitting = (height // patch[0] * patch[0], width // patch[1] * patch[1])
     return fitting, {"img_size": fitting}

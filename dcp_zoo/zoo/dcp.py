@@ -1,8 +1,8 @@
-"""The zoo's models in timm's registry, so that `timm.create_model("dcp_vitb16")` works. timm takes the name of
-this module for that of the family: `timm.list_models(module="dcp")`.
+"""The zoo's models in timm's registry, so that `timm.create_model("dcp_vitb16")` works. timm takes the name
+of this module for that of the family: `timm.list_models(module="dcp")`.
 
-`register` runs once timm is imported, see `dcp_zoo/__init__.py`. This module must not import anything at the top that
-imports timm, as open_clip does: that would be a circular import.
+`register` runs once timm is imported, see `dcp_zoo/__init__.py`. This module must not import anything at the
+top that imports timm, as open_clip does: that would be a circular import.
 """
 
 import functools
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.zoo.registry import MODELS, all_heads, get_spec
+from dcp_zoo.heads.config import without
+from dcp_zoo.zoo.registry import CLIP_TAG, MODELS, all_heads, clip_cfg, get_spec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +23,8 @@ default_cfgs: Values = {}  # filled by `register`, read by timm
 
 
 def register(timm: ModuleType) -> None:
-    """Register every model of the zoo with timm, and its heads as the model's pretrained tags; let timm save heads."""
+    """Register every model of the zoo with timm, and its heads as the model's pretrained tags; let timm save
+    heads."""
     # waits if another thread is importing timm
     from timm.models import _hub, generate_default_cfgs, register_model, save_for_hf
 
@@ -34,8 +36,9 @@ def register(timm: ModuleType) -> None:
 
 
 def _saving(save: Callable[..., None]) -> Callable[..., None]:
-    """timm's `save_for_hf`, which `push_to_hf_hub` calls too, and which writes the checkpoint of a head. timm itself
-    would write all tensors, CLIP's included, and a config.json that says too little to read them again."""
+    """timm's `save_for_hf`, which `push_to_hf_hub` calls too, and which writes the checkpoint of a head.
+    timm itself would write all tensors, CLIP's included, and a config.json that says too little to read them
+    again."""
 
     @functools.wraps(save)
     def save_for_hf(model: "nn.Module", save_directory: str, *args: Any, **kwargs: Any) -> None:
@@ -44,8 +47,10 @@ def _saving(save: Callable[..., None]) -> Callable[..., None]:
         if not isinstance(model, Head):
             save(model, save_directory, *args, **kwargs)
         elif any(args) or kwargs.get("model_config") or kwargs.get("model_args"):
-            advice = "Omit it; model.save_pretrained(directory, name=value) adds values."
-            raise ZooError(f"model_config: a head writes its own config.json. {advice}")
+            raise ZooError(
+                "model_config: a head writes its own config.json. Omit it; model.save_pretrained(directory, "
+                "name=value) adds values."
+            )
         else:
             model.save_pretrained(save_directory)
 
@@ -53,15 +58,20 @@ def _saving(save: Callable[..., None]) -> Callable[..., None]:
 
 
 def _head_cfgs() -> Values:
-    """timm's config of every head; the tag of a model's default head ends in a star. timm lists a config as pretrained
-    if it has a weight source, so planned heads have none. Default heads come last, or timm prefers trained ones."""
-    defaults = {f"{spec.name}.{spec.default_tag}" for spec in MODELS.values()}
-    cfgs: Values = {}
-    for name, head in sorted(all_heads().items(), key=lambda item: item[0] in defaults):
-        hidden = ("hf_hub_id", "source") if head.status == "planned" else ()
-        cfg = {k: v for k, v in head.pretrained_cfg.items() if k not in hidden}
-        cfgs[f"{name}*" if name in defaults else name] = cfg
-    return cfgs
+    """timm's config of CLIP's own weights and of every head; the tag of a model's default head ends in a
+    star. timm lists a config as pretrained if it has a weight source, so planned heads have none. Default
+    heads come last, or timm prefers what has weights."""
+    cfgs: Values = {f"{name}.{CLIP_TAG}": clip_cfg(spec) for name, spec in MODELS.items()}
+    default_heads: Values = {}
+    for name, head in all_heads().items():
+        cfg = head.pretrained_cfg
+        if head.status == "planned":
+            cfg = without(cfg, ("hf_hub_id", "source"))
+        if head.tag == MODELS[head.model].default_tag:
+            default_heads[f"{name}*"] = cfg
+        else:
+            cfgs[name] = cfg
+    return cfgs | default_heads
 
 
 @functools.cache
@@ -81,5 +91,6 @@ def _entrypoint(name: str) -> Callable[..., Any]:
 
 
 def model_entrypoint(model_name: str) -> Callable[..., Any]:
-    """The function that makes a model, whatever its tag, as `timm.model_entrypoint`; ZooError for an unknown one."""
+    """The function that makes a model, whatever its tag, as `timm.model_entrypoint`; ZooError for an unknown
+    one."""
     return _entrypoint(get_spec(model_name.partition(".")[0]).name)

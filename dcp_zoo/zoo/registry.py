@@ -1,9 +1,10 @@
-"""The registry, without torch: the table of models, `models.yaml`, with a row made for any other open_clip model, the
-manifest of heads, and the functions that list them.
+"""The registry of models and heads; it does not import torch.
 
-A head is what a method trained for one model and one dataset, named `model.dataset-Kshot[-seedS]`. The manifest
-`heads.json` holds those that existed at the release, and the index on the Hub those published since; other combinations
-of a CLIP model, the 11 datasets and shots are `planned`. The index is read only where a function says so.
+Models are the rows of `models.yaml`; any other open_clip model gets a row when it is asked for. A head is
+what a method trained for one model and one dataset, named `model.dataset-Kshot[-seedS]`. The manifest
+`heads.json` holds the heads that existed at the release, the index on the Hub those published since; other
+combinations of a CLIP model, the 11 datasets and shots are `planned`. Only functions whose docstring says so
+read the index over the network.
 """
 
 import fnmatch
@@ -20,7 +21,7 @@ from typing import TypedDict
 
 import yaml
 
-from dcp_zoo.backbone import MINI_CFG
+from dcp_zoo.backbone import MINI_CFG, MINI_WEIGHTS
 from dcp_zoo.data.packaged import DATASETS, list_datasets
 from dcp_zoo.errors import ZooError, check_choice, nearest, warn
 from dcp_zoo.fields import Values, problems
@@ -28,8 +29,9 @@ from dcp_zoo.heads.config import WEIGHTS_NAME, DCPConfig
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-OPEN_CLIP = "open_clip:"  # before the name of an open_clip model: "ARCH/TAG", or one of the next with a place
-CLIP_REPO, CLIP_FOLDER = "hf-hub:", "local-dir:"  # before the Hub repo or folder that describes an architecture
+OPEN_CLIP = "open_clip:"  # before the name of an open_clip model: "ARCH/TAG", or one of the next two
+CLIP_REPO = "hf-hub:"  # before a Hub repo with an open_clip_config.json
+CLIP_FOLDER = "local-dir:"  # before a folder with the same files
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class ModelSpec:
     clip_pretrained: str  # open_clip tag of CLIP's weights
     clip_repo: str | None  # Hub repo from which open_clip loads those weights
     image_size: int = 224  # height and width in pixels
-    mean: tuple[float, ...] = OPENAI_MEAN
-    std: tuple[float, ...] = OPENAI_STD
+    mean: Sequence[float] = OPENAI_MEAN
+    std: Sequence[float] = OPENAI_STD
     interpolation: str = "bicubic"  # of the test images, in timm's terms, as the next
     crop_mode: str = "center"  # "center" resizes the short side and crops, "squash" resizes both sides
     clip_revision: str | None = None  # commit of `clip_repo`, see hub/pin_clips.py; None: the newest, whatever it is
@@ -57,49 +59,55 @@ class ModelSpec:
     baseline_recipes: dict[str, Values] = field(default_factory=dict)
 
     @property
-    def accuracies(self) -> tuple[str, str]:
-        """Both published accuracies as texts; "" without a figure."""
-        mean, imagenet = ("" if value is None else f"{value:.1f}" for value in (self.zero_shot, self.imagenet))
-        return mean, imagenet
+    def accuracies(self) -> list[str]:
+        """`zero_shot` and `imagenet` as texts; "" for None."""
+        return ["" if value is None else f"{value:.1f}" for value in (self.zero_shot, self.imagenet)]
 
     @property
     def download(self) -> str:
-        """The size of CLIP's weights in float32, as most repos have them; "" if it is not known, or for the bundled."""
-        return f"{4 * self.parameters / 1e3:.1f} GB" if self.clip and self.parameters else ""
+        """The size of CLIP's weights in float32, as most repos have them; "" if unknown or bundled."""
+        if self.clip is None or self.parameters is None:
+            return ""
+        return f"{4 * self.parameters / 1e3:.1f} GB"
 
     @property
     def license(self) -> str:
         """The licence of CLIP's weights; "" if it is not certain."""
-        known = [tag for tag in LICENSES if self.clip_pretrained.startswith(tag)]
-        return LICENSES[max(known, key=len)] if known else ""
+        prefixes = [tag for tag in LICENSES if self.clip_pretrained.startswith(tag)]
+        return LICENSES[max(prefixes, key=len)] if prefixes else ""
 
     @property
     def dcp_options(self) -> Values:
-        """What the recipe changes of `DCPConfig`."""
-        return {part.name: self.recipe[part.name] for part in fields(DCPConfig) if part.name in self.recipe}
+        """The options of `DCPConfig` among the changes in `recipe`."""
+        options = {option.name for option in fields(DCPConfig)}
+        return {name: value for name, value in self.recipe.items() if name in options}
 
     @property
     def data_cfg(self) -> Values:
         """The preprocessing in timm's terms."""
-        same = {name: getattr(self, name) for name in ("interpolation", "crop_mode", "mean", "std")}
-        return {"input_size": (3, self.image_size, self.image_size), "fixed_input_size": True, "crop_pct": 1.0, **same}
+        return {
+            "input_size": (3, self.image_size, self.image_size),
+            "fixed_input_size": True,
+            "crop_pct": 1.0,
+            "interpolation": self.interpolation,
+            "crop_mode": self.crop_mode,
+            "mean": tuple(self.mean),
+            "std": tuple(self.std),
+        }
 
 
 TABLE: dict[str, Values] = yaml.safe_load((Path(__file__).parent / "models.yaml").read_text())
 LICENSES = TABLE[".licenses"]
 SIZES: dict[str, str] = TABLE[".sizes"]
 TABLE["dcp_mini"] |= {name: MINI_CFG[name] for name in ("image_size", "mean", "std")}
-ROWS = {name: row for name, row in TABLE.items() if not name.startswith(".")}
-for row in ROWS.values():
-    row |= {name: tuple(row[name]) for name in ("mean", "std") if name in row}
-MODELS = {name: ModelSpec(name, **row) for name, row in ROWS.items()}
+MODELS = {name: ModelSpec(name, **row) for name, row in TABLE.items() if not name.startswith(".")}
 DEFAULT_HEAD = f"dcp_mini.{MODELS['dcp_mini'].default_tag}"
 MINIATURE_NOTE = "dcp_mini is a miniature for trying things out. For real use: train --model small; see dcp-zoo list."
 
 
 def get_spec(model: str, cache_dir: str | Path | None = None) -> ModelSpec:
-    """The row of `MODELS`, by name or size, or one made for "open_clip:ARCH/TAG"; ZooError with the nearest names if it
-    is unknown."""
+    """The row of `MODELS`, by name or size, or one made for "open_clip:ARCH/TAG"; ZooError with the nearest
+    names if it is unknown."""
     if model.startswith(OPEN_CLIP):
         return open_clip_spec(model, cache_dir)
     model = SIZES.get(model, model)
@@ -111,7 +119,8 @@ def get_spec(model: str, cache_dir: str | Path | None = None) -> ModelSpec:
 
 
 def open_clip_hint(name: str) -> str:
-    """The part of an error message that says how to write a name of open_clip's, ARCH or ARCH/TAG; "" for others."""
+    """The part of an error message that says how to write a name of open_clip's, ARCH or ARCH/TAG; "" for
+    others."""
     import open_clip  # slow to import
 
     clip, _, tag = name.partition("/")
@@ -121,7 +130,8 @@ def open_clip_hint(name: str) -> str:
 
 
 def described(clip: str, tag: str, cache_dir: str | Path | None = None) -> tuple[Values, Values]:
-    """How open_clip describes weights, that is where they are and their preprocessing, and the sizes of the towers."""
+    """open_clip's two configurations of a CLIP: of the weights (where they are, their preprocessing), and of
+    the model (the sizes of both towers)."""
     if clip.startswith((CLIP_REPO, CLIP_FOLDER)):
         from dcp_zoo.hub import clip_config
 
@@ -132,14 +142,16 @@ def described(clip: str, tag: str, cache_dir: str | Path | None = None) -> tuple
 
 
 def open_clip_spec(name: str, cache_dir: str | Path | None = None) -> ModelSpec:
-    """A row for "open_clip:ARCH/TAG", "open_clip:hf-hub:ORG/REPO", or "open_clip:local-dir:FOLDER", made absolute."""
+    """A row for "open_clip:ARCH/TAG", "open_clip:hf-hub:ORG/REPO", or "open_clip:local-dir:FOLDER", made
+    absolute."""
     place = name.removeprefix(OPEN_CLIP)
-    clip, _, tag = place.partition("/")
     if place.startswith(CLIP_FOLDER):
-        clip, tag = f"{CLIP_FOLDER}{Path(place.removeprefix(CLIP_FOLDER)).absolute()}", "local"
+        clip = f"{CLIP_FOLDER}{Path(place.removeprefix(CLIP_FOLDER)).absolute()}"
+        tag = "local"
         name = f"{OPEN_CLIP}{clip}"
     elif place.startswith(CLIP_REPO):
-        clip, tag = place, "hub"
+        clip = place
+        tag = "hub"
     else:
         import open_clip
 
@@ -150,19 +162,37 @@ def open_clip_spec(name: str, cache_dir: str | Path | None = None) -> ModelSpec:
                 f"open_clip has no model {place!r}. Nearest: {', '.join(close)}. All: open_clip.list_pretrained(); "
                 f"names are {OPEN_CLIP}ARCH/TAG, {OPEN_CLIP}{CLIP_REPO}ORG/REPO, or {OPEN_CLIP}{CLIP_FOLDER}FOLDER."
             )
-    preprocess, model = described(clip, tag, cache_dir)
-    repo = preprocess.get("hf_hub", "").rstrip("/") or None
-    size, crop_mode = model["vision_cfg"].get("image_size", 224), preprocess.get("resize_mode")
-    crop_mode = crop_mode if crop_mode == "squash" else "center"
-    mean, std = tuple(preprocess.get("mean", OPENAI_MEAN)), tuple(preprocess.get("std", OPENAI_STD))
-    return ModelSpec(name, clip, tag, repo, size, mean, std, preprocess.get("interpolation", "bicubic"), crop_mode)
+        clip, _, tag = place.partition("/")
+    weights, model = described(clip, tag, cache_dir)
+    return ModelSpec(
+        name,
+        clip,
+        tag,
+        clip_repo=weights.get("hf_hub", "").rstrip("/") or None,
+        image_size=model["vision_cfg"].get("image_size", 224),
+        mean=weights.get("mean", OPENAI_MEAN),
+        std=weights.get("std", OPENAI_STD),
+        interpolation=weights.get("interpolation", "bicubic"),
+        crop_mode="squash" if weights.get("resize_mode") == "squash" else "center",
+    )
 
 
+CLIP_TAG = "clip"  # in place of a head's: CLIP's own weights, without a head
 SHOTS = (1, 2, 4, 8, 16)
 STATUSES = ("bundled", "published", "planned")
 HUB_ORG = "dcp-zoo"
 WEIGHTS = Path(__file__).parents[1] / "weights"
 MANIFEST = Path(__file__).parent / "heads.json"
+
+
+def hub_org() -> str:
+    """The organisation that `DCP_ZOO_HUB_ORG` names; "" for none. ZooError for an invalid name."""
+    org = os.environ.get("DCP_ZOO_HUB_ORG", "")
+    if org and not re.fullmatch(r"(?!.*(--|\.\.))\b[\w.-]+\b", org):
+        raise ZooError(
+            f"DCP_ZOO_HUB_ORG={org} is not the name of an organisation or user on the Hub: set one, or none."
+        )
+    return org
 
 
 class IndexRow(TypedDict):
@@ -197,19 +227,27 @@ class HeadEntry:
         match = re.fullmatch(r"(\w+)-(\d+)shot(?:-seed(\d+))?", tag)
         if match is None:
             raise ZooError(f"{tag!r} is not the tag of a head: tags look like imagenet-16shot or eurosat-4shot-seed2.")
-        parts = {"model": model, "tag": tag, "dataset": match[1], "shots": int(match[2]), "seed": int(match[3] or 1)}
-        vars(self).update(parts)  # this class is frozen
+        dataset, shots, seed = match.groups(default="1")
+        # not by assignment, as this class is frozen
+        vars(self).update(model=model, tag=tag, dataset=dataset, shots=int(shots), seed=int(seed))
 
     @property
     def repo_id(self) -> str:
         """The repo on the Hub, in the organisation `DCP_ZOO_HUB_ORG` if set, otherwise in `org`."""
-        return f"{os.environ.get('DCP_ZOO_HUB_ORG') or self.org}/{self.name}"
+        return f"{hub_org() or self.org}/{self.name}"
 
     @property
     def pin(self) -> tuple[str | None, str | None]:
-        """Revision and sha256 of `repo_id`; None, None if unknown: a planned head, or another organisation's."""
-        is_own_org = os.environ.get("DCP_ZOO_HUB_ORG") in (None, "", self.org)
-        return (self.revision, self.sha256) if is_own_org else (None, None)
+        """Revision and sha256 of `repo_id`; None, None if unknown: a planned head, or another
+        organisation's."""
+        if hub_org() not in ("", self.org):
+            return None, None
+        return self.revision, self.sha256
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether this release bundles or pins it."""
+        return self.status == "bundled" or self.pin[0] is not None
 
     @property
     def bundled_dir(self) -> Path:
@@ -219,19 +257,44 @@ class HeadEntry:
     @property
     def pretrained_cfg(self) -> Values:
         """timm's `pretrained_cfg`: preprocessing, number of classes, licence, and where the weights are."""
-        cfg = get_spec(self.model).data_cfg | {"architecture": self.model, "tag": self.tag}
-        if self.status == "bundled":
-            cfg |= {"file": str(self.bundled_dir / WEIGHTS_NAME), "source": "file"}
-        else:
-            revision, _ = self.pin
-            cfg |= {"hf_hub_id": f"{self.repo_id}@{revision}" if revision else self.repo_id, "source": "hf-hub"}
-        if self.dataset in DATASETS:
-            cfg["num_classes"] = DATASETS[self.dataset].num_classes
-        return cfg | ({"license": self.license} if self.license else {})
+        file = self.bundled_dir / WEIGHTS_NAME if self.status == "bundled" else None
+        revision, _ = self.pin
+        spec = get_spec(self.model)
+        return _pretrained_cfg(spec, self.tag, self.dataset, self.license, file, self.repo_id, revision)
 
     @property
     def train_command(self) -> str:
         return f"dcp-zoo train --head {self.name} --data-root DIR"
+
+
+def clip_cfg(spec: ModelSpec) -> Values:
+    """timm's `pretrained_cfg` of CLIP's own weights, for the classes that a model has without others."""
+    dataset = HeadEntry(f"{spec.name}.{spec.default_tag}").dataset
+    file = MINI_WEIGHTS if spec.clip is None else None
+    return _pretrained_cfg(spec, CLIP_TAG, dataset, spec.license, file, spec.clip_repo, spec.clip_revision)
+
+
+def _pretrained_cfg(
+    spec: ModelSpec,
+    tag: str,
+    dataset: str,
+    license: str | None,
+    file: Path | None,
+    repo: str | None,
+    revision: str | None,
+) -> Values:
+    """timm's `pretrained_cfg` of weights in a file, or else in a Hub repo at a revision, by default the
+    newest."""
+    cfg = spec.data_cfg | {"architecture": spec.name, "tag": tag}
+    if file:
+        cfg |= {"file": str(file), "source": "file"}
+    else:
+        cfg |= {"hf_hub_id": f"{repo}@{revision}" if revision else repo, "source": "hf-hub"}
+    if dataset in DATASETS:
+        cfg["num_classes"] = DATASETS[dataset].num_classes
+    if license:
+        cfg["license"] = license
+    return cfg
 
 
 @cache
@@ -244,67 +307,87 @@ def trained_heads() -> dict[str, HeadEntry]:
 @cache
 def all_heads() -> dict[str, HeadEntry]:
     """All named heads: the trained ones, and for each CLIP model 11 datasets x 5 shots, seed 1."""
-    planned = product((spec.name for spec in MODELS.values() if spec.clip), list_datasets(), SHOTS)
-    names = [f"{model}.{dataset}-{shots}shot" for model, dataset, shots in planned]
-    names += [f"{spec.name}.{spec.default_tag}" for spec in MODELS.values()]
+    names = [f"{spec.name}.{spec.default_tag}" for spec in MODELS.values()]
+    clips = [spec.name for spec in MODELS.values() if spec.clip]
+    for model, dataset, shots in product(clips, list_datasets(), SHOTS):
+        names.append(f"{model}.{dataset}-{shots}shot")
     return {name: HeadEntry(name) for name in names} | trained_heads()
 
 
 @cache
 def parsed_index(org: str, index: bytes) -> dict[str, HeadEntry]:
-    """The heads of an organisation by its index on the Hub, without rows that do not pin a head of a known model."""
-    heads: dict[str, HeadEntry] = {}
+    """The heads of an organisation by its index on the Hub, without rows that do not pin a head of a known
+    model."""
     try:
         rows = dict(json.loads(index))
     except (ValueError, TypeError) as error:
         warn(f"The index of {org}'s heads on the Hub is damaged ({error}): only heads of this release are known.")
-        return heads
+        return {}
+    heads: dict[str, HeadEntry] = {}
     for name, values in rows.items():
-        if not any(problems(values, IndexRow)) and name.partition(".")[0] in MODELS:
-            row = {key: values[key] for key in IndexRow.__annotations__}
-            if re.fullmatch("[0-9a-f]{40} [0-9a-f]{64}", f"{row['revision']} {row['sha256']}"):
-                with suppress(ZooError):
-                    heads[name] = HeadEntry(name, "published", org, **row)
+        if any(problems(values, IndexRow)) or name.partition(".")[0] not in MODELS:
+            continue
+        row = {key: values[key] for key in IndexRow.__annotations__}
+        if re.fullmatch("[0-9a-f]{40} [0-9a-f]{64}", f"{row['revision']} {row['sha256']}"):
+            with suppress(ZooError):
+                heads[name] = HeadEntry(name, "published", org, **row)
     return heads
 
 
-def indexed_heads() -> dict[str, HeadEntry]:
-    """The heads that the organisation has published up to now, by its index on the Hub; without a network those of the
-    cached index, if there is one."""
+def indexed_heads() -> tuple[dict[str, HeadEntry], str]:
+    """The heads that the organisation has published up to now, by its index on the Hub, and ""; or, where
+    the Hub does not answer, those of the index read last, and the reason."""
     from dcp_zoo.hub import read_index  # slow to import
 
-    org = os.environ.get("DCP_ZOO_HUB_ORG") or HUB_ORG
-    return parsed_index(org, read_index(org))
+    org = hub_org() or HUB_ORG
+    index, problem = read_index(org)
+    return parsed_index(org, index), problem
 
 
 def newest(head: HeadEntry) -> HeadEntry:
     """A head as the index has it, if this release neither bundles nor pins it."""
-    return head if head.status == "bundled" or head.pin[0] else indexed_heads().get(head.name, head)
+    return head if head.is_fixed else indexed_heads()[0].get(head.name, head)
 
 
 def loadable_heads() -> dict[str, HeadEntry]:
-    """All heads of the manifest, and of the index on the Hub."""
-    return indexed_heads() | {name: newest(head) for name, head in trained_heads().items()}
+    """All heads of the manifest, and of the index on the Hub; with a warning if the Hub does not answer."""
+    published, problem = indexed_heads()
+    if problem:
+        warn(f"The Hub may have more heads than are known here: {problem}")
+    fixed = {name: head for name, head in trained_heads().items() if head.is_fixed}
+    return trained_heads() | published | fixed
+
+
+def known_heads() -> dict[str, HeadEntry]:
+    """All named heads, those of the index included; see `loadable_heads`."""
+    return all_heads() | loadable_heads()
 
 
 def get_head(name: str, ask_hub: bool = True) -> HeadEntry:
-    """The head `model.tag`, seeds 2 and 3 included; ZooError with the nearest names if it is unknown here and, with
-    `ask_hub`, to the index on the Hub."""
-    if head := all_heads().get(name):
-        return head
+    """The head `model.tag`, seeds 2 and 3 included; ZooError with the nearest names if it is unknown here
+    and, with `ask_hub`, to the index on the Hub."""
+    if name in all_heads():
+        return all_heads()[name]
     get_spec(name.partition(".")[0])  # raises for an unknown one
     head = HeadEntry(name)
-    first_seed = re.sub(r"-seed[23]$", "", head.tag)
+    first_seed = re.sub("-seed[23]$", "", head.tag)
     # the miniature has heads of the 11 datasets too, which are not listed
-    in_zoo = first_seed in (f"{dataset}-{shots}shot" for dataset in list_datasets() for shots in SHOTS)
-    if in_zoo or f"{head.model}.{first_seed}" in all_heads():
+    planned = [f"{dataset}-{shots}shot" for dataset, shots in product(list_datasets(), SHOTS)]
+    if first_seed in planned or f"{head.model}.{first_seed}" in all_heads():
         return head
-    if ask_hub and (published := newest(head)) is not head:
-        return published
+    not_asked = ""
+    if ask_hub:
+        published, problem = indexed_heads()
+        if name in published:
+            return published[name]
+        if problem:
+            not_asked = f" It may be on the Hub: {problem}"
     tags = [entry.tag for entry in all_heads().values() if entry.model == head.model]
     close = nearest(head.tag, tags) or tags[:5]
-    problem = f"{head.model} has no head {head.tag!r}. Nearest: {', '.join(close)}. All: dcp-zoo list '{head.model}*'."
-    raise ZooError(f"{problem} For fresh prompts on CLIP's weights, use pretrained='clip'.")
+    raise ZooError(
+        f"{head.model} has no head {head.tag!r}. Nearest: {', '.join(close)}. All: dcp-zoo list '{head.model}*'. "
+        f"For fresh prompts on CLIP's weights, use pretrained='clip'.{not_asked}"
+    )
 
 
 def has_head(name: str) -> bool:
@@ -314,29 +397,52 @@ def has_head(name: str) -> bool:
     return False
 
 
+Wildcards = str | Sequence[str]
+
+
 def list_models(
-    filter: str | Sequence[str] = "",
+    filter: Wildcards = "",
     module: str | Sequence[str] = "",
     pretrained: bool = False,
-    exclude_filters: str | Sequence[str] = "",
+    exclude_filters: Wildcards = "",
     name_matches_cfg: bool = False,
     include_tags: bool | None = None,
 ) -> list[str]:
-    """Names of the zoo's models, with the parameters and in the order of `timm.list_models`.
+    """Names of the zoo's models, with the parameters and in the order of `timm.list_models`; without a
+    network.
 
     Args:
         filter, exclude_filters: wildcards such as "dcp_vitb16*" or "*-16shot", or lists of them.
         module: timm's families of models; the zoo has "dcp".
-        pretrained: list heads that can be loaded, as `list_pretrained` does.
+        pretrained: list only what has weights as of this release: heads that are bundled or pinned, and
+            CLIP's own. For heads that were published since, see `list_pretrained`.
         name_matches_cfg: changes nothing, as every model has a configuration.
-        include_tags: whether to list heads `model.tag`, without `pretrained` planned ones, too. Default: `pretrained`.
+        include_tags: whether to list heads `model.tag`, without `pretrained` planned ones, too, and CLIP's
+            own weights as `model.clip`. Default: `pretrained`.
     """
-    tags, heads = pretrained if include_tags is None else include_tags, loadable_heads() if pretrained else all_heads()
-    names = [*heads] if tags else [*MODELS]
-    if pretrained and not tags:  # as in timm, those whose default head is there
-        names = [name for name in names if f"{name}.{MODELS[name].default_tag}" in heads]
-    is_ours = not module or "dcp" in ([module] if isinstance(module, str) else module)
-    return sorted(_matching(names if is_ours else [], filter, exclude_filters), key=_natural)
+    if module and "dcp" not in ([module] if isinstance(module, str) else module):
+        return []
+    if include_tags is None:
+        include_tags = pretrained
+    heads = trained_heads() if pretrained else all_heads()
+    if include_tags:
+        names = _with_clips(heads)
+    elif pretrained:  # as in timm, the models whose default head has weights
+        names = [name for name, spec in MODELS.items() if f"{name}.{spec.default_tag}" in heads]
+    else:
+        names = list(MODELS)
+    return sorted(matching(names, filter, exclude_filters), key=_natural)
+
+
+def list_pretrained(filter: Wildcards = "", exclude_filters: Wildcards = "") -> list[str]:
+    """Names `model.tag` of what can be loaded now, from this package or the Hub, whose index is read: heads,
+    and as `model.clip` CLIP's own weights. A warning says why if the Hub does not answer."""
+    return sorted(matching(_with_clips(loadable_heads()), filter, exclude_filters), key=_natural)
+
+
+def _with_clips(heads: Iterable[str]) -> list[str]:
+    """The names of heads, and of CLIP's own weights for every model."""
+    return [*heads, *(f"{name}.{CLIP_TAG}" for name in MODELS)]
 
 
 def _natural(name: str) -> list[int | str]:
@@ -344,35 +450,33 @@ def _natural(name: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
 
 
-def list_pretrained(filter: str | Sequence[str] = "", exclude_filters: str | Sequence[str] = "") -> list[str]:
-    """Names `model.tag` of the heads that can be loaded now, from this package or the Hub, whose index is read; see
-    `list_models`."""
-    return list_models(filter, pretrained=True, exclude_filters=exclude_filters)
+def matching(names: Iterable[str], filter: Wildcards, exclude: Wildcards = "") -> list[str]:
+    """The names that match a wildcard of `filter`, by default all, and none of `exclude`; the wildcard of a
+    model matches its heads, too."""
 
+    def matches(name: str, patterns: Wildcards) -> bool:
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        return any(fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, f"{pattern}.*") for pattern in patterns)
 
-def _matching(names: Iterable[str], filter: str | Sequence[str], exclude: str | Sequence[str] = "") -> list[str]:
-    """The names that match one of the wildcards, by default all, but none of `exclude`; a model's matches its heads."""
-    chosen, omitted = ([texts] if isinstance(texts, str) else list(texts) for texts in (filter or "*", exclude or []))
-
-    def matches(name: str, patterns: Iterable[str]) -> bool:
-        return any(fnmatch.fnmatch(name, end) for pattern in patterns for end in (pattern, f"{pattern}.*"))
-
-    return [name for name in names if matches(name, chosen) and not matches(name, omitted)]
+    return [name for name in names if matches(name, filter or "*") and not matches(name, exclude)]
 
 
 def list_heads(filter: str = "", status: str | None = None) -> list[str]:
-    """Names `model.tag` of all heads, including planned ones; the Hub's index is read.
+    """Names `model.tag` of all heads, including planned ones; the Hub's index is read. A warning says why if
+    the Hub does not answer.
 
     Args:
         filter: wildcard such as "dcp_vitb16*" or "*-16shot".
-        status: "bundled" (in this package), "published" (on the Hub) or "planned"; ZooError for another. Default: all.
+        status: "bundled" (in this package), "published" (on the Hub) or "planned"; ZooError for another.
+            Default: all.
     """
     if status is not None:
         check_choice("status", status, STATUSES)
-    heads = all_heads() | loadable_heads()
-    return _matching((h.name for h in heads.values() if status in (None, h.status)), filter)
+    names = [head.name for head in known_heads().values() if status in (None, head.status)]
+    return matching(names, filter)
 
 
 def is_model(name: str) -> bool:
     """Whether `name` is a model of the zoo, by name or size, with or without a `.tag`."""
-    return SIZES.get(model := name.partition(".")[0], model) in MODELS
+    model = name.partition(".")[0]
+    return model in MODELS or model in SIZES

@@ -1,4 +1,5 @@
-"""From a name to a model's row in the table and its checkpoint. Only here are names taken apart, without torch."""
+"""From a name to a model's row in the table and its checkpoint. All names are parsed here; it does not
+import torch."""
 
 import os
 import warnings
@@ -6,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dcp_zoo.errors import ZooError, nearest_hint, warn
+from dcp_zoo.backbone.preprocessing import preprocessing_in
+from dcp_zoo.errors import ZooError, ZooWarning, nearest_hint, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import CONFIG_NAME, HeadConfig, checkpoint_folder, is_checkpoint, read_config
 from dcp_zoo.zoo import registry
-from dcp_zoo.zoo.registry import OPEN_CLIP, HeadEntry, ModelSpec, get_head, get_spec
+from dcp_zoo.zoo.registry import CLIP_TAG, OPEN_CLIP, HeadEntry, ModelSpec, get_head, get_spec
 
-FRESH = (False, "clip")  # what `pretrained` is for fresh prompts
+FRESH = (False, CLIP_TAG)  # what `pretrained` is for fresh prompts
 SCHEMES = "hf-hub:org/repo[@revision], local-dir:path, open_clip:ARCH/TAG"
 
 
@@ -23,14 +25,15 @@ class Name(NamedTuple):
 
     def __str__(self) -> str:
         """A name that `resolve` understands from any working folder of the same machine."""
-        separator = "@" if self.kind == "hf-hub" else "."
-        whole = self.place + (f"{separator}{self.tag}" if self.tag else "")
-        return whole if self.kind == "zoo" else f"{self.kind}:{whole}"
+        name = self.place if self.kind == "zoo" else f"{self.kind}:{self.place}"
+        if self.tag:
+            name += f"@{self.tag}" if self.kind == "hf-hub" else f".{self.tag}"
+        return name
 
 
 def parse_name(name: str) -> Name:
-    """Take a name apart: a model, a head, a checkpoint folder or one of its two files, or one of `SCHEMES`; nothing is
-    downloaded. ZooError, with the nearest names, if it is none of them."""
+    """Parse the name of a model, a head, a checkpoint folder or one of its two files, or one of `SCHEMES`;
+    nothing is downloaded. ZooError, with the nearest names, if it is none of them."""
     kind, _, place = name.partition(":")
     if name.startswith(OPEN_CLIP):
         return Name(kind, place)
@@ -46,13 +49,17 @@ def parse_name(name: str) -> Name:
             return Name("zoo", registry.SIZES.get(model, model), tag)
     if is_checkpoint(path) or os.path.isdir(path):  # noqa: PTH112  Path would raise for long names
         return Name("local-dir", str(checkpoint_folder(path)))
-    beside = [str(config.parent) for config in Path(path).parent.glob(f"*/{CONFIG_NAME}")]
+    folders = [str(config.parent) for config in Path(path).parent.glob(f"*/{CONFIG_NAME}")]
     if is_local:
-        hint = nearest_hint(path, beside)
+        hint = nearest_hint(path, folders)
         raise ZooError(f"{path} is not a checkpoint: it has no {CONFIG_NAME}.{hint} Pass a folder written by training.")
-    hint = nearest_hint(name, [*beside, *registry.trained_heads(), *registry.MODELS])
-    problem = f"{name!r} is neither a checkpoint folder nor a head of the zoo.{registry.open_clip_hint(name) or hint}"
-    raise ZooError(f"{problem} All: dcp-zoo list, dcp_zoo.list_models(). Other sources: {SCHEMES}.")
+    hint = registry.open_clip_hint(name)
+    if not hint:
+        hint = nearest_hint(name, [*folders, *registry.trained_heads(), *registry.MODELS])
+    raise ZooError(
+        f"{name!r} is neither a checkpoint folder nor a head of the zoo.{hint} "
+        f"All: dcp-zoo list, dcp_zoo.list_models(). Other sources: {SCHEMES}."
+    )
 
 
 @dataclass(frozen=True)
@@ -72,67 +79,112 @@ class Source:
         return self.config is not None and self.pretrained not in FRESH
 
     @property
+    def data_cfg(self) -> Values:
+        """The preprocessing, in timm's terms: the checkpoint's, or the model's."""
+        own = preprocessing_in(self.config["pretrained_cfg"]) if self.config else {}
+        return self.spec.data_cfg | own
+
+    @property
     def spec(self) -> ModelSpec:
-        """The model's row; ZooError if the checkpoint is of a CLIP or of weights that the zoo does not know."""
+        """The model's row; ZooError if the checkpoint is of a CLIP or of weights that the zoo does not
+        know."""
         if self.architecture == "custom":
-            problem = f"The head in {self.folder} was trained on a CLIP outside the zoo."
-            load = f"dcp_zoo.load_head(model, {str(self.folder)!r})"
-            raise ZooError(f"{problem} Build model = dcp_zoo.DCP(clip, classnames, ...) around it, then call {load}.")
+            raise ZooError(
+                f"The head in {self.folder} was trained on a CLIP outside the zoo. Build model = dcp_zoo.DCP(clip, "
+                f"classnames, ...) around it, then call dcp_zoo.load_head(model, {str(self.folder)!r})."
+            )
         spec = get_spec(self.architecture, self.cache_dir)
-        if self.config and (tag := self.config["dcp"]["clip"]) != spec.clip_pretrained:
-            problem = f"The head in {self.folder} was trained on weights {tag!r} of CLIP"
-            raise ZooError(f"{problem}, but {spec.name} has {spec.clip_pretrained!r}: train it again.")
+        tag = self.config["dcp"]["clip"] if self.config else spec.clip_pretrained
+        if tag != spec.clip_pretrained:
+            raise ZooError(
+                f"The head in {self.folder} was trained on weights {tag!r} of CLIP, but {spec.name} has "
+                f"{spec.clip_pretrained!r}: train it again."
+            )
         return spec
 
 
-def resolve(name: str, pretrained: bool | str = True, cache_dir: str | Path | None = None) -> Source:
-    """What a name stands for; a head's checkpoint is in the package, in the local cache or downloaded from the Hub. For
-    the arguments see `create_model`; checkpoint folders and Hub repos are read in any case."""
+def resolve(
+    name: str,
+    pretrained: bool | str = True,
+    cache_dir: str | Path | None = None,
+    num_classes: int | None = None,
+) -> Source:
+    """What a name stands for; a head's checkpoint is in the package, in the local cache or downloaded from
+    the Hub. Checkpoint folders and Hub repos are read in any case.
+
+    Args:
+        name, pretrained, cache_dir: see `create_model`.
+        num_classes: of a fresh classifier, or 0 for none. If the model's default head has another number and
+            nobody has published it, the name of the model stands for CLIP's own weights, and a warning says
+            so.
+    """
     kind, place, tag = parse_name(name)
     if kind == "open_clip":
         if pretrained not in FRESH:
             raise ZooError(f"{name} has no heads: pass pretrained='clip' for CLIP's weights and fresh prompts.")
         return Source(name, cache_dir=cache_dir, pretrained=pretrained)
     if kind == "zoo":
-        return _of_the_zoo(place, tag, pretrained, cache_dir)
+        return _of_the_zoo(place, tag, pretrained, cache_dir, num_classes)
     if pretrained not in (*FRESH, True):
-        problem = f"{name} is one head, and pretrained={pretrained!r} names another"
-        raise ZooError(f"{problem}: pass True for its weights, or 'clip' for CLIP's weights and fresh prompts.")
+        raise ZooError(
+            f"{name} is one head, and pretrained={pretrained!r} names another: pass True for its weights, "
+            "or 'clip' for CLIP's weights and fresh prompts."
+        )
     folder = Path(place)
     if kind == "hf-hub":
         from dcp_zoo.hub import download_head  # slow to import
 
         folder = download_head(place, tag or None, cache_dir=cache_dir)
+        if folder.name != tag:
+            warn(f"{name} is not pinned: this is its commit {folder.name}. Pin it: {kind}:{place}@{folder.name}")
     config = read_config(folder)
     return Source(config["architecture"], None, folder, config, cache_dir, pretrained)
 
 
-def _of_the_zoo(model: str, tag: str, pretrained: bool | str, cache_dir: str | Path | None) -> Source:
+def _of_the_zoo(
+    model: str, tag: str, pretrained: bool | str, cache_dir: str | Path | None, num_classes: int | None
+) -> Source:
     """What `model.tag` stands for, or the head of the model that `pretrained` names."""
     if isinstance(pretrained, str) and tag and pretrained != tag:
-        raise ZooError(f"'{model}.{tag}' names the head {tag!r}, but pretrained={pretrained!r} another: pass only one.")
+        raise ZooError(f"'{model}.{tag}' names {tag!r}, but pretrained={pretrained!r} another: pass only one.")
+    if tag == CLIP_TAG:
+        tag = ""
+        pretrained = CLIP_TAG if pretrained else False
     head = get_head(f"{model}.{tag or get_spec(model).default_tag}")
     if pretrained in FRESH:
         return Source(model, head, cache_dir=cache_dir, pretrained=pretrained)
-    head = head if pretrained is True else get_head(f"{model}.{pretrained}")
+    if pretrained is not True:
+        head = get_head(f"{model}.{pretrained}")
     folder = trained_here(head)
     if folder is None:
         head = registry.newest(head)
-        folder = head.bundled_dir if head.status == "bundled" else _download(head, cache_dir)
+        # nobody has asked for the classes of a default head, whose classifier is replaced
+        is_optional = not tag and pretrained is True and num_classes not in (None, head.pretrained_cfg["num_classes"])
+        folder = head.bundled_dir if head.status == "bundled" else _download(head, cache_dir, is_optional)
+    if folder is None:
+        warn(
+            f"CLIP's own weights of {model} are loaded, with fresh prompts, as by {model}.{CLIP_TAG}: its default head "
+            f"{head.name} is not published yet, and its classifier is not asked for."
+        )
+        return Source(model, head, cache_dir=cache_dir, pretrained=CLIP_TAG)
     config = read_config(folder)
     return Source(config["architecture"], head, folder, config, cache_dir, pretrained)
 
 
 def trained_here(head: HeadEntry) -> Path | None:
-    """The checkpoint in the working folder that is called like a planned head, and is loaded as that; otherwise None.
-    Where a checkpoint is called like a head, a warning says once which one the name stands for."""
-    if not is_checkpoint(name := head.name):
+    """The checkpoint folder of a planned head's name in the working folder, which is loaded as that head;
+    otherwise None. Where a folder has a head's name, a warning says once which of the two is loaded."""
+    name = head.name
+    if not is_checkpoint(name):
         return None
-    folder, is_head = Path(name).absolute(), head.status == "planned"
-    other = f"the {head.status} head {name}, not the one in {folder}: that is local-dir:{name}"
-    text = f"{name} is {f'the head that was trained in {folder}' if is_head else other}."
-    warnings.warn(text, stacklevel=1)  # from one place, so that it is said once
-    return folder if is_head else None
+    folder = Path(name).absolute()
+    is_planned = head.status == "planned"
+    if is_planned:
+        text = f"{name} is the head that was trained in {folder}."
+    else:
+        text = f"{name} is the {head.status} head {name}, not the one in {folder}: that is local-dir:{name}."
+    warnings.warn(text, ZooWarning, stacklevel=1)  # always from this line, so that it is shown once
+    return folder if is_planned else None
 
 
 def local_heads() -> list[str]:
@@ -144,12 +196,13 @@ def local_heads() -> list[str]:
 def name_of(folder: Path) -> str:
     """A name by which the checkpoint in a folder is loaded."""
     name = str(folder)
-    is_zoos = name in registry.MODELS or (registry.has_head(name) and get_head(name).status != "planned")
-    return f"local-dir:{name}" if is_zoos else name
+    is_taken = name in registry.MODELS or (registry.has_head(name) and get_head(name).status != "planned")
+    return f"local-dir:{name}" if is_taken else name
 
 
-def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
-    """The folder of a registered head at its pinned revision, or unpinned with a warning."""
+def _download(head: HeadEntry, cache_dir: str | Path | None, is_optional: bool) -> Path | None:
+    """The folder of a registered head at its pinned revision, or unpinned with a warning; None if it is
+    optional and the Hub has none."""
     from dcp_zoo.hub import download_head, is_absent  # slow to import
 
     revision, sha256 = head.pin
@@ -158,23 +211,37 @@ def _download(head: HeadEntry, cache_dir: str | Path | None) -> Path:
     try:
         folder = download_head(head.repo_id, cache_dir=cache_dir)
     except ZooError as error:
-        if head.status != "planned" or os.environ.get("DCP_ZOO_HUB_ORG") or not is_absent(error):
+        if is_optional and is_absent(error):
+            return None
+        if head.status != "planned" or registry.hub_org():
             raise
-        problem = f"{head.name} is planned: nobody has trained it. Train it: {head.train_command}"
-        raise ZooError(f"{problem}. Heads that exist: dcp-zoo list.") from None  # the Hub's answer says no more
+        if is_absent(error):
+            problem = (
+                f"{head.name} is planned: nobody has published it, as the Hub has no public repo {head.repo_id}. "
+                f"Train it: {head.train_command}. Heads that exist: dcp-zoo list."
+            )
+        else:
+            problem = f"{head.name} may be on the Hub, but it cannot be had from there. {error}"
+        raise ZooError(
+            f"{problem} CLIP's weights without a head: {head.model}.{CLIP_TAG}, or pretrained='{CLIP_TAG}'."
+        ) from error
     warn(
-        f"{head.name} is not pinned in this version of dcp_zoo: this is the newest revision of {head.repo_id} on the "
-        "Hub."
+        f"{head.name} is not pinned in this version of dcp_zoo: this is commit {folder.name} of {head.repo_id}, "
+        "the newest that is known here."
     )
     return folder
 
 
 def get_pretrained_cfg(name: str) -> Values:
-    """timm's `pretrained_cfg` for a model or a head: input size, mean and std, crop, classes, licence, origin."""
+    """timm's `pretrained_cfg` for a model or a head: input size, mean and std, crop, classes, licence,
+    origin."""
+    kind, place, tag = parse_name(name)
+    if (kind, tag) == ("zoo", CLIP_TAG):
+        return registry.clip_cfg(get_spec(place))
     source = resolve(name, pretrained=False)
     if source.head:
         return source.head.pretrained_cfg
-    return source.spec.data_cfg | {"architecture": source.architecture}
+    return source.data_cfg | {"architecture": source.architecture}
 
 
 def get_pretrained_cfg_value(name: str, key: str) -> Any:
@@ -183,7 +250,19 @@ def get_pretrained_cfg_value(name: str, key: str) -> Any:
 
 
 def head_folder(name: str) -> Path:
-    """The folder of a head's checkpoint, downloaded if needed; see `resolve`."""
+    """The folder of a head's checkpoint, downloaded if needed; see `resolve`. ZooError for CLIP's own
+    weights."""
+    check_head(name)
     folder = resolve(name).folder
     assert folder is not None
     return folder
+
+
+def check_head(name: str) -> None:
+    """ZooError for the name of CLIP's own weights, whose prompts are fresh."""
+    kind, _, tag = parse_name(name)
+    if (kind, tag) == ("zoo", CLIP_TAG):
+        raise ZooError(
+            f"{name} is CLIP without a head, which answers nothing before it is trained: pass a head, such as one of "
+            "dcp-zoo train --method zero-shot."
+        )

@@ -2,10 +2,10 @@
 
     python hub/clients/check.py PHOTOS --python PYTHON --node FOLDER
 
-exports the bundled 16-shot head of Caltech-101 with `--format hub` and classifies the images in PHOTOS, at any depth,
-with this package, with transformers and optimum in the interpreter PYTHON, and with transformers.js, which is installed
-in FOLDER/node_modules. It fails unless all most probable classes are the same and probabilities differ by less than
-1e-3. To install the clients:
+exports the bundled 16-shot head of Caltech-101 with `--format hub` and classifies the images in PHOTOS, at
+any depth, with this package, with transformers and optimum in the interpreter PYTHON, and with
+transformers.js, which is installed in FOLDER/node_modules. It fails unless all most probable classes are the
+same and probabilities differ by less than 1e-3. To install the clients:
 
     python -m venv clients && clients/bin/pip install 'optimum[onnxruntime]' pillow
     npm install --ignore-scripts --prefix FOLDER @huggingface/transformers

@@ -1,11 +1,12 @@
-"""A machine learning backend for Label Studio: it labels the photographs of a project, and learns from the annotations.
+"""A machine learning backend for Label Studio: it labels the photographs of a project, and learns from the
+annotations.
 
     pip install '.[serve]'
     LABEL_STUDIO_API_KEY=TOKEN python hub/label_studio/backend.py http://127.0.0.1:8080 --model small
 
-For projects in which one class is chosen for each image. Until images of two classes are annotated, CLIP reads the
-names of the classes; from then on a text probe is fitted to all annotations, before the first prediction after each
-change. README.md says more.
+For projects in which one class is chosen for each image. Until images of two classes are annotated, CLIP
+reads the names of the classes; from then on a text probe is fitted to all annotations, before the first
+prediction after each change. README.md says more.
 """
 
 import json
@@ -235,8 +236,8 @@ class Backend:
 
 
 def app_of(backend: Backend, hosts: list[str]) -> FastAPI:
-    """Label Studio's protocol: it asks for the version by /setup, then for predictions of the tasks that have none of
-    this version, and reports changes to /webhook."""
+    """Label Studio's protocol: it asks for the version by /setup, then for predictions of the tasks that
+    have none of this version, and reports changes to /webhook."""
     app = FastAPI()
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
 

@@ -3,10 +3,11 @@
     python -m venv studio && studio/bin/pip install label-studio
     pip install '.[serve]' && python hub/label_studio/check.py --label-studio studio/bin/label-studio
 
-starts both on this machine, in a temporary folder, and makes a project of 60 photographs: of the folder --photos, which
-has one folder per class, or parts of the sample photographs. It fails unless
+starts both on this machine, in a temporary folder, and makes a project of 60 photographs: of the folder
+--photos, which has one folder per class, or parts of the sample photographs. It fails unless
 
-- every photograph has the prediction and the score that this package gives, before and after ten annotations,
+- every photograph has the prediction and the score that this package gives, before and after ten
+  annotations,
 - these make the predictions of the other photographs more accurate,
 - the photograph that comes next is the one with the lowest score.
 """
@@ -98,7 +99,8 @@ def free_port() -> int:
 
 @contextmanager
 def running(command: Sequence[object], health: str, settings: Mapping[str, str], log: Path) -> Iterator[None]:
-    """A server, from when its health is well until the context ends; if it fails to start, the end of its log."""
+    """A server, from when its health is well until the context ends; if it fails to start, the end of its
+    log."""
     with log.open("wb") as file:
         process = subprocess.Popen(
             list(map(str, command)), env=os.environ | settings, stdout=file, stderr=subprocess.STDOUT
@@ -254,7 +256,8 @@ class Project:
 
 
 def take_picture(client: httpx.Client, project: Project, output: Path) -> None:
-    """A screenshot of the first photograph without an annotation, as it is shown to be labelled, in 256 colours."""
+    """A screenshot of the first photograph without an annotation, as it is shown to be labelled, in 256
+    colours."""
     from playwright.sync_api import sync_playwright
 
     project.submit(project.act("next_task", **LOWEST)["id"])  # which was reserved, and would be shown first

@@ -20,6 +20,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from typer import Typer
 
+from dcp_zoo.accuracy import Accuracy
 from dcp_zoo.api.estimator import FewShotClassifier
 from dcp_zoo.api.functions import predict
 from dcp_zoo.cli import main
@@ -28,7 +29,7 @@ from dcp_zoo.data import Item, load_image, load_split
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.splits import divide
 from dcp_zoo.errors import ZooError, shorten
-from dcp_zoo.heads.config import Accuracy
+from dcp_zoo.features.groups import with_own_groups
 from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.heads import loaded
 from dcp_zoo.serve import LOCAL_HOSTS, listen
@@ -39,7 +40,7 @@ HOST = "0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1"
 MAX_FILE = 20_000_000  # bytes of one photograph
 CLASSES = 6  # for which the page has fields
 HELD_OUT = 0.25  # of each class
-UPLOAD_SECONDS = 3600  # until an upload is removed
+UPLOAD_SECONDS = 3600  # until an upload is removed, and a head
 FONTS: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none of Google's
 THEME = gr.themes.Default(primary_hue="indigo", **FONTS).set(button_primary_background_fill="*primary_600")
 INTRODUCTION = """# Image classifiers from a few photographs
@@ -56,8 +57,8 @@ def demo(port: opt.Port = 7860, host: opt.Host = HOST, head: opt.HeadName = DEFA
 
 
 def launch(head: str = DEFAULT_HEAD, host: str = "127.0.0.1", port: int = 7860, block: bool = True) -> gr.Blocks:
-    """Serve the demo until it is interrupted, or in a thread, unless it should `block`. Host "0.0.0.0" is open to other
-    machines; port 0 picks a free one. ZooError for an unknown head or a port that is taken."""
+    """Serve the demo until it is interrupted, or in a thread, unless it should `block`. Host "0.0.0.0" is
+    open to other machines; port 0 picks a free one. ZooError for an unknown head or a port that is taken."""
     # Gradio answers a page elsewhere that calls this machine by a name of its own, or sends without reading
     hosts = list(LOCAL_HOSTS) if host in LOCAL_HOSTS else ["*"]
     own = Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
@@ -87,9 +88,10 @@ async def from_own_page(request: Request, call_next: Callable[[Request], Awaitab
 
 def build_page(model: Head) -> gr.Blocks:
     """The page, with a head that all visitors may use, and CLIP for their own."""
-    heads = TemporaryDirectory(prefix="dcp_zoo-")  # for downloads; removed with the process
+    heads = TemporaryDirectory(prefix="dcp_zoo-")  # for downloads, which Gradio copies; removed with the process
 
     def train(*fields: Any) -> list[object]:
+        remove_old(heads.name)
         return train_on(model.encoder.architecture, named_classes(fields[::2], fields[1::2]), mkdtemp(dir=heads.name))
 
     def classify(photos: Photos, trained: Head | None, reject: bool) -> list[tuple[str, str]]:
@@ -156,8 +158,8 @@ def captions(model: Head, photos: Photos, reject: bool) -> list[tuple[str, str]]
 
 
 def named_classes(names: Sequence[str | None], photos: Sequence[Photos]) -> dict[str, list[str]]:
-    """The paths of each class's photographs, without empty classes; ZooError for photographs without a name, or fewer
-    than two classes."""
+    """The paths of each class's photographs, without empty classes; ZooError for photographs without a name,
+    or fewer than two classes."""
     classes: dict[str, list[str]] = {}
     for number, (name, shots) in enumerate(zip(names, photos, strict=True), 1):
         if shots and not (name or "").strip():
@@ -170,25 +172,37 @@ def named_classes(names: Sequence[str | None], photos: Sequence[Photos]) -> dict
 
 
 def train_on(clip: str, classes: dict[str, list[str]], folder: str) -> list[object]:
-    """Train on three quarters of each class's photographs, and measure on the others -> what to tell the visitor, the
-    head, the button with its download, which is saved in a folder."""
+    """Train on three quarters of each class's photographs, and measure on the others; those that were taken
+    together are on one side -> what to tell the visitor, the head, the button with its download, saved in a
+    folder."""
     names, began = list(classes), time.monotonic()
     items = [Item(path, path, label) for label, paths in enumerate(classes.values()) for path in paths]
-    train, _, test = divide(items, HELD_OUT)
+    train, _, test = divide(with_own_groups(items, keep=False), HELD_OUT)  # visitors' images are not kept
     shots = [item.path for item in train], [names[item.label] for item in train]
-    own = FewShotClassifier(clip, memory=False).fit(*shots)  # visitors' images are not kept
+    own = FewShotClassifier(clip, memory=False).fit(*shots)
     lines = [f"Trained on {len(train)} photographs in {time.monotonic() - began:.0f} s. *Classify* now uses your head."]
     if test:
         plain = FewShotClassifier(clip, "zero-shot", memory=False).fit(*shots)
         held_out = [item.path for item in test], [names[item.label] for item in test]
         lines.append(f"Of {len(test)} held-out photographs, these are named right:")
+        independent = float(len({item.group or item.name for item in test}))
         for title, classifier in (("CLIP without training", plain), ("your head", own)):
-            lines.append(f"- {title}: {Accuracy('', round(classifier.score(*held_out) * len(test)), len(test))}")
+            right = round(classifier.score(*held_out) * len(test))
+            lines.append(f"- {title}: {Accuracy('', right, len(test), independent)}")
     else:
-        lines.append("Nothing is measured: with three photographs per class, one of them is held out.")
+        lines.append(
+            "Nothing is measured: of three photographs of a class that show different things, one is held out."
+        )
     saved = own.save(Path(folder, "my_head"))
     packed = shutil.make_archive(str(saved), "zip", folder, saved.name)
     return ["\n\n".join(lines), own.model_, gr.update(value=packed, visible=True)]
+
+
+def remove_old(folder: str) -> None:
+    """Remove the folders in it that are older than uploads may be."""
+    for head in Path(folder).iterdir():
+        if time.time() - head.stat().st_mtime > UPLOAD_SECONDS:
+            shutil.rmtree(head)
 
 
 def digits() -> list[object]:

@@ -1,4 +1,5 @@
-"""CLIP's two towers block by block, to insert prompts and rewrite them in between; its modules are not modified."""
+"""CLIP's two towers block by block, to insert prompts and rewrite them in between; its modules are not
+modified."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,15 +18,17 @@ FORMATS = ("NCHW", "NLC")  # of intermediates: maps (B, Dv, h, w), tokens (B, h 
 def vision_tower(clip: nn.Module) -> VisionTower:
     """The image tower of a CLIP; ZooError, naming what is missing, if prompts cannot be inserted into it."""
     visual: Any = getattr(clip, "visual", None)
+    trunk = getattr(visual, "trunk", visual)
     kind: type[OpenClipViT | TimmViT]
     if hasattr(visual, "class_embedding") and hasattr(visual, "transformer"):
         kind = OpenClipViT
-    elif all(hasattr(getattr(visual, "trunk", None), part) for part in ("blocks", "patch_embed", "num_prefix_tokens")):
+    elif trunk is not visual and all(hasattr(trunk, part) for part in ("blocks", "patch_embed", "num_prefix_tokens")):
         kind = TimmViT
     else:
-        name = type(getattr(visual, "trunk", visual)).__name__
+        name = type(trunk).__name__
         raise _refused(clip, [f"an image tower of transformer blocks, with or without a class token, not {name}"])
-    if missing := kind.missing(visual):
+    missing = kind.missing(visual)
+    if missing:
         raise _refused(clip, missing)
     return kind(visual)
 
@@ -35,8 +38,10 @@ def text_tower(clip: nn.Module) -> TextTower:
     text: Any = getattr(clip, "text", clip)  # in open_clip's CustomTextCLIP and CoCa it is a module of its own
     if not hasattr(getattr(text, "transformer", None), "resblocks"):
         raise _refused(clip, [f"open_clip's own text transformer, not {type(text).__name__}"])
-    pooling = ["pooling at one token"] * (pool_type(text) == "none")
-    if missing := missing_parts(text.transformer.resblocks) + pooling:
+    missing = missing_parts(text.transformer.resblocks)
+    if pool_type(text) == "none":
+        missing.append("pooling at one token")
+    if missing:
         raise _refused(clip, missing)
     return TextTower(text)
 
@@ -50,10 +55,15 @@ def _refused(clip: nn.Module, missing: list[str]) -> ZooError:
 
 
 def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]:
-    """timm's `indices` as block numbers in order, by `Classifier.forward_intermediates`; ZooError for a wrong one."""
-    numbers = range(-indices, 0) if isinstance(indices, int) else range(n_blocks) if indices is None else indices
+    """timm's `indices` as block numbers in order, as in `Head.forward_intermediates`; ZooError for a wrong
+    one."""
+    if indices is None:
+        return list(range(n_blocks))
+    numbers = range(-indices, 0) if isinstance(indices, int) else indices
     blocks = sorted({i + n_blocks if i < 0 else i for i in numbers})
     if not blocks or blocks[0] < 0 or blocks[-1] >= n_blocks:
-        problem = f"There are no blocks {indices!r}: the vision tower has blocks 0 to {n_blocks - 1}."
-        raise ZooError(f"{problem} Pass n for the last n, or a list of block numbers, -1 being the last.")
+        raise ZooError(
+            f"There are no blocks {indices!r}: the vision tower has blocks 0 to {n_blocks - 1}. Pass n for the last n, "
+            "or a list of block numbers, -1 being the last."
+        )
     return blocks

@@ -1,11 +1,12 @@
-"""CLIP's transformers in steps, so that prompts can enter and be rewritten in between: a block, and the image tower of
-blocks; here open_clip's own.
+"""CLIP's transformers in steps, so that prompts can enter and be rewritten in between: one block, and an
+image tower of blocks; here with the modules of open_clip's own `VisionTransformer`.
 
-A module could not do this itself: attend to prompts without computing them, share one prefix between classes, and in
-the last block compute only the pooled tokens. A family of blocks says where its parameters are. Prompts follow the
-image's own tokens, and are left out of pooling.
+The modules' own `forward` cannot attend to prompts without computing their outputs, share one prefix between
+classes, or compute only the pooled tokens in the last block. A subclass of `Block` knows where a kind of
+module has its parameters. Prompts follow the image's own tokens, and are left out of pooling.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,15 +20,20 @@ from dcp_zoo.backbone.mini import STAGE_WIDTH
 from dcp_zoo.errors import ZooError
 
 KeyValue = tuple[Tensor, Tensor]  # each (..., H, L, d)
-# what `VisionTower.read` may give, see there
-EMBEDDING, HIDDEN, STEM, STAGE, MIDDLE, LAST = "embedding", "hidden", "stem", "stage", "middle", "last"
-JOINED = frozenset([EMBEDDING, HIDDEN, STEM])  # with one another, by candidates of a text probe
-EVERY = 4  # patch of the last block enters the mean of its patches: others are not computed
+# features that `VisionTower.read` may give, see there
+EMBEDDING = "embedding"
+HIDDEN = "hidden"
+STEM = "stem"
+STAGE = "stage"
+MIDDLE = "middle"
+LAST = "last"
+JOINED = frozenset([EMBEDDING, HIDDEN, STEM])  # those that candidates of a text probe always use together
+EVERY = 4  # of the last block's tokens, each fourth enters the mean of its patches; the others are not computed
 
 
 class Block:
-    """One block: x + out(attention(norm(x))), then the MLP. It holds the module, and no parameters of its own.
-    Without `rotate`, keys are those of tokens that have no position."""
+    """One block: x + out(attention(norm(x))), then the MLP. It holds the module, and no parameters of its
+    own."""
 
     norm: Callable[[Tensor], Tensor]  # x (..., L, D) -> what attention reads (..., L, D)
     # (normed (..., L, D), "q" or "kv") -> queries (..., L, D), or keys and values (..., L, 2 D)
@@ -46,12 +52,18 @@ class Block:
         return self.rotate(split_heads(self.project(normed, "q"), self.module.attn.num_heads))
 
     def key_value(self, normed: Tensor, rotate: bool = True) -> KeyValue:
-        """normed (..., L, D) -> keys and values, each (..., H, L, d)."""
-        key, value = (split_heads(x, self.module.attn.num_heads) for x in self.project(normed, "kv").chunk(2, -1))
-        return self.rotate(key) if rotate else key, value
+        """normed (..., L, D) -> keys and values, each (..., H, L, d). Tokens that have no position are not
+        rotated."""
+        heads = self.module.attn.num_heads
+        key, value = self.project(normed, "kv").chunk(2, -1)
+        key = split_heads(key, heads)
+        if rotate:
+            key = self.rotate(key)
+        return key, split_heads(value, heads)
 
     def prompts(self, prompts: Tensor) -> KeyValue:
-        """Prompts (M, D), which have no position, as they enter the block -> their keys and values (H, M, d)."""
+        """Prompts (M, D), which have no position, as they enter the block -> their keys and values (H, M,
+        d)."""
         return self.key_value(self.norm(prompts), rotate=False)
 
     def __call__(
@@ -69,16 +81,15 @@ class Block:
         query = self.query(normed[:, : rows.stop])[..., :: rows.step, :]  # by their positions
         key, value = self.key_value(normed)
         if given is not None:
-            key, value = (
-                torch.cat([own, other.expand(x.shape[0], -1, -1, -1)], 2)
-                for own, other in zip((key, value), given, strict=True)
-            )
+            given_key, given_value = given
+            key = torch.cat([key, given_key.expand(x.shape[0], -1, -1, -1)], 2)
+            value = torch.cat([value, given_value.expand(x.shape[0], -1, -1, -1)], 2)
         return self.finish(x[:, rows], attend(query, key, value, mask, causal))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Attention of queries (..., H, Q, d) to keys and values (..., H, L, d) -> (..., H, Q, d). In bfloat16 on a CPU by
-    plain products, which with their gradients take 0.6 of the time of torch's own kernel."""
+    """Attention of queries (..., H, Q, d) to keys and values (..., H, L, d) -> (..., H, Q, d). In bfloat16
+    on a CPU by plain products, which with their gradients take 0.6 of the time of torch's own kernel."""
     if mask is None and not causal and query.is_cpu and query.dtype == torch.bfloat16:
         return (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1) @ value
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
@@ -104,7 +115,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def is_plain(module: object, *names: str) -> bool:
-    """Whether the module lacks these parts, or has them without effect."""
+    """Whether the module has none of these parts, or only identities."""
     return all(isinstance(getattr(module, name, None), (nn.Identity, type(None))) for name in names)
 
 
@@ -136,22 +147,26 @@ class OpenClipBlock(Block):
         return self.module.ln_1(x)
 
     def project(self, normed: Tensor, parts: str) -> Tensor:
-        attn, d = self.module.attn, normed.shape[-1]
-        rows = slice(d) if parts == "q" else slice(d, None)
+        attn = self.module.attn
+        width = normed.shape[-1]
+        rows = slice(width) if parts == "q" else slice(width, None)
         return F.linear(normed, attn.in_proj_weight[rows], attn.in_proj_bias[rows])
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """QuickGELU, h * sigmoid(1.702 h), is computed as silu(1.702 h) / 1.702: the same function, and the backward
-        pass needs one tensor of the hidden width instead of two."""
-        block, mlp = self.module, self.module.mlp
+        """QuickGELU, h * sigmoid(1.702 h), is computed as silu(1.702 h) / 1.702: the same function, and the
+        backward pass needs one tensor of the hidden width instead of two."""
+        block = self.module
+        mlp = block.mlp
         x = x + block.ls_1(block.attn.out_proj(merge_heads(attended)))  # (..., L, D)
         y = block.ln_2(x)
-        y = mlp.c_proj(F.silu(1.702 * mlp.c_fc(y)) / 1.702) if type(mlp.gelu).__name__ == "QuickGELU" else mlp(y)
+        is_quick = type(mlp.gelu).__name__ == "QuickGELU"
+        y = mlp.c_proj(F.silu(1.702 * mlp.c_fc(y)) / 1.702) if is_quick else mlp(y)
         return x + block.ls_2(y)
 
 
 class VisionTower:
-    """An image tower in steps: `embed`, `blocks`, `pool`. It holds the modules, and no parameters of its own."""
+    """An image tower in steps: `embed`, `blocks`, `pool`. It holds the modules, and no parameters of its
+    own."""
 
     visual: Any  # the image tower of the CLIP
     block_path: str  # name of the list of blocks in it
@@ -163,7 +178,7 @@ class VisionTower:
     pooled: int  # tokens that `pool` reads, counted from the first: 1 for the class token, otherwise all N
     has_stem: bool  # whether the patch embedding is more than one convolution, so that its maps are worth keeping
     stem: Any = None  # the miniature's, in the patch embedding
-    further: dict[str, int]  # what `read` gives besides CLIP's embedding, in order, and how wide it is
+    extra: dict[str, int]  # the features that `read` gives besides CLIP's embedding, in order, and their widths
     norm: nn.Module  # after the last block
     embed: Callable[[Tensor], Tokens]  # images (B, 3, H, W) -> tokens (B, N, Dv) that enter block 0, with positions
     # prompts (M, Dv) as they enter block 0: normalised as all tokens are, but without position
@@ -188,7 +203,8 @@ class VisionTower:
         return next(self.visual.parameters()).dtype
 
     def checked(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in the tower's dtype; ZooError for raw pixels, and for images of another size."""
+        """Images (B, 3, H, W) in the tower's dtype; ZooError for raw pixels, and for images of another
+        size."""
         size = (3, *self.visual.image_size)
         if images.shape[1:] == size and images.is_floating_point():
             return images.to(self.dtype)
@@ -199,43 +215,57 @@ class VisionTower:
         )
 
     def features(self, x: Tensor) -> Tensor:
-        """CLIP's embedding (B, E), normalised, of the tokens after the last block; further ones are ignored."""
+        """CLIP's embedding (B, E), normalised, of the tokens after the last block; further ones are
+        ignored."""
         return F.normalize(self.project(self.hidden(x[:, : self.pooled])), dim=-1)
 
-    def inside(self) -> dict[str, int]:
-        """The `further` parts from inside a transformer."""
-        middle = {MIDDLE: (1 + (self.num_prefix > 0)) * self.width} if len(self.blocks) > 1 else {}
-        return middle | ({LAST: self.width} if self.pooled == 1 else {})
+    def of_blocks(self) -> dict[str, int]:
+        """The `extra` features from the blocks of a transformer, and their widths."""
+        extra = {}
+        if len(self.blocks) > 1:
+            extra[MIDDLE] = 2 * self.width if self.num_prefix else self.width
+        if self.pooled == 1:
+            extra[LAST] = self.width
+        return extra
 
     def read(self, entering: Tokens, prompts: Sequence[Any] = (), parts: int | None = None) -> Tensor:
-        """Tokens -> so many parts (B, ..), by default all, each normalised: `features`, and `further` what enters
-        CLIP's projection (`HIDDEN`), means over positions of a stem's last maps (`STEM`) and of earlier ones
-        (`STAGE`), class token and mean patch as the block after the middle one reads them (`MIDDLE`), and the mean
-        patch after the last block (`LAST`). Prompts are for the features alone."""
+        """Tokens -> the first `parts` kinds of features (B, ..), by default all, each normalised: CLIP's
+        embedding (`EMBEDDING`) and, of `extra`, what enters CLIP's projection (`HIDDEN`), means over
+        positions of a stem's last maps (`STEM`) and of earlier ones (`STAGE`), class token and mean patch as
+        the block after the middle one reads them (`MIDDLE`), and the mean patch after the last block
+        (`LAST`). Prompts are for the embedding alone."""
         if parts == 1:
             return self.features(self.run(entering.x, prompts))
-        names = [*self.further][: None if parts is None else parts - 1]
-        x, seen, start = entering.x, entering.seen, 0
-        if MIDDLE in self.further:
+        names = list(self.extra)
+        if parts is not None:
+            names = names[: parts - 1]
+        x = entering.x
+        start = 0
+        by_name = {}
+        if entering.stem is not None:
+            by_name[STEM], by_name[STAGE] = entering.stem.split([self.extra[STEM], self.extra[STAGE]], 1)
+        if MIDDLE in self.extra:
             start = self.middle
             x = self.run(x, (), 0, start)
             normed = self.blocks[start].norm(x)
-            class_token, patches = normed[:, : self.num_prefix > 0].flatten(1), normed[:, self.num_prefix :].mean(1)
-            seen = torch.cat([class_token, patches], 1)
+            mean_patch = normed[:, self.num_prefix :].mean(1)
+            by_name[MIDDLE] = torch.cat([normed[:, 0], mean_patch], 1) if self.num_prefix else mean_patch
         x = self.run(x, (), start, len(self.blocks) - 1)
         x = self.blocks[-1](x, rows=slice(0, None, EVERY) if LAST in names else slice(self.pooled))
-        hidden = self.hidden(x[:, : self.pooled])
-        by_name = {HIDDEN: hidden, LAST: self.norm(x[:, -(-self.num_prefix // EVERY) :]).mean(1)}
-        before = {name: width for name, width in self.further.items() if name not in by_name}
-        by_name |= zip(before, () if seen is None else seen.split([*before.values()], 1), strict=True)
-        read = [self.project(hidden), *(by_name[name] for name in names)]
-        return torch.cat([F.normalize(part, dim=-1) for part in read], -1)
+        by_name[HIDDEN] = self.hidden(x[:, : self.pooled])
+        if LAST in names:
+            first_patch = math.ceil(self.num_prefix / EVERY)
+            by_name[LAST] = self.norm(x[:, first_patch:]).mean(1)
+        features = [self.project(by_name[HIDDEN]), *(by_name[name] for name in names)]
+        return torch.cat([F.normalize(part, dim=-1) for part in features], -1)
 
     def block(self, i: int, x: Tensor, prompts: Tensor | KeyValue | None = None, last: bool = False) -> Tensor:
-        """Block i: x (B, L, Dv) -> (B, L, Dv), or with `last` only the pooled tokens (B, 1 or N, Dv). `prompts` (M, Dv)
-        are additional keys and values, or given as such; there no output is computed: the next block has new ones."""
-        given = self.blocks[i].prompts(prompts.to(x.dtype)) if isinstance(prompts, Tensor) else prompts
-        return self.blocks[i](x, given=given, rows=slice(self.pooled if last else None))
+        """Block i: x (B, L, Dv) -> (B, L, Dv), or with `last` only the pooled tokens (B, 1 or N, Dv). They
+        also attend to `prompts` (M, Dv), or their keys and values, whose outputs are not computed: the next
+        block has new ones."""
+        block = self.blocks[i]
+        given = block.prompts(prompts.to(x.dtype)) if isinstance(prompts, Tensor) else prompts
+        return block(x, given=given, rows=slice(self.pooled if last else None))
 
     def run(
         self,
@@ -245,58 +275,72 @@ class VisionTower:
         stop: int | None = None,
         run: Callable[..., Tensor] = call,
     ) -> Tensor:
-        """x (B, N, Dv) after blocks start .. stop - 1, given the prompts (M, Dv) that enter the first of these blocks.
-        A block's output at its prompts is discarded if the next block has new ones, so only the last of `prompts` join
-        the sequence; others are only attended to, and may be keys and values. `run` calls each block."""
-        for i in range(start, len(self.blocks) if stop is None else stop):
-            left = len(prompts) - (i - start)
-            if left == 1:
+        """x (B, N, Dv) after blocks start .. stop - 1, given the prompts (M, Dv) that enter the first of
+        these blocks. A block's output at its prompts is discarded if the next block has new ones, so only
+        the last of `prompts` join the sequence; others are only attended to, and may be keys and values.
+        `run` calls each block."""
+        last = len(self.blocks) - 1
+        for i in range(start, last + 1 if stop is None else stop):
+            attended = None
+            if i - start < len(prompts) - 1:
+                attended = prompts[i - start]
+            elif i - start == len(prompts) - 1:
                 x = append_prompts(x, prompts[-1])
-            attended = prompts[i - start] if left > 1 else None
-            x = run(self.block, i, x, attended, i == len(self.blocks) - 1)
+            x = run(self.block, i, x, attended, i == last)
         return x
 
 
 def append_prompts(x: Tensor, prompts: Tensor) -> Tensor:
-    """x (B, L, Dv), prompts (M, Dv) -> (B, L + M, Dv)."""
+    """x (B, L, Dv), prompts (M, Dv) -> (B, L + M, Dv). As everywhere in image towers, `x.shape[0]` and not
+    `len(x)`, at which torch.export would fix the batch size."""
     return torch.cat([x, prompts.to(x.dtype).expand(x.shape[0], -1, -1)], 1)
 
 
 class OpenClipViT(VisionTower):
-    """open_clip's `VisionTransformer`, pooled at its class token, by their mean (CLIPA) or by attention (CoCa)."""
+    """open_clip's `VisionTransformer`, pooled at its class token, by their mean (CLIPA) or by attention
+    (CoCa)."""
 
     block_path = "transformer.resblocks"
     num_prefix = 1
 
     def __init__(self, visual: Any) -> None:
-        self.visual, self.norm = visual, visual.ln_post
+        self.visual = visual
+        self.norm = visual.ln_post
         self.has_stem = not isinstance(visual.conv1, nn.Conv2d)
         self.blocks = [OpenClipBlock(block) for block in visual.transformer.resblocks]
         self.width = visual.class_embedding.shape[-1]
-        self.grid, self.patch_size = tuple(visual.grid_size), tuple(visual.patch_size)
+        self.grid = tuple(visual.grid_size)
+        self.patch_size = tuple(visual.patch_size)
         self.token_only = visual.pool_type == "tok" and getattr(visual, "attn_pool", None) is None
         self.pooled = 1 if self.token_only else self.num_tokens
         self.stem = getattr(visual.conv1, "stem", None)
         if self.stem:
-            self.further = {STEM: visual.conv1.proj.in_channels, STAGE: STAGE_WIDTH}
+            self.extra = {STEM: visual.conv1.proj.in_channels, STAGE: STAGE_WIDTH}
         else:
             hidden = {} if visual.proj is None else {HIDDEN: visual.proj.shape[0]}
-            self.further = hidden | self.inside()
+            self.extra = hidden | self.of_blocks()
 
     @staticmethod
     def missing(visual: Any) -> list[str]:
         """What an image tower lacks to be of this kind."""
-        known = visual.pool_type in ("tok", "avg")
-        return missing_parts(visual.transformer.resblocks) + ["pooling of kind tok or avg"] * (not known)
+        missing = missing_parts(visual.transformer.resblocks)
+        if visual.pool_type not in ("tok", "avg"):
+            missing.append("pooling of kind tok or avg")
+        return missing
 
     def embed(self, images: Tensor) -> Tokens:
-        visual, images = self.visual, self.checked(images)
-        maps, seen = (visual.conv1(images), None) if self.stem is None else self.stem.read(images)
-        maps = maps if seen is None else visual.conv1.proj(maps)  # (B, Dv, h, w)
+        visual = self.visual
+        images = self.checked(images)
+        stem_means = None
+        if self.stem is None:
+            maps = visual.conv1(images)
+        else:
+            maps, stem_means = self.stem.read(images)
+            maps = visual.conv1.proj(maps)
         tokens = maps.flatten(2).transpose(1, 2)  # (B, patches, Dv)
         class_token = visual.class_embedding.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
         x = torch.cat([class_token, tokens], 1) + visual.positional_embedding.to(tokens.dtype)
-        return Tokens(visual.ln_pre(visual.patch_dropout(x)), seen)
+        return Tokens(visual.ln_pre(visual.patch_dropout(x)), stem_means)
 
     def embed_prompts(self, prompts: Tensor) -> Tensor:
         return self.visual.ln_pre(prompts.to(self.dtype))

@@ -1,12 +1,14 @@
-"""open_clip's text transformer, block by block, with prompts between start token, if there is one, and class name.
+"""open_clip's text transformer, block by block, with prompts between start token, if there is one, and class
+name.
 
-- Causal, read at the end token (CLIP): nothing before a class name depends on it, so that start token and prompts are
-  computed once for all classes. `PrefixRun`.
-- All others (SigLIP, CLIPA, MobileCLIP-S: not causal; CoCa: read at a class token after the padding): every class runs
-  all its tokens, in chunks of classes. `FullRun`.
+- Causal, read at the end token (CLIP): nothing before a class name depends on it, so that start token and
+  prompts are computed once for all classes. `PrefixRun`.
+- All others (SigLIP, CLIPA, MobileCLIP-S: not causal; CoCa: read at a class token after the padding): every
+  class runs all its tokens, in chunks of classes. `FullRun`.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +20,14 @@ from dcp_zoo.backbone.classes import mean_of_texts
 from dcp_zoo.backbone.tokens import check_lengths, end_positions, last_tokens, pool_type
 from dcp_zoo.backbone.towers.open_clip import KeyValue, OpenClipBlock, call, checkpointed
 
-CHUNK_TOKENS, CHUNK_PADDING = 1024, 64  # tokens of class names computed at once, and how many of them are padding
+CHUNK_TOKENS = 1024  # the most tokens of class names that are computed at once
+CHUNK_PADDING = 64  # the most of them that are padding
 Runner = Callable[..., Tensor]
 
 
 class PaddedTexts(nn.Module):
-    """Some texts, padded at the end: tokens `ids` (c, L), and `ends` (c,), the places that the tower reads."""
+    """Some texts, padded at the end: tokens `ids` (c, L), and the positions `ends` (c,) that the tower
+    reads."""
 
     def __init__(self, ids: Tensor, ends: Tensor) -> None:
         super().__init__()
@@ -32,20 +36,25 @@ class PaddedTexts(nn.Module):
 
 
 class TextChunks(nn.ModuleList):
-    """The texts of all classes in chunks of similar lengths. `ids` (S, L), `ends` (S,) and the number of tokens
-    `lengths` (S,) are those of all texts in the order of the classes, for a text tower that shares its prefix only of
-    the tokens after the prompts; `inside` are the positions of the prompts."""
+    """The texts of all classes in chunks of similar lengths.
 
-    order: Tensor  # (S,), the place of each text after sorting
+    Args:
+        ids, ends: (S, L) and (S,), as of `PaddedTexts`, of all texts in the order of the classes; for a text
+            tower that shares its prefix, of the tokens after the prompts alone.
+        lengths: (S,), the number of tokens.
+        prompts: their positions.
+    """
+
+    order: Tensor  # (S,), the position of each text after sorting
     start_id: int  # the token before the prompts
     counts: list[int] | None = None  # how many texts each class has; None for one each
 
-    def __init__(self, ids: Tensor, ends: Tensor, lengths: Tensor, inside: slice) -> None:
+    def __init__(self, ids: Tensor, ends: Tensor, lengths: Tensor, prompts: slice) -> None:
         by_length = lengths.argsort(stable=True)
         chunks = by_length.split(chunk_sizes(lengths[by_length].tolist()))
         super().__init__(PaddedTexts(ids[rows, : int(lengths[rows[-1]])], ends[rows]) for rows in chunks)
         self.register_buffer("order", by_length.argsort(), persistent=False)
-        self.inside = inside
+        self.prompts = prompts
 
     def by_class(self, features: Sequence[Tensor]) -> Tensor:
         """Normalised features (c, E) of each chunk -> of each class (C, E)."""
@@ -54,7 +63,8 @@ class TextChunks(nn.ModuleList):
 
 def chunk_sizes(lengths: Sequence[int]) -> list[int]:
     """How many texts are in each chunk, given the lengths of all in ascending order."""
-    sizes, tokens = [0], 0
+    sizes = [0]
+    tokens = 0  # of the last chunk, without padding
     for length in lengths:
         padded = (sizes[-1] + 1) * length
         if sizes[-1] and (padded > CHUNK_TOKENS or padded - tokens - length > CHUNK_PADDING):
@@ -66,53 +76,66 @@ def chunk_sizes(lengths: Sequence[int]) -> list[int]:
 
 
 class TextTower:
-    """A text tower block by block; it holds the modules, and no parameters of its own: `text`, the CLIP itself or its
-    `.text`. `width` is Dt; `shares_prefix`: whether start token and prompts are the same for every class."""
+    """A text tower block by block; it holds the modules, and no parameters of its own: `text`, the CLIP
+    itself or its `.text`. `width` is Dt; `shares_prefix`: whether start token and prompts are the same for
+    every class."""
 
     def __init__(self, text: Any) -> None:
         self.text = text
         self.blocks = [OpenClipBlock(block) for block in text.transformer.resblocks]
-        self.width, self.length = text.positional_embedding.shape[-1], text.context_length
+        self.width = text.positional_embedding.shape[-1]
+        self.length = text.context_length
+        self.pooling = pool_type(text)
         self.shares_prefix = shares_prefix(text)
 
+    @property
+    def class_token(self) -> Tensor | None:
+        """CoCa's, which follows all other tokens."""
+        return getattr(self.text, "cls_emb", None)
+
     def chunks(self, labels: Sequence[str], ids: Tensor, n_ctx: int, start: int) -> TextChunks:
-        """Tokens (S, L) of texts, of which the first `start` come before the prompts, to follow `n_ctx` prompts;
-        ZooError, naming it by its label, if a text does not fit."""
-        inside = slice(start, start + n_ctx)
+        """Tokens (S, L) of texts, of which the first `start` come before the prompts, to follow `n_ctx`
+        prompts; ZooError, naming it by its label, if a text does not fit."""
+        prompts = slice(start, start + n_ctx)
         if self.shares_prefix:
             ends = end_positions(self.text, ids)  # the number of tokens after the start token
-            check_lengths(labels, ends, self.length - 1 - n_ctx, n_ctx)  # room for name, full stop and end token
-            return TextChunks(ids[:, 1:], ends - 1, ends, inside)
-        kind, length = pool_type(self.text), self.length
-        if getattr(self.text, "cls_emb", None) is not None:  # CoCa's class token after all others
-            ends = torch.full((len(ids),), length - n_ctx)
-        elif kind in ("argmax", "eos"):
+            check_lengths(labels, ends, self.length - 1 - n_ctx, n_ctx)  # of name, full stop and end token
+            return TextChunks(ids[:, 1:], ends - 1, ends, prompts)
+        length = self.length - n_ctx  # of a text without prompts, as `ends` until they are inserted
+        if self.class_token is not None:  # after all other tokens
+            ends = torch.full((len(ids),), length)
+        elif self.pooling in ("argmax", "eos"):
             ends = end_positions(self.text, ids)
         else:  # the tower reads its first or its last token, whatever that is
-            ends = torch.full((len(ids),), length - 1 - n_ctx if kind == "last" else 0)
-        check_lengths(labels, last_tokens(ids) + 1 - start, length - 1 - start - n_ctx, n_ctx)
+            ends = torch.full((len(ids),), length - 1 if self.pooling == "last" else 0)
+        check_lengths(labels, last_tokens(ids) + 1 - start, length - 1 - start, n_ctx)
         filler = ids.new_full((len(ids), n_ctx), int(getattr(self.text, "pad_id", 0)) + 1)  # replaced by the prompts
-        whole = torch.cat([ids[:, :start], filler, ids[:, start : length - n_ctx]], 1)
+        ids = torch.cat([ids[:, :start], filler, ids[:, start:length]], 1)
         ends = ends + n_ctx * (ends >= start)
-        return TextChunks(whole, ends, torch.full_like(ends, length), inside)
+        return TextChunks(ids, ends, torch.full_like(ends, self.length), prompts)
 
     def begin(self, prompts: Tensor, names: TextChunks, run: Runner = call) -> "PrefixRun | FullRun":
-        """Class names, as of `chunks`, after the prompts (M, Dt), before the first block. `run` calls what is computed
-        per chunk of classes, such as with gradient checkpointing."""
-        prompts = prompts.to(self.text.token_embedding.weight.dtype) + self.text.positional_embedding[names.inside]
+        """Class names, as of `chunks`, after the prompts (M, Dt), before the first block. `run` calls what
+        is computed per chunk of classes, such as with gradient checkpointing."""
+        prompts = prompts.to(self.text.token_embedding.weight.dtype) + self.text.positional_embedding[names.prompts]
         return (PrefixRun if self.shares_prefix else FullRun)(self, prompts, names, run)
 
     def embed(self, names: TextChunks) -> list[Tensor]:
-        """Chunks of texts -> their tokens with positions (c, L, Dt), or (c, L + 1, Dt) with CoCa's class token last."""
-        text, first = self.text, names.inside.stop if self.shares_prefix else 0
-        chunks = [text.token_embedding(chunk.ids) for chunk in names]
-        if (class_token := getattr(text, "cls_emb", None)) is not None:
-            chunks = [torch.cat([y, class_token.to(y.dtype).expand(len(y), 1, -1)], 1) for y in chunks]
-        return [y + text.positional_embedding[first : first + y.shape[1]] for y in chunks]
+        """Chunks of texts -> their tokens with positions (c, L, Dt), or (c, L + 1, Dt) with CoCa's class
+        token last."""
+        start = names.prompts.stop if self.shares_prefix else 0
+        embedded = []
+        for chunk in names:
+            y = self.text.token_embedding(chunk.ids)
+            if self.class_token is not None:
+                y = torch.cat([y, self.class_token.to(y.dtype).expand(len(y), 1, -1)], 1)
+            embedded.append(y + self.text.positional_embedding[start : start + y.shape[1]])
+        return embedded
 
     def project(self, pooled: Tensor) -> Tensor:
         """The pooled token of each text (S, Dt) after the last block -> features (S, E), not normalised."""
-        pooled, projection = self.text.ln_final(pooled), self.text.text_projection
+        pooled = self.text.ln_final(pooled)
+        projection = self.text.text_projection
         if isinstance(projection, nn.Linear):
             pooled = projection(pooled)
         elif projection is not None:
@@ -127,8 +150,8 @@ def shares_prefix(text: object) -> bool:
 
 
 def prompted_text(tower: TextTower, names: TextChunks, prompts: Sequence[Tensor], call: Runner = call) -> Tensor:
-    """Chunks of class names after the prompts (M, Dt) that enter the first blocks -> features (C, E). After the last of
-    `prompts`, the blocks' outputs continue as prompts."""
+    """Chunks of class names after the prompts (M, Dt) that enter the first blocks -> features (C, E). After
+    the last of `prompts`, the blocks' outputs continue as prompts."""
     run = tower.begin(prompts[0], names, call)
     for i in range(len(tower.blocks)):
         if 1 <= i < len(prompts):
@@ -138,18 +161,21 @@ def prompted_text(tower: TextTower, names: TextChunks, prompts: Sequence[Tensor]
 
 
 class PrefixRun:
-    """A causal tower on start token and prompts, y (1 + M, Dt), whose keys and values (H, 1 + M, d) in the blocks so
-    far are `prefix`; class names follow in `features`."""
+    """A causal tower on start token and prompts, y (1 + M, Dt), whose keys and values (H, 1 + M, d) in the
+    blocks so far are `prefix`; class names follow in `features`."""
 
     def __init__(self, tower: TextTower, prompts: Tensor, names: TextChunks, run: Runner) -> None:
-        self.tower, self.names, self._run = tower, names, run
+        self.tower = tower
+        self.names = names
+        self._run = run
         text = tower.text
         self.y = text.token_embedding.weight[names.start_id][None] + text.positional_embedding[:1]
         self.prefix: list[KeyValue] = []
         self.replace(prompts)
 
     def prompts(self, pooling: str) -> Tensor:
-        """The prompts (M, Dt), the same for every class, so that pooling them over the classes changes nothing."""
+        """The prompts (M, Dt), the same for every class, so that pooling them over the classes changes
+        nothing."""
         return self.y[1:]
 
     def replace(self, prompts: Tensor) -> None:
@@ -157,19 +183,22 @@ class PrefixRun:
 
     def step(self) -> None:
         """One block."""
-        i, blocks = len(self.prefix), self.tower.blocks
+        i = len(self.prefix)
+        blocks = self.tower.blocks
         self.y, key_value = prefix_block(blocks[i], self.y, last=i == len(blocks) - 1)
         self.prefix.append(key_value)
 
     def features(self) -> Tensor:
         """After the last block -> normalised features (C, E)."""
-        pairs = zip(self.names, self.tower.embed(self.names), strict=True)
-        return self.names.by_class([self._run(name_features, self.tower, y, n.ends, self.prefix) for n, y in pairs])
+        features = []
+        for chunk, y in zip(self.names, self.tower.embed(self.names), strict=True):
+            features.append(self._run(name_features, self.tower, y, chunk.ends, self.prefix))
+        return self.names.by_class(features)
 
 
 def prefix_block(block: OpenClipBlock, y: Tensor, last: bool = False) -> tuple[Tensor, KeyValue]:
-    """One causal block on the prefix y (P, Dt), start token and prompts -> y after it, unless it is the last, and the
-    keys and values that names attend to: causality makes them the same for every class."""
+    """One causal block on the prefix y (P, Dt), start token and prompts -> y after it, unless it is the
+    last, and the keys and values that names attend to: causality makes them the same for every class."""
     normed = block.norm(y)
     key, value = block.key_value(normed)
     if not last:
@@ -180,28 +209,34 @@ def prefix_block(block: OpenClipBlock, y: Tensor, last: bool = False) -> tuple[T
 
 
 def name_features(tower: TextTower, y: Tensor, ends: Tensor, prefix: Sequence[KeyValue]) -> Tensor:
-    """All blocks on class names y (c, L, Dt), given the prefix's keys and values in each -> normalised features (c, E),
-    read at `ends` (c,)."""
+    """All blocks on class names y (c, L, Dt), given the prefix's keys and values in each -> normalised
+    features (c, E), read at `ends` (c,)."""
     for block, key_value in zip(tower.blocks, prefix, strict=True):
         y = name_block(block, y, key_value, ends if block is tower.blocks[-1] else None)
     return F.normalize(tower.project(y[:, 0]), dim=-1)
 
 
 def name_block(block: OpenClipBlock, y: Tensor, prefix: KeyValue, ends: Tensor | None = None) -> Tensor:
-    """One block on class names: y (c, L, Dt) -> (c, L, Dt), or only the tokens at `ends` (c,) -> (c, 1, Dt)."""
+    """One block on class names: y (c, L, Dt) -> (c, L, Dt), or only the tokens at `ends` (c,) -> (c, 1,
+    Dt)."""
     normed = block.norm(y)
-    own, length = block.key_value(normed), y.shape[1]
+    own = block.key_value(normed)
+    length = y.shape[1]
     past = torch.ones(length, length, dtype=torch.bool, device=y.device).tril()
     if ends is not None:
         rows = torch.arange(len(y), device=y.device)
-        y, normed, past = y[rows, ends][:, None], normed[rows, ends][:, None], past[ends][:, None, None]
+        y = y[rows, ends][:, None]
+        normed = normed[rows, ends][:, None]
+        past = past[ends][:, None, None]
     return block.finish(y, attend_names(block.query(normed), own, prefix, past))
 
 
 def attend_names(query: Tensor, own: KeyValue, prefix: KeyValue, past: Tensor) -> Tensor:
-    """Attention of name tokens (c, H, Q, d) to the shared prefix (H, P, d) and, where `past`, to their own name (c, H,
-    L, d). The prefix is not copied for every name, as torch's attention would: its scores are one product for all."""
-    (key, value), (prefix_key, prefix_value) = own, prefix
+    """Attention of name tokens (c, H, Q, d) to the shared prefix (H, P, d) and, where `past`, to their own
+    name (c, H, L, d). The prefix is not copied for every name, as torch's attention would: its scores are
+    one product for all."""
+    key, value = own
+    prefix_key, prefix_value = prefix
     query = query * query.shape[-1] ** -0.5
     to_prefix = torch.einsum("chqd,hpd->chqp", query, prefix_key)
     to_name = (query @ key.transpose(-2, -1)).masked_fill(~past, float("-inf"))
@@ -211,49 +246,56 @@ def attend_names(query: Tensor, own: KeyValue, prefix: KeyValue, past: Tensor) -
 
 
 class FullRun:
-    """Any other tower: all tokens of every class, y (c, L, Dt) for each chunk of c classes. With gradients and several
-    chunks, each block recomputes its activations in the backward pass."""
+    """Any other tower: all tokens of every class, y (c, L, Dt) for each chunk of c classes. With gradients
+    and several chunks, each block recomputes its activations in the backward pass."""
 
     def __init__(self, tower: TextTower, prompts: Tensor, names: Any, run: Runner) -> None:
-        self.tower, self.names = tower, names
+        self.tower = tower
+        self.names = names
         self._run = checkpointed if len(names) > 1 else run
-        self.masks = [attention_mask(tower.text, chunk.ids) for chunk in names]
-        self.blocks, self.chunks = iter(tower.blocks), tower.embed(names)
+        self.masks = [attention_mask(tower, chunk.ids) for chunk in names]
+        self.blocks = iter(tower.blocks)
+        self.chunks = tower.embed(names)
         self.replace(prompts)
 
     def prompts(self, pooling: str) -> Tensor:
         """The prompts (M, Dt), pooled over all classes, as the vision prompts are over the batch."""
-        return pool(torch.cat([y[:, self.names.inside] for y in self.chunks]), pooling)
+        return pool(torch.cat([y[:, self.names.prompts] for y in self.chunks]), pooling)
 
     def replace(self, prompts: Tensor) -> None:
         """New prompts (M, Dt), the same for every class."""
-        first, last = self.names.inside.start, self.names.inside.stop
-        self.chunks = [
-            torch.cat([y[:, :first], prompts.to(y.dtype).expand(len(y), -1, -1), y[:, last:]], 1) for y in self.chunks
-        ]
+        before = slice(self.names.prompts.start)
+        after = slice(self.names.prompts.stop, None)
+        for i, y in enumerate(self.chunks):
+            self.chunks[i] = torch.cat([y[:, before], prompts.to(y.dtype).expand(len(y), -1, -1), y[:, after]], 1)
 
     def step(self) -> None:
         """One block."""
         block = next(self.blocks)
-        self.chunks = [self._run(block, y, mask) for y, mask in zip(self.chunks, self.masks, strict=True)]
+        self.chunks = list(map(partial(self._run, block), self.chunks, self.masks))
 
     def features(self) -> Tensor:
         """After the last block -> normalised features (C, E)."""
-        pairs = zip(self.chunks, self.names, strict=True)
-        pooled = [y[torch.arange(len(y), device=y.device), chunk.ends] for y, chunk in pairs]
-        return self.names.by_class([F.normalize(self.tower.project(y), dim=-1) for y in pooled])
+        features = []
+        for y, chunk in zip(self.chunks, self.names, strict=True):
+            pooled = y[torch.arange(len(y), device=y.device), chunk.ends]
+            features.append(F.normalize(self.tower.project(pooled), dim=-1))
+        return self.names.by_class(features)
 
 
-def attention_mask(text: Any, ids: Tensor) -> Tensor | None:
-    """True where a token may attend to another, (L, L) or (C, 1, L, L); None if everywhere. CoCa's class token hides
-    padding, in the order of open_clip's weights: a token hides the one after it."""
+def attention_mask(tower: TextTower, ids: Tensor) -> Tensor | None:
+    """True where a token may attend to another, (L, L) or (C, 1, L, L); None if everywhere. CoCa's class
+    token hides padding, in the order of open_clip's weights: a token hides the one after it."""
+    text = tower.text
     causal = getattr(text, "attn_mask", None)
     mask = None if causal is None else causal == 0
-    if getattr(text, "cls_emb", None) is None and not getattr(text, "use_pad_mask", False):
+    if tower.class_token is None and not getattr(text, "use_pad_mask", False):
         return mask
     shown = ids != text.pad_id
-    if getattr(text, "cls_emb", None) is not None:
+    if tower.class_token is not None:
         always = torch.ones_like(shown[:, :1])
-        shown = torch.cat([shown, always] if getattr(text, "correct_cls_mask", False) else [always, shown], 1)
-    keys = shown[:, None, None, :]  # (C, 1, 1, L)
-    return keys.expand(-1, -1, shown.shape[1], -1) if mask is None else keys & mask[: shown.shape[1], : shown.shape[1]]
+        is_correct = getattr(text, "correct_cls_mask", False)
+        shown = torch.cat([shown, always] if is_correct else [always, shown], 1)
+    length = shown.shape[1]
+    keys = shown[:, None, None, :].expand(-1, -1, length, -1)  # (C, 1, L, L)
+    return keys if mask is None else keys & mask[:length, :length]

@@ -1,4 +1,5 @@
-"""timm's transformers in open_clip: `VisionTransformer` (SigLIP, MobileCLIP-B, ViTamin), `Eva` (EVA-02, PE-Core)."""
+"""timm's transformers in open_clip: `VisionTransformer` (SigLIP, MobileCLIP-B, ViTamin), `Eva` (EVA-02,
+PE-Core)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.backbone.inputs import Tokens
-from dcp_zoo.backbone.towers.open_clip import HIDDEN, Block, VisionTower, is_plain, merge_heads, missing_parts
+from dcp_zoo.backbone.towers.open_clip import (
+    HIDDEN,
+    Block,
+    VisionTower,
+    is_plain,
+    merge_heads,
+    missing_parts,
+)
 
 BLOCKS = ("Block", "EvaBlock", "EvaBlockPostNorm")
 ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
@@ -28,15 +36,18 @@ class TimmBlock(Block):
     def __init__(self, block: nn.Module, trunk: nn.Module, index: int) -> None:
         super().__init__(block)
         self.trunk: Any = trunk
-        self.index, self.post_norm = index, type(block).__name__ == "EvaBlockPostNorm"
+        self.index = index
+        self.post_norm = type(block).__name__ == "EvaBlockPostNorm"
 
     def norm(self, x: Tensor) -> Tensor:
         return x if self.post_norm else self.module.norm1(x)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        block, attn = self.module, self.module.attn
+        block = self.module
         y = merge_heads(attended)
-        y = attn.proj(attn.norm(y) if hasattr(attn, "norm") else y)
+        if hasattr(block.attn, "norm"):
+            y = block.attn.norm(y)
+        y = block.attn.proj(y)
         if self.post_norm:
             x = x + block.norm1(y)
             return x + block.norm2(block.mlp(x))
@@ -48,10 +59,10 @@ class TimmBlock(Block):
         attn = self.module.attn
         if attn.qkv is None:
             return torch.cat([getattr(attn, f"{part}_proj")(normed) for part in parts], -1)
-        d = attn.qkv.weight.shape[0] // 3
-        rows = slice(d) if parts == "q" else slice(d, None)
+        width = len(attn.qkv.weight) // 3
+        rows = slice(width) if parts == "q" else slice(width, None)
         bias = attn.qkv.bias
-        if bias is None and getattr(attn, "q_bias", None) is not None:  # EVA's, which are kept apart
+        if bias is None and getattr(attn, "q_bias", None) is not None:  # EVA keeps biases as three tensors
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         return F.linear(normed, attn.qkv.weight[rows], None if bias is None else bias[rows])
 
@@ -59,11 +70,16 @@ class TimmBlock(Block):
         """(..., H, L, d) of prefix tokens, patches and prompts; only the patches are turned."""
         from timm.layers import apply_rot_embed_cat
 
-        rope, attn = getattr(self.trunk, "rope", None), self.module.attn
-        if rope is None or x.shape[-2] <= attn.num_prefix_tokens:
+        rope = getattr(self.trunk, "rope", None)
+        if rope is None:
             return x
-        embedding = rope.get_embed()[self.index] if self.trunk.rope_mixed else rope.get_embed()
+        attn = self.module.attn
         start = attn.num_prefix_tokens
+        if x.shape[-2] <= start:
+            return x
+        embedding = rope.get_embed()
+        if self.trunk.rope_mixed:
+            embedding = embedding[self.index]
         end = start + embedding.shape[-2]
         half = {"half": True} if getattr(attn, "rotate_half", False) else {}
         turned = apply_rot_embed_cat(x[..., start:end, :], embedding, **half).type_as(x)
@@ -84,31 +100,39 @@ class TimmViT(VisionTower):
     block_path = "trunk.blocks"
 
     def __init__(self, visual: Any) -> None:
-        self.visual, trunk, embedding = visual, visual.trunk, visual.trunk.patch_embed
+        trunk = visual.trunk
+        embedding = trunk.patch_embed
+        self.visual = visual
         self.norm = trunk.norm
         self.has_stem = hasattr(embedding, "backbone") or not isinstance(getattr(embedding, "proj", None), nn.Conv2d)
         self.blocks = [TimmBlock(block, trunk, i) for i, block in enumerate(trunk.blocks)]
-        self.width, self.num_prefix = trunk.embed_dim, trunk.num_prefix_tokens
-        self.grid = tuple(trunk.patch_embed.grid_size)
-        self.patch_size = tuple(size // n for size, n in zip(visual.image_size, self.grid, strict=True))
+        self.width = trunk.embed_dim
+        self.num_prefix = trunk.num_prefix_tokens
+        self.grid = tuple(embedding.grid_size)
+        height, width = visual.image_size
+        self.patch_size = (height // self.grid[0], width // self.grid[1])
         self.pooled = 1 if trunk.global_pool == "token" and trunk.attn_pool is None else self.num_tokens
         hidden = {HIDDEN: trunk.num_features} if len(visual.head) else {}
-        self.further = hidden | self.inside()
+        self.extra = hidden | self.of_blocks()
 
     @staticmethod
     def missing(visual: Any) -> list[str]:
         """What an image tower lacks to be of this kind."""
         trunk = visual.trunk
-        if others := [kind for block in trunk.blocks if (kind := type(block).__name__) not in BLOCKS]:
-            return [f"timm's Block or EvaBlock, not {others[0]}"]
-        one_size = tuple(visual.image_size) == tuple(trunk.patch_embed.img_size) and not trunk.dynamic_img_size
-        sizes = ["images of one size, the same for open_clip and timm"] * (not one_size)
-        return missing_parts(trunk.blocks, ATTENTION_NEEDS) + sizes
+        for block in trunk.blocks:
+            kind = type(block).__name__
+            if kind not in BLOCKS:
+                return [f"timm's Block or EvaBlock, not {kind}"]
+        missing = missing_parts(trunk.blocks, ATTENTION_NEEDS)
+        if trunk.dynamic_img_size or tuple(visual.image_size) != tuple(trunk.patch_embed.img_size):
+            missing.append("images of one size, the same for open_clip and timm")
+        return missing
 
     def embed(self, images: Tensor) -> Tokens:
         trunk = self.visual.trunk
         x = trunk._pos_embed(trunk.patch_embed(self.checked(images)))
-        x = x[0] if isinstance(x, tuple) else x  # Eva adds its rotary positions, which `TimmBlock` asks for itself
+        if isinstance(x, tuple):  # Eva also returns its rotary positions, which `TimmBlock` looks up itself
+            x = x[0]
         return Tokens(trunk.norm_pre(x))
 
     def embed_prompts(self, prompts: Tensor) -> Tensor:

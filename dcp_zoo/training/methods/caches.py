@@ -1,5 +1,7 @@
-"""Training images kept in a cache whose values are added to zero-shot CLIP's logits: Tip-Adapter and ProKeR."""
+"""Training images kept in a cache whose values are added to zero-shot CLIP's logits: Tip-Adapter and
+ProKeR."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -11,10 +13,20 @@ from dcp_zoo.backbone.inputs import Inputs
 from dcp_zoo.fields import option
 from dcp_zoo.heads.kinds import CacheHead
 from dcp_zoo.training.loop import cosine
-from dcp_zoo.training.methods.base import CACHED, CropsRecipe, Method, Task, minimise, most_accurate, shuffled
+from dcp_zoo.training.methods.base import (
+    CACHED,
+    CropsRecipe,
+    Method,
+    augmented,
+    minimise,
+    most_accurate,
+    shuffled,
+)
 from dcp_zoo.training.recipes import batch_sizes, count
+from dcp_zoo.training.task import Task
 
-BETAS, PENALTIES = (0.5, 1.0, 2.0, 4.0, 8.0), (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of ProKeR
+BETAS = (0.5, 1.0, 2.0, 4.0, 8.0)  # of ProKeR
+PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 # -------------------------------------------------------------------------------------------------------- Tip-Adapter
 
@@ -37,10 +49,10 @@ class TipAdapterFRecipe(TipAdapterRecipe):
 def fit_tip_adapter(task: Task) -> CacheHead:
     """Tip-Adapter: adds the labels of similar training images to the zero-shot logits.
 
-    The equations are those of `CacheHead`: the keys are the normalised mean features of the views of each training
-    image, the values its one-hot label. alpha and beta are chosen on the few-shot validation images, if there are any,
-    the smallest values on a tie. The authors' code uses a different search range for each dataset; here all share one
-    grid.
+    The equations are those of `CacheHead`: the keys are the normalised mean features of the views of each
+    training image, the values its one-hot label. alpha and beta are chosen on the few-shot validation
+    images, if there are any, the smallest values on a tie. The authors' code uses a different search range
+    for each dataset; here all share one grid.
     """
     return choose_strength(cache_head(task, task.recipe.alpha), task)
 
@@ -48,31 +60,33 @@ def fit_tip_adapter(task: Task) -> CacheHead:
 def fit_tip_adapter_f(task: Task) -> CacheHead:
     """Tip-Adapter-F also trains the keys, by cross-entropy; text features and labels stay fixed."""
     recipe: TipAdapterFRecipe = task.recipe
-    head, source = cache_head(task, recipe.alpha), task.feature_source
+    head = cache_head(task, recipe.alpha)
+    source = task.feature_loader()
     head.keys.requires_grad_()
     optimizer = torch.optim.AdamW([head.keys], recipe.lr, eps=recipe.eps)
-    steps = recipe.epochs * len(batch_sizes(len(source.items), recipe.batch_size, drop_last=True))
+    steps = recipe.epochs * len(batch_sizes(len(source), recipe.batch_size, drop_last=True))
 
     def loss(inputs: Inputs, labels: Tensor) -> Tensor:
         with torch.no_grad():
             features = task.clip.encode_image(inputs)
         return F.cross_entropy(head.classify(features).float(), labels)
 
-    minimise(task, loss, optimizer, shuffled(source, recipe.batch_size, task.seed), cosine(recipe.lr, steps), steps)
+    batches = shuffled(source, recipe.batch_size, task.seed)
+    minimise(task, loss, optimizer, batches, cosine(recipe.lr, steps), steps)
     head.keys.requires_grad_(False)
     return choose_strength(head, task)
 
 
 def cache_head(task: Task, alpha: float) -> CacheHead:
     """The head before anything is chosen or trained, for a recipe with crops and beta."""
-    recipe, text = task.recipe, task.text
-    keys = F.normalize(task.augmented_features(recipe.augment_epochs).mean(0), dim=-1).to(text.device)
+    text = task.text
+    keys = F.normalize(task.train.rows(*augmented(task)).mean(0), dim=-1).to(text.device)
     tensors = {
         "weight": text,
         "keys": keys,
-        "values": F.one_hot(task.train_labels, len(task.classnames)).to(keys),
+        "values": F.one_hot(task.train.labels, len(task.classnames)).to(keys),
         "alpha": keys.new_tensor(alpha),
-        "beta": keys.new_tensor(recipe.beta),
+        "beta": keys.new_tensor(task.recipe.beta),
     }
     return CacheHead(task.clip, task.classnames, tensors)
 
@@ -80,18 +94,21 @@ def cache_head(task: Task, alpha: float) -> CacheHead:
 @torch.no_grad()
 def choose_strength(head: CacheHead, task: Task) -> CacheHead:
     """Choose alpha and beta on the validation images, if there are any; ties go to the smallest values."""
-    alpha, beta = task.recipe.alpha, task.recipe.beta
+    recipe: TipAdapterRecipe = task.recipe
+    alpha = recipe.alpha
+    beta = recipe.beta
     if task.val is not None:
-        features = task.features(task.val)
+        features = task.embeddings(task.val)
         zero_shot = task.clip.logits(features, head.weight)
-        alphas, betas = (grid(task.recipe.search_max, steps) for steps in (20, 40))
-        candidates = (
-            ((alpha, beta), zero_shot + alpha * cached)
-            for beta in task.progress(betas, "alpha and beta", len(betas))
-            for cached in [head.cached(features, beta)]
-            for alpha in alphas
-        )
-        alpha, beta = most_accurate(candidates, task.val.labels)
+
+        def candidates() -> Iterator[tuple[tuple[float, float], Tensor]]:
+            betas = grid(recipe.search_max, 40)
+            for beta in task.progress(betas, "alpha and beta", len(betas)):
+                cached = head.cached(features, beta)
+                for alpha in grid(recipe.search_max, 20):
+                    yield (alpha, beta), zero_shot + alpha * cached
+
+        alpha, beta = most_accurate(candidates(), task.val.labels)
         head.alpha.fill_(alpha)
         head.beta.fill_(beta)
     head.info = {"alpha": round(alpha, 4), "beta": round(beta, 4)}
@@ -114,39 +131,45 @@ class ProKeRRecipe(CropsRecipe):
     @classmethod
     def for_task(cls, model: str, dataset: str, shots: int, protocol: str) -> "ProKeRRecipe":
         # what the authors' code chose on ImageNet, by the shots
-        chosen = {1: (3.0, 0.05), 2: (2.6, 0.05), 4: (1.5, 0.05), 8: (1.66, 0.07), 16: (1.7, 0.1)}
-        beta, penalty = chosen[max(least for least in chosen if least <= shots)]
+        by_shots = {1: (3.0, 0.05), 2: (2.6, 0.05), 4: (1.5, 0.05), 8: (1.66, 0.07), 16: (1.7, 0.1)}
+        nearest = max(known for known in by_shots if known <= shots)
+        beta, penalty = by_shots[nearest]
         return cls(beta=beta, penalty=penalty)
 
 
 @torch.no_grad()
 def fit_proker(task: Task) -> CacheHead:
-    """ProKeR: kernel ridge regression of what zero-shot CLIP leaves over of the labels.
+    """ProKeR: kernel ridge regression of the labels minus zero-shot CLIP's cosines.
 
-    With image features f (B, E), the zero-shot classifier W (C, E), s = exp(logit_scale), n keys K (n, E) and one-hot
-    labels L (n, C) as in `CacheHead`, and the kernel k(x, y) = exp(-beta (1 - x y^T)):
+    With image features f (B, E), the zero-shot classifier W (C, E), s = exp(logit_scale), n keys K (n, E)
+    and one-hot labels L (n, C) as in `CacheHead`, and the kernel k(x, y) = exp(-beta (1 - x y^T)):
 
         A      = (k(K, K) / lambda + I)^-1 (L - K W^T)                       (n, C)
         logits = s (f W^T + k(f, K) A)                                       (B, C)
 
-    This is the authors' code, in which lambda scales what the ridge regression adds, besides penalising it. beta and
-    lambda are chosen on the few-shot validation images, the smallest on a tie; else they are the authors' for ImageNet.
-    The authors' code searches other ranges for each dataset; here all share `BETAS` and `PENALTIES`.
+    This is the authors' code, in which lambda scales what the ridge regression adds, besides penalising it.
+    beta and lambda are chosen on the few-shot validation images, the smallest on a tie; else they are the
+    authors' for ImageNet. The authors' code searches other ranges for each dataset; here all share `BETAS`
+    and `PENALTIES`.
     """
     recipe: ProKeRRecipe = task.recipe
     head = cache_head(task, task.clip.clip.logit_scale.exp().item())
-    keys, text = head.keys.cpu().double(), head.weight.cpu().double()
-    similar, left = keys @ keys.T, head.values.cpu() - keys @ text.T
+    keys = head.keys.cpu().double()
+    text = head.weight.cpu().double()
+    cosines = keys @ keys.T
+    residuals = head.values.cpu() - keys @ text.T
 
     def with_strength(beta: float, penalty: float) -> CacheHead:
-        system = (-beta * (1 - similar)).exp() / penalty + torch.eye(len(keys))
-        head.values = torch.cholesky_solve(left, torch.linalg.cholesky(system)).to(head.values)
+        system = (-beta * (1 - cosines)).exp() / penalty + torch.eye(len(keys))
+        head.values = torch.cholesky_solve(residuals, torch.linalg.cholesky(system)).to(head.values)
         head.beta.fill_(beta)
         return head
 
-    beta, penalty = recipe.beta, recipe.penalty
+    beta = recipe.beta
+    penalty = recipe.penalty
     if task.val is not None:
-        features, pairs = task.features(task.val), list(product(BETAS, PENALTIES))
+        features = task.embeddings(task.val)
+        pairs = list(product(BETAS, PENALTIES))
         shown = task.progress(pairs, "beta and lambda", len(pairs))
         candidates = ((pair, with_strength(*pair).classify(features)) for pair in shown)
         beta, penalty = most_accurate(candidates, task.val.labels)
@@ -156,11 +179,11 @@ def fit_proker(task: Task) -> CacheHead:
 
 PAPER = "Zhang et al., Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification, ECCV 2022"
 TIP_ADAPTER = Method(
-    "tip-adapter", "Tip-Adapter", PAPER, fit_tip_adapter, TipAdapterRecipe, CACHED, chooses=True, features=True
+    "tip-adapter", "Tip-Adapter", PAPER, fit_tip_adapter, TipAdapterRecipe, CACHED, chooses=True, features=augmented
 )
 TIP_ADAPTER_F = replace(
     TIP_ADAPTER, name="tip-adapter-f", title="Tip-Adapter-F", fit=fit_tip_adapter_f, config=TipAdapterFRecipe
 )
 
 PAPER = "Bendou et al., ProKeR: A Kernel Perspective on Few-Shot Adaptation of Large Vision-Language Models, CVPR 2025"
-PROKER = Method("proker", "ProKeR", PAPER, fit_proker, ProKeRRecipe, CACHED, chooses=True, features=True)
+PROKER = Method("proker", "ProKeR", PAPER, fit_proker, ProKeRRecipe, CACHED, chooses=True, features=augmented)

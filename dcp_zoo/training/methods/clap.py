@@ -1,14 +1,16 @@
-"""CLAP (Silva-Rodriguez et al., CVPR 2024): a linear probe initialised with the text features and penalised, class by
-class, for leaving them.
+"""CLAP (Silva-Rodriguez et al., CVPR 2024): a linear probe initialised with the text features and penalised,
+class by class, for leaving them.
 
-With image features f (B, E), s = exp(logit_scale), text features t_c (E,), and prototypes w (C, E), at first t:
+With image features f (B, E), s = exp(logit_scale), text features t_c (E,), and prototypes w (C, E), at first
+t:
 
     logits_c = s f w_c^T / |w_c|                                             (B,)
     loss     = cross-entropy + mean over c of a_c |w_c - t_c|^2
 
-a_c is the mean zero-shot probability of class c over its own training images: the better zero-shot CLIP is, the
-stronger the penalty. t is normalised, as in the paper, unless `unit=False`. Rows are twenty random crops of each image,
-or for the miniature both views, in as many batches as there are of images. The last epoch is used.
+a_c is the mean zero-shot probability of class c over its own training images: the better zero-shot CLIP is,
+the stronger the penalty. t is normalised, as in the paper, unless `unit=False`. Rows are twenty random crops
+of each image, or for the miniature both views, in as many batches as there are of images. The last epoch is
+used.
 """
 
 from collections.abc import Iterator
@@ -22,8 +24,9 @@ from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.probe.estimates import class_means
 from dcp_zoo.training.loop import build_optimizer
-from dcp_zoo.training.methods.base import CLOSED, CROPS, Method, Task, minimise
+from dcp_zoo.training.methods.base import CLOSED, CROPS, Method, augmented, minimise
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes, changed, count, option
+from dcp_zoo.training.task import Task
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,14 @@ class CLAPRecipe(TrainingRecipe):
 
 def fit(task: Task) -> LinearHead:
     recipe: CLAPRecipe = task.recipe
-    clip, names = task.clip, check_classnames(task.classnames)
-    features = task.augmented_features(recipe.augment_epochs)  # (V, n, E)
-    rows, labels = features.flatten(0, 1), task.train_labels.repeat(len(features))
+    clip = task.clip
+    names = check_classnames(task.classnames)
+    features = task.train.rows(*augmented(task))  # (V, n, E)
+    rows = features.flatten(0, 1)  # (V n, E)
+    labels = task.train.labels.repeat(len(features))
     start = clip.encode_sentences(names, task.texts)
-    start = F.normalize(start, dim=-1) if recipe.unit else start
+    if recipe.unit:
+        start = F.normalize(start, dim=-1)
     prototypes = start.clone()
 
     def classify(features: Tensor) -> Tensor:
@@ -60,9 +66,10 @@ def fit(task: Task) -> LinearHead:
     probabilities = torch.cat([classify(chunk.to(start)).softmax(-1).cpu() for chunk in rows.split(1000)])
     own = probabilities.gather(1, labels[:, None])  # (V n, 1) of each row's own class
     strength = class_means(own, labels, len(names))[:, 0].to(start)  # (C,), the a_c
-    per_epoch = len(batch_sizes(len(task.train_images.items), recipe.batch_size, recipe.drop_last))
+    per_epoch = len(batch_sizes(len(task.train), recipe.batch_size, recipe.drop_last))
     batches = random_rows(rows, labels, recipe.batch_size, per_epoch, task.seed)
-    optimizer, steps = build_optimizer(recipe, [prototypes.requires_grad_()]), recipe.num_epochs * per_epoch
+    optimizer = build_optimizer(recipe, [prototypes.requires_grad_()])
+    steps = recipe.num_epochs * per_epoch
     minimise(task, loss, optimizer, batches, lambda step: recipe.lr_at(step // per_epoch), steps)
     return task.text_head(F.normalize(prototypes.detach(), dim=-1))
 
@@ -77,4 +84,4 @@ def random_rows(rows: Tensor, labels: Tensor, size: int, per_epoch: int, seed: i
 
 
 PAPER = "Silva-Rodriguez et al., A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models, CVPR 2024"
-CLAP = Method("clap", "CLAP", PAPER, fit, CLAPRecipe, CLOSED, features=True)
+CLAP = Method("clap", "CLAP", PAPER, fit, CLAPRecipe, CLOSED, features=augmented)

@@ -1,7 +1,8 @@
-"""Methods that train a small part of CLIP's own weights, in a copy of it: CLIP-LoRA, CLIP-SVD, 2SFS and ProLIP."""
+"""Methods that train a small part of CLIP's own weights, in a copy of it: CLIP-LoRA, CLIP-SVD, 2SFS and
+ProLIP."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
@@ -12,16 +13,17 @@ from torch.nn.utils import parametrize
 
 from dcp_zoo.backbone.classes import check_classnames, class_texts, mean_of_texts
 from dcp_zoo.backbone.clip import FrozenCLIP, Reading
-from dcp_zoo.backbone.inputs import Features, Inputs
+from dcp_zoo.backbone.inputs import Inputs
 from dcp_zoo.backbone.tokens import end_positions
 from dcp_zoo.backbone.towers.open_clip import OpenClipBlock, OpenClipViT
 from dcp_zoo.backbone.towers.text import shares_prefix
 from dcp_zoo.errors import ZooError
+from dcp_zoo.features import ImageLoader, crop_views
 from dcp_zoo.heads.kinds import LinearHead
-from dcp_zoo.training.loop import cosine
-from dcp_zoo.training.methods.base import CLOSED, Loss, Method, Task, minimise, own_clip, shuffled
+from dcp_zoo.training.loop import Loss, cosine
+from dcp_zoo.training.methods.base import CLOSED, Method, minimise, own_clip, shuffled
 from dcp_zoo.training.recipes import BaseRecipe, changed, count, option
-from dcp_zoo.training.sources import ImageSource, encode_views
+from dcp_zoo.training.task import Task
 
 FINAL_LR = 1e-6  # of CLIP-LoRA, CLIP-SVD and 2SFS
 
@@ -43,7 +45,7 @@ class AdamWRecipe(BaseRecipe):
 
 def both_blocks(clip: FrozenCLIP) -> list[Any]:
     """The modules of the blocks of both towers, text first."""
-    return [block.module for tower in (clip.text_tower, clip.vision_tower) for block in tower.blocks]
+    return [block.module for block in [*clip.text_tower.blocks, *clip.vision_tower.blocks]]
 
 
 def check_blocks(clip: FrozenCLIP, method: str) -> None:
@@ -64,7 +66,7 @@ def sentence_features(clip: FrozenCLIP, ids: Tensor) -> Tensor:
     return clip.text_tower.project(y[torch.arange(len(y), device=y.device), end_positions(text, ids)])
 
 
-def train_steps(task: Task, trained: Iterable[Tensor], loss: Loss, source: ImageSource, steps: int) -> list[float]:
+def train_steps(task: Task, trained: Iterable[Tensor], loss: Loss, source: ImageLoader, steps: int) -> list[float]:
     """AdamW with a cosine from the recipe's learning rate to `FINAL_LR`; returns the loss of every step."""
     recipe = task.recipe
     optimizer = torch.optim.AdamW(trained, recipe.lr, weight_decay=recipe.weight_decay)
@@ -73,7 +75,8 @@ def train_steps(task: Task, trained: Iterable[Tensor], loss: Loss, source: Image
 
 
 def train_weights(clip: FrozenCLIP, task: Task, trained: Iterable[Tensor], steps: int) -> list[float]:
-    """Train these weights of a CLIP by zero-shot classification, encoding images and sentences in every step."""
+    """Train these weights of a CLIP by zero-shot classification, encoding images and sentences in every
+    step."""
     sentences, counts = class_texts(check_classnames(task.classnames), task.texts)
     ids = task.clip.tokenize(sentences)  # (S, L)
     if shares_prefix(task.clip.text):  # in a causal tower tokens after an end token have no effect
@@ -84,7 +87,7 @@ def train_weights(clip: FrozenCLIP, task: Task, trained: Iterable[Tensor], steps
         logits = task.clip.logits(clip.encode_image(inputs), text)
         return F.cross_entropy(logits.float(), labels)
 
-    losses = train_steps(task, trained, loss, task.train_images, steps)
+    losses = train_steps(task, trained, loss, task.images, steps)
     clip.requires_grad_(False).zero_grad(set_to_none=True)
     return losses
 
@@ -106,16 +109,18 @@ class CLIPLoRARecipe(AdamWRecipe):
 
 
 def fit_lora(task: Task) -> LinearHead:
-    """CLIP-LoRA: low-rank updates of both towers' attention weights, trained through the dataset's prompt template.
+    """CLIP-LoRA: low-rank updates of both towers' attention weights, trained through the dataset's prompt
+    template.
 
-    In every block of both towers, the query, key and value projections W (D, D) of the normalised input x (.., D) each
-    get an update with A (r, D), B (D, r) and its own dropout:
+    In every block of both towers, the query, key and value projections W (D, D) of the normalised input x
+    (.., D) each get an update with A (r, D), B (D, r) and its own dropout:
 
         W x + gamma B A dropout(x),  gamma = alpha / sqrt(r)                 (.., D)
 
-    A is initialised like a linear layer's weight and B to 0. The loss is the cross-entropy of the zero-shot logits
-    s f W^T, with text features recomputed in every step. Afterwards gamma B A is merged into a copy of CLIP, which is
-    then an ordinary CLIP that accepts any class names. No model selection: the last step is used.
+    A is initialised like a linear layer's weight and B to 0. The loss is the cross-entropy of the zero-shot
+    logits s f W^T, with text features recomputed in every step. Afterwards gamma B A is merged into a copy
+    of CLIP, which is then an ordinary CLIP that accepts any class names. No model selection: the last step
+    is used.
     """
     clip = own_clip(task.clip)
     updates: Any = add_updates(clip, task.recipe)
@@ -127,14 +132,18 @@ def fit_lora(task: Task) -> LinearHead:
 
 
 def add_updates(clip: FrozenCLIP, recipe: CLIPLoRARecipe) -> nn.ModuleList:
-    """Give the blocks of both towers of a CLIP fresh low-rank updates; returns these, text first, in training mode."""
+    """Give the blocks of both towers of a CLIP fresh low-rank updates; returns these, text first, in
+    training mode."""
     check_blocks(clip, "CLIP-LoRA")
     updates = nn.ModuleList()
-    towers: Any = clip.text_tower, clip.vision_tower
+    towers: list[Any] = [clip.text_tower, clip.vision_tower]
     for tower in towers:
-        own = [LowRank(tower.width, recipe.rank, recipe.alpha, recipe.dropout).to(clip.device) for _ in tower.blocks]
-        tower.blocks = [LowRankBlock(block.module, update) for block, update in zip(tower.blocks, own, strict=True)]
-        updates.extend(own)
+        blocks = []
+        for block in tower.blocks:
+            update = LowRank(tower.width, recipe.rank, recipe.alpha, recipe.dropout).to(clip.device)
+            updates.append(update)
+            blocks.append(LowRankBlock(block.module, update))
+        tower.blocks = blocks
     return updates
 
 
@@ -143,14 +152,17 @@ class LowRank(nn.Module):
 
     def __init__(self, width: int, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
-        self.scale, self.dropout = alpha / rank**0.5, dropout
+        self.scale = alpha / rank**0.5
+        self.dropout = dropout
         self.a = nn.Parameter(torch.empty(3, rank, width).uniform_(-(width**-0.5), width**-0.5))
         self.b = nn.Parameter(torch.zeros(3, width, rank))
 
     def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Of queries, keys and values those in `rows`, by default all."""
-        pairs = zip(self.a[rows], self.b[rows], strict=True)
-        return self.scale * torch.cat([F.dropout(x, self.dropout, self.training) @ a.T @ b.T for a, b in pairs], -1)
+        """The updates in `rows` of queries, keys and values, by default all."""
+        updates = []
+        for a, b in zip(self.a[rows], self.b[rows], strict=True):
+            updates.append(F.dropout(x, self.dropout, self.training) @ a.T @ b.T)
+        return self.scale * torch.cat(updates, -1)
 
 
 class LowRankBlock(OpenClipBlock):
@@ -161,7 +173,8 @@ class LowRankBlock(OpenClipBlock):
         self.update = update
 
     def project(self, normed: Tensor, parts: str) -> Tensor:
-        return super().project(normed, parts) + self.update(normed, slice(1) if parts == "q" else slice(1, None))
+        rows = slice(1) if parts == "q" else slice(1, None)
+        return super().project(normed, parts) + self.update(normed, rows)
 
 
 # ------------------------------------------------------------------------------------------------------------- CLIP-SVD
@@ -176,20 +189,23 @@ class CLIPSVDRecipe(AdamWRecipe):
 
 
 def fit_svd(task: Task) -> LinearHead:
-    """CLIP-SVD: trains only the singular values of the weights in both towers, through the dataset's prompt template.
+    """CLIP-SVD: trains only the singular values of the weights in both towers, through the dataset's prompt
+    template.
 
-    In every block of both towers, each of the weights W of queries, keys, values, attention's output and MLP layers is
+    In every block of both towers, each of the weights W of queries, keys, values, attention's output and MLP
+    layers is
 
         W = U diag(values) V^T
 
-    with the U, V and values, at first, of its singular value decomposition. The loss is that of CLIP-LoRA. No model
-    selection: the last step is used.
+    with the U, V and values, at first, of its singular value decomposition. The loss is that of CLIP-LoRA.
+    No model selection: the last step is used.
     """
     clip = own_clip(task.clip)
     check_blocks(clip, "CLIP-SVD")
     blocks = both_blocks(clip)
+    layers = [module for module in nn.ModuleList(blocks).modules() if isinstance(module, nn.Linear)]
     weights = [(block.attn, "in_proj_weight", 3) for block in blocks]
-    weights += [(m, "weight", 1) for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
+    weights += [(layer, "weight", 1) for layer in layers]
     for module, name, parts in weights:
         parametrize.register_parametrization(module, name, SingularValues(getattr(module, name), parts))
     train_weights(clip, task, [p for p in clip.parameters() if p.requires_grad], task.recipe.steps)
@@ -199,13 +215,13 @@ def fit_svd(task: Task) -> LinearHead:
 
 
 class SingularValues(nn.Module):
-    """Parametrises a weight W by the singular values of its `parts`, equal blocks of rows (D, D'): U diag(values) V^T.
-    What is trained is added to W as it is, so that nothing changes before."""
+    """Parametrises a weight W by the singular values of its `parts`, equal blocks of rows (D, D'): U
+    diag(values) V^T. Their change is added to W itself, so that before training W is exactly as it was."""
 
     def __init__(self, weight: Tensor, parts: int) -> None:
         super().__init__()
-        u, s, vh = torch.linalg.svd(weight.detach().unflatten(0, (parts, -1)), full_matrices=False)
-        self.u, self.start, self.vh, self.values = u, s, vh, nn.Parameter(s.clone())
+        self.u, self.start, self.vh = torch.linalg.svd(weight.detach().unflatten(0, (parts, -1)), full_matrices=False)
+        self.values = nn.Parameter(self.start.clone())
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + ((self.u * (self.values - self.start)[:, None]) @ self.vh).flatten(0, 1)
@@ -228,18 +244,20 @@ def fit_two_sfs(task: Task) -> LinearHead:
         stage 1:  s f W^T            trains weights and biases of all LayerNorms, in a copy of CLIP
         stage 2:  s f w_c^T / |w_c|  trains w (C, E), initialised to stage 1's W; both towers are frozen
 
-    both with cross-entropy, each with a new optimizer and cosine. Stage 1 takes 60 % of 300 steps per shot, stage 2 the
-    rest. For the miniature, which only flips, stage 2 caches the features of both views. The last step is used.
+    both with cross-entropy, each with a new optimizer and cosine. Stage 1 takes 60 % of 300 steps per shot,
+    stage 2 the rest. For the miniature, which only flips, stage 2 caches the features of both views. The
+    last step is used.
     """
     recipe: TwoSFSRecipe = task.recipe
-    clip, source = own_clip(task.clip), task.train_images
-    norms = [module.requires_grad_() for module in clip.clip.modules() if isinstance(module, nn.LayerNorm)]
+    clip = own_clip(task.clip)
+    source = task.images
+    norms = nn.ModuleList(module for module in clip.clip.modules() if isinstance(module, nn.LayerNorm))
     first = int(recipe.steps * recipe.first_stage)
-    train_weights(clip, task, [p for norm in norms for p in norm.parameters()], first)
+    train_weights(clip, task, norms.requires_grad_().parameters(), first)
     weight = clip.zero_shot_classifier(check_classnames(task.classnames), task.texts).requires_grad_()
-    if source.views is not None or recipe.augment != "crop-flip":
+    if not source.crops:
         trained = Reading(clip, clip.parts, clip.read).only()
-        source = replace(source, views=source.read_by(trained), form=Features)
+        source = ImageLoader.of_features(source.table([trained], source.views), source.augment)
 
     def loss(inputs: Inputs, labels: Tensor) -> Tensor:
         with torch.no_grad():
@@ -271,23 +289,26 @@ class ProLIPRecipe(BaseRecipe):
 def fit_prolip(task: Task) -> LinearHead:
     """ProLIP: fine-tunes the last projection of the image tower, penalising its change.
 
-    With input x (B, Dv), projection P (Dv, E), pretrained P0, zero-shot classifier W (C, E), and s = exp(logit_scale):
+    With input x (B, Dv), projection P (Dv, E), pretrained P0, zero-shot classifier W (C, E), and s =
+    exp(logit_scale):
 
         f      = x P / |x P|                                                 (B, E)
         logits = s f W^T                                                     (B, C)
         loss   = cross-entropy + lambda |P - P0|^2,  lambda = 1 / shots
 
-    in full batches. Each step draws new random crops; for the miniature, which only flips, x is cached for both views
-    and the steps alternate between them. No model selection: this is the authors' variant without validation images, at
-    1e-5, the smallest of the learning rates that they report for it.
+    in full batches. Each step draws new random crops; for the miniature, which only flips, x is cached for
+    both views and the steps alternate between them. No model selection: this is the authors' variant without
+    validation images, at 1e-5, the smallest of the learning rates that they report for it.
     """
     recipe: ProLIPRecipe = task.recipe
-    tower, clip = task.clip.vision_tower, own_clip(task.clip)
+    tower = task.clip.vision_tower
     start = tower.visual.proj if isinstance(tower, OpenClipViT) and tower.token_only else None
     if start is None:
         problem = "ProLIP trains the projection of a class token of open_clip's ViT, but this CLIP has none"
         raise ZooError(f"{problem}: use clip-lora, tip-adapter-f or clap instead.")
-    text, projection = task.text, clip.visual.proj.requires_grad_()
+    clip = own_clip(task.clip)
+    projection = clip.visual.proj.requires_grad_()
+    text = task.text
 
     def loss(x: Tensor, labels: Tensor) -> Tensor:
         logits = clip.logits(F.normalize(x @ projection, dim=-1), text)
@@ -300,20 +321,20 @@ def fit_prolip(task: Task) -> LinearHead:
 
 
 def projected(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
-    """An endless stream of views: the projection's inputs (n, Dv) for all training images, and their labels (n,)."""
-    source, tower = task.train_images, task.clip.vision_tower
+    """An endless stream of views: the projection's inputs (n, Dv) for all training images, and their labels
+    (n,)."""
+    source = task.images
+    tower = task.clip.vision_tower
 
-    def encode(inputs: Inputs) -> Tensor:
-        return tower.norm(tower.run(task.clip.enter(inputs).x, ())[:, 0])
+    def encode(images: Any) -> Tensor:
+        return tower.norm(tower.run(task.clip.enter(images).x, ())[:, 0])
 
-    def one_pass() -> Tensor:
-        return encode_views(source, encode, source.num_views)
-
-    if source.views is None and task.recipe.augment == "crop-flip":
-        while True:
-            yield one_pass()[0], source.labels
-    for view in cycle(one_pass()):
-        yield view, source.labels
+    inputs = Reading(task.clip, {"input of the projection": tower.width}, encode)
+    if source.crops:
+        for view in crop_views(task.recipe.epochs, task.seed):
+            yield source.table([inputs], [view]).views[view], source.labels
+    for rows in cycle(source.table([inputs], source.views).rows(*source.views)):
+        yield rows, source.labels
 
 
 PAPER = "Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPR Workshops 2024"

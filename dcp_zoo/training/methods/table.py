@@ -4,16 +4,14 @@ Other packages add methods by the entry-point group `dcp_zoo.methods`, see docs/
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, warn
-from dcp_zoo.training.recipes import AUTHORS, EXAMPLES_UNUSED, BaseRecipe, Recipe
+from dcp_zoo.training.recipes import AUTHORS, BaseRecipe, Recipe
 
 if TYPE_CHECKING:
-    from dcp_zoo.heads.head import Head
-    from dcp_zoo.training.methods.base import Method, Task
+    from dcp_zoo.training.methods.base import Method
 
 DCP_METHOD = "dcp"  # that of the zoo's heads
 DEFAULT_METHOD = "text-probe"  # of `train`: on the miniature no head with prompts is more accurate, see docs/results.md
@@ -34,6 +32,7 @@ OWN = {  # module and object in this package, in the order of tables
     "prolip": "clip_weights:PROLIP",
     "coop": "prompts:COOP",
     "vpt-deep": "prompts:VPT_DEEP",
+    "ivlp": "prompts:IVLP",
     "maple": "prompts:MAPLE",
     "promptsrc": "promptsrc:PROMPTSRC",
     "clip-lora": "clip_weights:CLIP_LORA",
@@ -44,71 +43,49 @@ OWN = {  # module and object in this package, in the order of tables
 
 
 class Methods(Mapping[str, "Method"]):
-    """Methods by name, imported when they are looked up: this package's, then those of other packages. ZooError for one
-    that cannot be imported."""
+    """Methods by name, imported when they are looked up: this package's, then those of other packages.
+    ZooError for one that cannot be imported."""
 
     def __init__(self) -> None:
-        self.places: dict[str, EntryPoint] = {}
-        own = [EntryPoint(name, f"{__package__}.{place}", GROUP) for name, place in OWN.items()]
-        for place in (*own, *entry_points(group=GROUP)):
-            if self.places.setdefault(place.name, place) is not place:
-                text = f"The method {place.name!r} of {_package(place)} is left out: there is one of that name already."
-                warn(text)
+        self.entries = {name: EntryPoint(name, f"{__package__}.{value}", GROUP) for name, value in OWN.items()}
+        for entry in entry_points(group=GROUP):
+            if entry.name in self.entries:
+                problem = f"The method {entry.name!r} of {_package(entry)} is left out"
+                warn(f"{problem}: there is one of that name already.")
+            else:
+                self.entries[entry.name] = entry
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.entries)
 
     def __getitem__(self, name: str) -> "Method":
         from dcp_zoo.training.methods.base import Method
 
-        place = self.places[name]
-        failed = f"The method {name!r} of {_package(place)} cannot be used: {{}}. Repair or uninstall that package."
+        entry = self.entries[name]
+        failed = f"The method {name!r} of {_package(entry)} cannot be used: {{}}. Repair or uninstall that package."
         with as_zoo_error(failed, Exception):
-            method = place.load()  # which Python imports once
+            method = entry.load()  # which Python imports once
             if not (isinstance(method, Method) and method.name == name):
-                raise TypeError(f"{place.value} is not a dcp_zoo.training.Method of that name")
+                raise TypeError(f"{entry.value} is not a dcp_zoo.training.Method of that name")
         return method
 
 
-def _package(place: EntryPoint) -> str:
-    return place.dist.name if place.dist else place.module
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else entry.module
 
 
 METHODS = Methods()
 
 
-def fit_head(name: str, task: "Task") -> "Head":
-    """Turn a task into a head by a method, followed by the text probe if the recipe names one; draws follow the task's
-    seed. A recipe without a number of epochs gets that for the task's images."""
-    from dcp_zoo.training.methods.text_probe import fit_probe
-    from dcp_zoo.training.sources import seeded
-
-    method = METHODS[name]
-    if task.train is not None:
-        task = replace(task, recipe=task.recipe.fitted(len(task.train.items), len(task.classnames)))
-    with seeded(task.seed, task.clip.device):
-        head = method.fit(task)
-    head.method, head.abilities = name, method.abilities
-    head.to(task.clip.device).eval()
-    if task.recipe.classifier != "none":
-        head.image_encoders.extend(task.encoders)
-        info = fit_probe(head, task.plain_train, task.progress, task.probe_weights, task.none, task.checks)
-        head.info = head.info | {"text_probe": info}
-    elif task.none is not None:
-        why = f"only a text probe learns from them, and {name} is trained without one"
-        warn(EXAMPLES_UNUSED.format(len(task.none.items), why))
-    return head
-
-
 def chosen_recipe(
     method: str, model: str, dataset: str, shots: int, recipe: RecipeLike = None, classifier: str | None = None
 ) -> BaseRecipe:
-    """The recipe of a run on a dataset; ZooError for an unknown method or classifier, or a recipe that does not fit.
-    `recipe` is a name, see `AUTHORS`, changes such as {"lr": 0.001}, or a recipe, by default the method's own;
-    `classifier` "none" or "text-probe", by default the recipe's."""
+    """The recipe of a run on a dataset; ZooError for an unknown method or classifier, or a recipe that does
+    not fit. `recipe` is a name, see `AUTHORS`, changes such as {"lr": 0.001}, or a recipe, by default the
+    method's own; `classifier` "none" or "text-probe", by default the recipe's."""
     check_choice("method", method, tuple(METHODS))
     base = METHODS[method].recipe(model, dataset, shots, "few-shot")
     if isinstance(recipe, str):

@@ -1,29 +1,30 @@
-"""The text probe of this project, the default method: a convex classifier on frozen features, which starts at zero-shot
-CLIP's logits and blends what images and texts say.
+"""The text probe of this project, the default method: a convex classifier on frozen features, which starts
+at zero-shot CLIP's logits and blends what images and texts say.
 
-`dcp_zoo.probe` has its equations, and fits it to features. It can also follow another method whose heads are not fitted
-to features of the training images themselves, and then starts at the logits of that one: `fit_head` calls `fit_probe`
-after any method whose recipe names it, the default method's being zero-shot CLIP until then.
+`dcp_zoo.probe` has its equations, and fits it to features. It can also follow another method whose heads are
+not fitted to features of the training images themselves, and then starts at the logits of that one:
+`fit_head` calls `fit_probe` after any method whose recipe names it, the default method's being zero-shot
+CLIP until then.
 """
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from safetensors import safe_open
 
 from dcp_zoo.answers import in_distribution_score
-from dcp_zoo.backbone.clip import Linear
-from dcp_zoo.data import Item
-from dcp_zoo.data.packaged import everyday_pictures
+from dcp_zoo.backbone.clip import FrozenCLIP, Linear
+from dcp_zoo.data.packaged import everyday_file, everyday_pictures
 from dcp_zoo.errors import ZooError, warn
+from dcp_zoo.features import PLAIN, FeatureExtractor, FeatureTable, ImageLoader, Photos, is_plain_reading
 from dcp_zoo.heads.head import Head
 from dcp_zoo.probe.fit import ReadingFeatures, fit_on_features
 from dcp_zoo.probe.threshold import THRESHOLD_IMAGES, share_above, thresholds_of
-from dcp_zoo.tables import REFUSED
+from dcp_zoo.rejection import REFUSED
 from dcp_zoo.training.methods.zero_shot import ZERO_SHOT
-from dcp_zoo.training.recipes import EXAMPLES_UNUSED, MANY, PROBE_REFUSED, BaseRecipe, changed
-from dcp_zoo.training.sources import ImageSource, Progress, features_of, image_source, no_progress
+from dcp_zoo.training.recipes import EXAMPLES_UNUSED, PROBE_REFUSED, BaseRecipe, changed
+from dcp_zoo.training.task import IMAGES_ALONE, ProbeInputs
 
 TOO_FEW = "without a threshold nothing is rejected. It needs 20 images of the classes, at least two of one class"
 
@@ -34,61 +35,80 @@ class TextProbeRecipe(BaseRecipe):
 
 
 @torch.no_grad()
-def fit_probe(
-    head: Head,
-    train: ImageSource,
-    progress: Progress = no_progress,
-    weights: Tensor | None = None,
-    none: ImageSource | None = None,
-    checks: ImageSource | None = None,
-) -> dict[str, object]:
-    """Give a head, with stored statistics if it is a DCP, a text probe; returns how it was fitted. `weights` (n,) are
-    those of the training images' losses, `none` examples of images of no class; `checks`, images of the classes, set
-    the threshold if they are enough. ZooError for a head whose logits are no linear function of its features, or were
-    fitted to features of the training images."""
+def fit_probe(head: Head, images: ImageLoader, given: ProbeInputs = IMAGES_ALONE) -> dict[str, object]:
+    """Give a head, with stored statistics if it is a DCP, a text probe; returns how it was fitted. ZooError
+    for a head whose logits are no linear function of its features, or were fitted to features of the
+    training images.
+    """
     if head.abilities.fitted:
         raise ZooError(PROBE_REFUSED.format(head.method))
     if head.stats != "stored":
         raise ZooError("A text probe needs stored statistics: call model.store_stats(images) first.")
-    head.text_probe, count, readings = None, probe_views(train), list[ReadingFeatures]()
-    for reading in head.readings:
-        features = train.read_by(reading, count, progress)
-        given = reading if features.shape[-1] == sum(reading.widths) else reading.only()  # no more is given
-        start = on_cpu(reading.start()) if reading.start else None
-        readings.append(ReadingFeatures(features, start, given.widths, given.inside))
+    head.text_probe = None
+    head.image_encoders.extend(given.encoders)
+    readings = head.readable
+    table = images.table(readings, images.with_flips)
+    features = [
+        ReadingFeatures(
+            table.reading(i).rows(*table.views),
+            on_cpu(reading.linear()) if reading.linear else None,
+            table.widths[i],
+            reading.only(len(table.widths[i])).inside,
+        )
+        for i, reading in enumerate(readings)
+    ]
     unseen = on_cpu(head.zero_shot_linear())
-    typical = torch.tensor([not item.added for item in train.items])
-    frozen = head.readings[head.has_own_features :]
-    examples = None if none is None else torch.cat([none.read_by(each, 1, progress)[0] for each in frozen], -1)
+    typical = torch.tensor([not item.added for item in images.items])
+    frozen = readings[head.has_own_features :]
+    examples = None if given.none is None else given.none.table(frozen).rows()[0]
     head.text_probe, info = fit_on_features(
-        head.classes, train.labels, readings, unseen, weights, typical, examples, train.groups
+        head.classes, table.labels, features, unseen, given.weights, typical, examples, table.groups, given.describes
     )
     thresholds = info.get("thresholds")
-    if none is not None and not thresholds:
-        warn(EXAMPLES_UNUSED.format(len(none.items), TOO_FEW))
+    if given.none is not None and not thresholds:
+        warn(EXAMPLES_UNUSED.format(len(given.none), TOO_FEW))
     head.to(head.device)
-    if thresholds and checks and len(checks.items) >= THRESHOLD_IMAGES:
-        thresholds = thresholds_of(torch.from_numpy(scores_of(head, checks, progress)))
+    if thresholds and given.checks and len(given.checks) >= THRESHOLD_IMAGES:
+        scores = torch.from_numpy(scores_of(head, given.checks.table(head.reads)))
+        thresholds = thresholds_of(scores)
         head.text_probe.threshold.fill_(thresholds[f"{REFUSED:g}"])
         info["thresholds"] = {rate: round(value, 6) for rate, value in thresholds.items()}
+        held_out = head.text_probe.held_out
+        assert held_out is not None
+        assert held_out.scores is not None
+        head.text_probe.held_out = held_out._replace(rejected=held_out.scores < head.text_probe.threshold)
         info.pop("like_accepted", None)  # by the other thresholds
-    if thresholds and not train.has_features:
-        pictures = [Item(picture, "", 0) for picture in everyday_pictures()]
-        shown = image_source(head.frozen, pictures, once=True, precision=train.precision)
-        info["others_accepted"] = share_above(thresholds, scores_of(head, shown))
+    if thresholds and given.describes and images.extract is not None:
+        info["others_accepted"] = share_above(thresholds, scores_of(head, everyday(head, images.extract)))
     return info
 
 
-def scores_of(head: Head, images: ImageSource, progress: Progress = no_progress) -> np.ndarray:
-    """The `in_distribution_score`s (n,) of images."""
-    features = features_of(head, images, 1, progress)[0].to(head.device)
-    logits, distances = (each.float().cpu().numpy() for each in (head.classify(features), head.distances(features)))
+def everyday(head: Head, extract: FeatureExtractor) -> FeatureTable:
+    """The everyday pictures; their features where the package has them, as all that the head reads is plain
+    CLIP's."""
+    reads = head.reads
+    is_plain = all(is_plain_reading(reading, extract.clip) for reading in reads)
+    file = everyday_file(extract.clip.architecture)
+    if extract.precision == "float32" and is_plain and file.exists():
+        with safe_open(file, "pt") as known:
+            if known.metadata() == origin(extract.clip):  # not of other weights
+                features = known.get_tensor("features").float()
+                width = sum(reads[0].widths)
+                return FeatureTable([], {PLAIN: features[:, :width]}, [reads[0].widths])
+    return extract(Photos.of_images(everyday_pictures()), reads)
+
+
+def origin(clip: FrozenCLIP) -> dict[str, str]:
+    """What features of the everyday pictures depend on, in the file that has them."""
+    return {"weights": clip.fingerprint(), "preprocessing": clip.preprocessing}
+
+
+def scores_of(head: Head, table: FeatureTable) -> np.ndarray:
+    """The `in_distribution_score`s (n,) of images, of which the table has what the head reads."""
+    features = table.joined.to(head.device)
+    logits = head.classify(features).float().cpu().numpy()
+    distances = head.distances(features).float().cpu().numpy()
     return in_distribution_score(logits, distances)
-
-
-def probe_views(train: ImageSource) -> int:
-    """How many views of each training image a text probe is fitted to: of many, not also their mirror images."""
-    return 2 if len(train.items) <= MANY else 1
 
 
 def on_cpu(linear: Linear) -> Linear:

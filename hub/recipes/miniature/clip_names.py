@@ -72,7 +72,8 @@ def predict_vectors(texts: list[str], names: Tensor, meanings: Tensor, known: Te
 
 
 def agreement(vectors: Tensor, clip: ClipNames) -> dict[str, float]:
-    """How close vectors (H, embed) of the held-out names are to CLIP's, and how often CLIP's is the nearest of all."""
+    """How close vectors (H, embed) of the held-out names are to CLIP's, and how often CLIP's is the nearest
+    of all."""
     every = torch.cat([clip.held_out_vectors, clip.vectors])
     mean = every.mean(0)
     own = F.normalize(vectors, dim=1)

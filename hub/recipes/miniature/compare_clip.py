@@ -13,11 +13,13 @@ from stem import load_stem
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo import create_transform
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import few_shot, load_split
+from dcp_zoo.features.extract import FeatureExtractor
+from dcp_zoo.features.loader import ImageLoader
+from dcp_zoo.features.photos import Photos
+from dcp_zoo.features.views import MIRRORED, PLAIN
 from dcp_zoo.probe.estimates import class_means
-from dcp_zoo.training.sources import ImageSource, image_source
 from dcp_zoo.zoo.build import plain_clip
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
@@ -34,10 +36,11 @@ def main(
     csv_file: Annotated[Path, typer.Option("--csv", help="Output file.")],
     shots: Annotated[str, typer.Option(help="Images per class of these features.")] = "1,2,4,8,16",
 ) -> None:
-    """Compare the bundled miniature with CLIP ViT-B/32 on Caltech-101's test images: their image features, and
-    zero-shot accuracy on the classes whose name has one of CLIP's text vectors, and that of the miniature's teacher on
-    all classes. Few-shot methods then run on the features of these classes with `benchmarks/given_features.py
-    FEATURES --model dcp_mini --datasets caltech101`, as `benchmarks/real_clip.py` has them run on CLIP's.
+    """Compare the bundled miniature with CLIP ViT-B/32 on Caltech-101's test images: their image features,
+    and zero-shot accuracy on the classes whose name has one of CLIP's text vectors, and that of the
+    miniature's teacher on all classes. Few-shot methods then run on the features of these classes with
+    `benchmarks/given_features.py FEATURES --model dcp_mini --datasets caltech101`, as
+    `benchmarks/real_clip.py` has them run on CLIP's.
     """
     real, text = (dict(np.load(clip_folder / name)) for name in ("caltech101.npz", "text_vitb32.npz"))
     clip = plain_clip("dcp_mini")
@@ -75,19 +78,23 @@ def main(
 def image_features(clip: FrozenCLIP, data_root: Path, shots: list[int]) -> dict[str, np.ndarray]:
     """Of the test images, and, averaged over an image and its mirror image, of the training images."""
     split = load_split("caltech101", data_root)
-    sources = {"test": image_source(clip, split.test)}
-    sources |= {f"train{k}": image_source(clip, few_shot(split, k, SEED).train, "flip") for k in shots}
-    arrays = {f"{part}_vector": source.features().mean(0).numpy() for part, source in sources.items()}
-    return arrays | {f"{part}_label": source.labels.numpy() for part, source in sources.items()}
+    extract = FeatureExtractor(clip)
+    tables = {"test": extract(Photos(split.test))}
+    for k in shots:
+        tables[f"train{k}"] = extract(Photos(few_shot(split, k, SEED).train), views=(PLAIN, MIRRORED))
+    vectors = {part: table.first_parts(1).rows(*table.views).mean(0) for part, table in tables.items()}
+    arrays = {f"{part}_vector": vector.numpy() for part, vector in vectors.items()}
+    return arrays | {f"{part}_label": table.labels.numpy() for part, table in tables.items()}
 
 
 @torch.inference_mode()
 def teacher_accuracy(clip: FrozenCLIP, data_root: Path, classes: list[str]) -> dict[str, float]:
-    """What the vision tower can learn from its teacher, the classifier of the stem: zero-shot accuracy of the teacher's
-    probabilities for ImageNet's classes, as mixtures of the miniature's text features of these classes."""
+    """What the vision tower can learn from its teacher, the classifier of the stem: zero-shot accuracy of
+    the teacher's probabilities for ImageNet's classes, as mixtures of the miniature's text features of these
+    classes."""
     split, (_, teacher) = load_split("caltech101", data_root), load_stem()
     stem: Any = clip.visual.conv1.stem
-    batches = ImageSource(clip, split.test, create_transform(clip)).batches(64)
+    batches = ImageLoader(Photos(split.test), FeatureExtractor(clip)).in_order(64)
     probabilities = torch.cat([teacher(stem(images.x).mean((2, 3))).softmax(-1) for images, _ in batches])
     labels = torch.tensor([item.label for item in split.test])
     texts = [clip.zero_shot_classifier(names, TEMPLATE) for names in (classes, split.classnames)]

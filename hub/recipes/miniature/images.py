@@ -1,4 +1,5 @@
-"""Images as small uint8 tensors, random views of them, and the stem's features of all views, cached on disk."""
+"""Images as small uint8 tensors, random views of them, and the stem's features of all views, cached on
+disk."""
 
 import io
 import json
@@ -29,7 +30,8 @@ def to_tensor(image: Image.Image, side: int) -> Tensor:
 
 
 def load_parquet(root: Path, split: str, side: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Images (N, 3, side, side), labels (N,) and class names of `{split}-*.parquet`, next to a `classes.json`."""
+    """Images (N, 3, side, side), labels (N,) and class names of `{split}-*.parquet`, next to a
+    `classes.json`."""
     import pyarrow.parquet as pq
 
     tables = [pq.read_table(path) for path in sorted(root.glob(f"{split}-*.parquet"))]
@@ -57,7 +59,8 @@ def scale_pixels(images: Tensor, size: int) -> Tensor:
 
 
 def random_view(images: Tensor, size: int, rng: torch.Generator, zooms: tuple[float, float]) -> Tensor:
-    """Random zoom (below 1 in, above 1 out, with mirrored borders), stretch, shift, flip, contrast and brightness."""
+    """Random zoom (below 1 in, above 1 out, with mirrored borders), stretch, shift, flip, contrast and
+    brightness."""
     count = len(images)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -92,7 +95,8 @@ def in_onnx_runtime(stem: Stem, size: int) -> Callable[[Tensor], Tensor]:
 
 @torch.inference_mode()
 def cache_features(images: Tensor, stem: Stem, size: int, views: int, folder: Path, name: str) -> Tensor:
-    """Features (N, 352, size / 32, size / 32), float16, of one view per image: the chunks take turns among `views`.
+    """Features (N, 352, size / 32, size / 32), float16, of one view per image: the chunks take turns among
+    `views`.
 
     View 0 is the plain image. Resumes by chunk.
     """

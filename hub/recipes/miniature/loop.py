@@ -39,7 +39,8 @@ def save(state: dict, path: Path) -> None:
 
 
 def ridge(inputs: Tensor, targets: Tensor, strength: float = 1e-3) -> Tensor:
-    """Least-squares weights (D, E) from inputs (N, D) to targets (N, E), with a penalty relative to the inputs."""
+    """Least-squares weights (D, E) from inputs (N, D) to targets (N, E), with a penalty relative to the
+    inputs."""
     square = inputs.T @ inputs
     penalty = strength * square.diagonal().mean() * torch.eye(len(square))
     return torch.linalg.solve(square + penalty, inputs.T @ targets)

@@ -26,8 +26,8 @@ def main(
     clip_text: Annotated[Path, typer.Option(help="As in train.py; its held-out names are used.")],
     weights: Annotated[Path, typer.Option(help="Weights to measure. Default: the bundled ones.")] = MINI_WEIGHTS,
 ) -> None:
-    """Measure zero-shot accuracy on the recipe's validation images, how close held-out names come to CLIP's vectors,
-    time per image on one core, size and logit scale.
+    """Measure zero-shot accuracy on the recipe's validation images, how close held-out names come to CLIP's
+    vectors, time per image on one core, size and logit scale.
 
     For Caltech-101, use `dcp-zoo benchmark`.
     """

@@ -15,7 +15,8 @@ TEMPLATES = (
     "an image of a {}.", "a small photo of a {}.", "a close-up photo of a {}.", "a blurry photo of a {}.",
     "a cropped photo of the {}.", "a good photo of a {}.", "a drawing of a {}.", "this is a {}.",
 )  # fmt: skip
-# WordNet's nouns are numbered by subject; these are animals, artefacts and other things that can be photographed.
+# WordNet's nouns are numbered by subject; these are animals, artefacts and other things that can be
+# photographed.
 THINGS = ("n01", "n02", "n03", "n04", "n076", "n077", "n078", "n092", "n093", "n094", "n11", "n12", "n13")
 
 
@@ -41,10 +42,12 @@ class Nouns:
 
 
 def read_nouns(wordnet: Path, glossed: dict[str, str], labels: list[str]) -> Nouns:
-    """WordNet's things, their plurals, words of one token, and names: `glossed`, with definitions, and `labels`.
+    """WordNet's things, their plurals, words of one token, and names: `glossed`, with definitions, and
+    `labels`.
 
-    `wordnet` is a folder with WordNet's `data.noun` and `index.noun` (Debian's wordnet-base, /usr/share/wordnet). A
-    phrase's meanings are weighted by rank (1, 1/2, 1/3, ...), and those of things by a further factor of three.
+    `wordnet` is a folder with WordNet's `data.noun` and `index.noun` (Debian's wordnet-base,
+    /usr/share/wordnet). A phrase's meanings are weighted by rank (1, 1/2, 1/3, ...), and those of things by
+    a further factor of three.
     """
     synsets = read_synsets(wordnet / "data.noun")
     words = {w: 0.5 for w in bpe_words().values() if w.isalpha() and len(w) > 2}
@@ -137,7 +140,8 @@ def main_directions(vectors: Tensor, count: int) -> Tensor:
 def describe(
     texts: list[str], senses: dict[str, list[tuple[float, str]]], embed: Callable[[list[str]], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings (N, E) of the texts and (N, E) of their meanings; one without a known meaning means its own name."""
+    """Embeddings (N, E) of the texts and (N, E) of their meanings; one without a known meaning means its own
+    name."""
     glosses = sorted({gloss for text in texts for _, gloss in senses.get(text, [])})
     row = {gloss: i for i, gloss in enumerate(glosses)}
     names, definitions = centred(embed(texts).float()), centred(embed(glosses).float())

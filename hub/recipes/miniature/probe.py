@@ -12,11 +12,12 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo import create_transform
 from dcp_zoo.backbone import MINI_CFG
 from dcp_zoo.backbone.mini import build_mini_clip
 from dcp_zoo.data import Item, Split, few_shot, load_split
-from dcp_zoo.training.sources import ImageSource
+from dcp_zoo.features.extract import FeatureExtractor
+from dcp_zoo.features.loader import ImageLoader
+from dcp_zoo.features.photos import Photos
 from dcp_zoo.zoo.build import plain_clip
 
 SHOTS, MAX_ITER = 16, 1000
@@ -49,14 +50,14 @@ def main(
 
 @torch.inference_mode()
 def tower_features(path: Path, items: list[Item]) -> Features:
-    """Normalised features of images: of the stem and of the patch embedding, both averaged over patches, of the class
-    token that the projection reads, and of the tower's output."""
+    """Normalised features of images: of the stem and of the patch embedding, both averaged over patches, of
+    the class token that the projection reads, and of the tower's output."""
     clip = build_mini_clip(path, MINI_CFG | {"embed_dim": load_file(path)["visual.proj"].shape[1]}).eval()
     tower: Any = clip.visual
     read: list[Tensor] = []
     tower.ln_post.register_forward_hook(lambda module, inputs, output: read.append(output))
     plain, found = plain_clip("dcp_mini"), []
-    for images, _ in ImageSource(plain, items, create_transform(plain)).batches(64):
+    for images, _ in ImageLoader(Photos(items), FeatureExtractor(plain)).in_order(64):
         stem, output = tower.conv1.stem(images.x), tower(images.x)
         token = read.pop()
         places = {

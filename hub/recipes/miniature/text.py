@@ -45,8 +45,8 @@ def encode(clip: open_clip.CLIP, ids: Tensor, ends: Tensor, prompts: Tensor | No
 def hidden(clip: open_clip.CLIP, ids: Tensor, ends: Tensor, prompts: Tensor | None = None, noise: float = 0) -> Tensor:
     """The blocks' output at EOT, (B, width).
 
-    prompts (M, width) are inserted after SOS, as in DCP. With noise, their states are perturbed after every block, as
-    DCP's coupling rewrites them. The tower is causal, so nothing after the last EOT is computed.
+    prompts (M, width) are inserted after SOS, as in DCP. With noise, their states are perturbed after every
+    block, as DCP's coupling rewrites them. The tower is causal, so nothing after the last EOT is computed.
     """
     x = clip.token_embedding(ids.to(clip.logit_scale.device))
     count = 0 if prompts is None else len(prompts)
@@ -88,7 +88,8 @@ def random_prompts(table: Tensor) -> Tensor:
 
 
 def encode_phrases(clip: open_clip.CLIP, rows: list[Tensor], templates: list, p_random: float = 0.45) -> Tensor:
-    """Features of the phrases in one random template, or after random vectors and with a full stop, as in DCP."""
+    """Features of the phrases in one random template, or after random vectors and with a full stop, as in
+    DCP."""
     if random.random() < p_random:
         stop = templates[1][1]
         prompts = random_prompts(clip.token_embedding.weight)

@@ -92,7 +92,8 @@ def zero_shot_accuracy(clip: open_clip.CLIP, maps: Tensor, labels: Tensor, names
 
 
 def load_start(clip: open_clip.CLIP, path: Path) -> None:
-    """Load weights; projections of another width are left out, as the text and vision stages begin with new ones."""
+    """Load weights; projections of another width are left out, as the text and vision stages begin with new
+    ones."""
     own = clip.state_dict()
     state = {name: t for name, t in load_file(path).items() if t.shape == own[name].shape}
     clip.load_state_dict(own | state)

@@ -55,7 +55,8 @@ def hidden(clip: open_clip.CLIP, maps: Tensor, prompts: Tensor | None = None, no
 
 
 def init_from_classifier(clip: open_clip.CLIP, teacher: nn.Linear) -> None:
-    """Initialise the projection with the directions used by the teacher's classifier, and scale down the blocks."""
+    """Initialise the projection with the directions used by the teacher's classifier, and scale down the
+    blocks."""
     visual = clip.visual
     width = len(visual.class_embedding)
     directions = torch.linalg.svd(teacher.weight - teacher.weight.mean(0), full_matrices=False)[2][:width]
@@ -67,11 +68,12 @@ def init_from_classifier(clip: open_clip.CLIP, teacher: nn.Linear) -> None:
 
 
 def first_targets(teacher: Tensor, texts: Tensor) -> Tensor:
-    """Image features (B, embed) to begin with, from the teacher's logits (B, C) and text features (C, embed).
+    """Image features (B, embed) to begin with, from the teacher's logits (B, C) and text features (C,
+    embed).
 
-    The teacher's mixture of the centred texts, and a constant: mostly the direction in which texts differ least, and
-    some of their mean. As with CLIP, images are about as far from all texts (a cosine of 0.2 to 0.3), and only a part
-    of their length tells them apart, which is what a scale of 100 asks for.
+    The teacher's mixture of the centred texts, and a constant: mostly the direction in which texts differ
+    least, and some of their mean. As with CLIP, images are about as far from all texts (a cosine of 0.2 to
+    0.3), and only a part of their length tells them apart, which is what a scale of 100 asks for.
     """
     mean = F.normalize(texts.mean(0), dim=0)
     gap = torch.linalg.eigh(torch.cov(texts.T))[1][:, 0]
@@ -93,9 +95,11 @@ def mix(maps: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
 
 
 def push_to_random_classes(maps: Tensor, teacher: nn.Linear) -> Tensor:
-    """Push widened features (B, 1280, h, w) towards random classes of the teacher, by random amounts at each position.
+    """Push widened features (B, 1280, h, w) towards random classes of the teacher, by random amounts at each
+    position.
 
-    The images show few of the teacher's classes; this way the tower learns the teacher's predictions for all of them.
+    The images show few of the teacher's classes; this way the tower learns the teacher's predictions for all
+    of them.
     """
     directions = teacher.weight - teacher.weight.mean(0)
     target = torch.randint(len(directions), (len(maps),), device=maps.device)
@@ -119,7 +123,8 @@ class VisionObjective:
         self.clip, self.data, self.batch = clip, data, batch
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-        """Widened maps (B, 1280, h, w), the teacher's logits (B, T), labels, mixed-in labels, share of the labels."""
+        """Widened maps (B, 1280, h, w), the teacher's logits (B, T), labels, mixed-in labels, share of the
+        labels."""
         device = self.clip.logit_scale.device
         index = torch.randint(len(self.data.labels), (self.batch,))
         maps = self.data.maps[index].to(device).float()
@@ -165,7 +170,8 @@ class VisionObjective:
 
 def train_vision(stage: str, clip: open_clip.CLIP, data: VisionData, teacher_texts: Tensor, label_texts: Tensor, *,
                  steps: int, batch: int, lr: float, output: Path, first: bool = False) -> None:  # fmt: skip
-    """Train the vision tower on fixed text features; the logged metric is accuracy on (partly mixed) images."""
+    """Train the vision tower on fixed text features; the logged metric is accuracy on (partly mixed)
+    images."""
     objective = VisionObjective(clip, data, batch)
     if first and steps and not (output / f"{stage}.pt").exists():
         objective.init_projection(teacher_texts)

@@ -5,20 +5,21 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from dcp_zoo.errors import as_zoo_error, check_choice
-from dcp_zoo.heads.head import Head
+from dcp_zoo.features import AUTO, MANY, PRECISIONS
 from dcp_zoo.threads import available_cores
-from dcp_zoo.training.recipes import AUTO, MANY, PRECISIONS
 from dcp_zoo.zoo.registry import MODELS, OPEN_CLIP
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """A torch device; "auto" is CUDA, "auto:3" the GPU of the fourth process on a machine, else MPS, else the CPU.
-    ZooError if it is not available."""
+    """A torch device; "auto" is CUDA, "auto:3" the GPU of the fourth process on a machine, else MPS,
+    else the CPU. ZooError if it is not available."""
     kind, _, rank = name.partition(":")
-    if kind == "auto" and (gpus := torch.cuda.device_count()):
-        name = f"cuda:{int(rank) % gpus}" if rank else "cuda"
-    elif kind == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind == "auto":
+        gpus = torch.cuda.device_count()
+        if gpus:
+            name = f"cuda:{int(rank) % gpus}" if rank else "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
     unavailable = f"Device {name!r} is not available ({{}}). Use --device auto or cpu."
     with as_zoo_error(unavailable, RuntimeError, AssertionError):
         torch.empty(0, device=name)
@@ -26,14 +27,15 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def decoders(device: torch.device, images: int) -> int:
-    """Processes that decode so many images: one for each core where a GPU would wait for images that memory does not
-    keep, else 0: this process, by threads."""
+    """The number of processes that decode so many images: one for each core where a GPU would wait for
+    images that memory does not keep, else 0: this process decodes, by threads."""
     return available_cores() if device.type == "cuda" and images > MANY else 0
 
 
 def pick_precision(name: str, model: str, device: torch.device) -> str:
-    """A precision for a model; "auto" is bfloat16 for a CLIP of open_clip where the device multiplies in it, and
-    float32 elsewhere and for the miniature, which is too small to gain. ZooError for an unknown one."""
+    """A precision for a model; "auto" is bfloat16 for a CLIP of open_clip where the device multiplies
+    in it, and float32 elsewhere and for the miniature, which is too small to gain. ZooError for an
+    unknown one."""
     check_choice("precision", name, (AUTO, *PRECISIONS))
     if name != AUTO:
         return name
@@ -46,16 +48,11 @@ def pick_precision(name: str, model: str, device: torch.device) -> str:
     return "bfloat16" if fast and is_real else "float32"
 
 
-@torch.no_grad()
-def cast_frozen(model: Head, precision: str) -> None:
-    """Store CLIP's weights in this precision only; trained parameters and the logit scale stay in float32."""
-    for p in model.encoder.clip.parameters():
-        if p.numel() > 1 and p.is_floating_point():
-            p.data = p.data.to(getattr(torch, precision))
-
-
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The autocast context of a precision, none for float32, in place of the caller's: features are kept."""
+    """The autocast context of a precision, in place of the caller's, as features are kept; for float32,
+    none."""
     if precision != "float32":
         return torch.autocast(device.type, getattr(torch, precision))
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,53 @@
+"""An accuracy with its 95 % Wilson interval, here without torch and NumPy."""
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import NamedTuple
+
+from dcp_zoo.errors import shorten
+
+
+class Accuracy(NamedTuple):
+    """How many of the images of a class are classified correctly.
+
+    Attributes:
+        name: of the class; "" for all classes together.
+        correct, images: how many.
+        independent: the effective number of images, (sum m)^2 / sum m^2 for groups of m images that were
+            taken together, see `dcp_zoo.data.groups`. Default: as many as the images.
+        untested: classes of which there is no image.
+    """
+
+    name: str
+    correct: int
+    images: int
+    independent: float | None = None
+    untested: Sequence[str] = ()
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.correct / self.images
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson interval in percent: what the accuracy on many more images of this kind may be."""
+        z = NormalDist().inv_cdf(0.975)
+        p = self.correct / self.images
+        n = self.independent or self.images
+        half = z * math.sqrt(p * (1 - p) / n + (z / n / 2) ** 2)
+        centre = p + z**2 / n / 2
+        scale = 100 / (1 + z**2 / n)
+        return scale * (centre - half), scale * (centre + half)
+
+    def __str__(self) -> str:
+        """What holds on one side first: heads are seldom worse than their interval, and often better."""
+        counted = f"{self.correct} of {self.images}"
+        if self.independent is not None and self.independent <= self.images - 0.5:
+            counted += f", in groups, which count as {self.independent:.0f}"
+        low, high = self.interval
+        at_least = math.floor(low)
+        interval = f"95 % interval {at_least} to {math.ceil(high)}"
+        if self.untested:
+            interval += f"; both without {shorten(self.untested)}"
+        return f"at least {at_least} % (97.5 % sure): {self.percent:.1f} % ({counted}; {interval})"

@@ -1,0 +1,32 @@
+"""How images are prepared for a model, in timm's terms; it does not import torch."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, TypedDict
+
+from dcp_zoo.fields import Values
+
+RESAMPLINGS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # as Pillow has them
+
+
+class Preprocessing(TypedDict, total=False):
+    """The entries of timm's `pretrained_cfg` about it. `config.json` stores them, and a head that is loaded
+    has them in `pretrained_cfg` of its CLIP, where all others look them up."""
+
+    input_size: tuple[int, int, int]
+    interpolation: Annotated[str, {"choices": RESAMPLINGS}]
+    crop_pct: Annotated[float, {"min": 0.01}]
+    crop_mode: Annotated[str, {"choices": ("center", "squash")}]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+PREPROCESSING = tuple(Preprocessing.__annotations__)
+
+
+def preprocessing_in(cfg: Mapping[str, Any]) -> Values:
+    """The `Preprocessing` in a `pretrained_cfg`, with the tuples that JSON made lists."""
+    found: Values = {}
+    for name in PREPROCESSING:
+        if name in cfg:
+            found[name] = tuple(cfg[name]) if isinstance(cfg[name], list) else cfg[name]
+    return found

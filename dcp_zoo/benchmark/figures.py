@@ -1,0 +1,74 @@
+"""Figures of a report, by matplotlib, which the extra `plots` installs."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WIDTH = 3.2  # inches of a panel
+HEIGHT = 2.6
+COLUMNS = 4  # panels side by side, at most
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure that belongs to no window, and leaves pyplot's state alone."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def accuracy_figure(panels: "Mapping[str, pd.DataFrame]") -> Figure:
+    """Top-1 against images per class, in a panel for each caption: the mean over seeds and a band of one
+    standard deviation. Dashed: without training. Results are as of `report.with_labels`."""
+    labels = dict.fromkeys(label for results in panels.values() for label in results.label)
+    colours = {label: f"C{number}" for number, label in enumerate(labels)}
+    columns = min(COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = new_figure(WIDTH * columns, HEIGHT * rows + 0.5)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, (caption, results) in zip(axes, panels.items(), strict=False):
+        draw_accuracies(axis, results, colours)
+        axis.set_title(caption)
+        axis.set_xlabel("images per class")
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    figure.supylabel("top-1, %")
+    lines = [Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
+    figure.legend(handles=lines, loc="outside lower center", ncols=columns, fontsize="small")
+    return figure
+
+
+def draw_accuracies(axis: Any, results: "pd.DataFrame", colours: Mapping[str, str]) -> None:
+    """One panel of `accuracy_figure`."""
+    for label, part in results.groupby("label", sort=False):
+        over_seeds = part.groupby("shots").top1.agg(["mean", "std"]).fillna({"std": 0})
+        mean = over_seeds["mean"]
+        if mean.index.max() == 0:
+            axis.axhline(mean.iloc[0], color=colours[label], linestyle="--")
+            continue
+        axis.plot(mean.index, mean, color=colours[label], marker=".")
+        low = mean - over_seeds["std"]
+        high = mean + over_seeds["std"]
+        axis.fill_between(mean.index, low, high, color=colours[label], alpha=0.2)
+    shots = sorted(results.shots[results.shots > 0].unique())
+    if shots:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(shots, list(map(str, shots)))
+
+
+def differences_figure(gaps: Mapping[str, tuple[float, tuple[float, float] | None]], reference: str) -> Figure:
+    """A bar for each method: its mean difference from the reference in percentage points, with the
+    interval."""
+    figure = new_figure(6, 0.35 * len(gaps) + 1)
+    axis = figure.subplots()
+    for position, (mean, limits) in enumerate(gaps.values()):
+        axis.barh(position, mean, color="C0")
+        if limits is not None:
+            axis.plot(limits, [position, position], color="black", linewidth=1)
+    axis.set_yticks(range(len(gaps)), list(gaps))
+    axis.invert_yaxis()
+    axis.axvline(0, color="black", linewidth=0.5)
+    axis.set_xlabel(f"top-1 minus that of {reference}, percentage points, with the 95 % interval")
+    return figure

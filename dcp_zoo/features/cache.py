@@ -1,0 +1,157 @@
+"""Tokens and features of a frozen image tower, kept from fit to fit: by image, weights and preprocessing."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from threading import Lock
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dcp_zoo.backbone.clip import Encoder
+from dcp_zoo.errors import UNREADABLE, ZooError, attempted, warn
+from dcp_zoo.features import LIBRARIES
+from dcp_zoo.files import cache_folder, text_sha256, write_file
+
+MEMORY_LIMIT = 2**29  # bytes
+FILE_LIMIT = 2**32
+OFF = "DCP_ZOO_NO_FEATURE_CACHE"  # an environment variable
+ADVICE = f"choose another DCP_ZOO_CACHE (in Python memory=), or set {OFF}=1"
+END = ".safetensors"
+
+
+class FeatureCache:
+    """Rows of features by setting and image, in memory, or in a folder with a file for each batch.
+
+    A file that cannot be read is passed over; if the folder cannot be written, a warning says so, once.
+
+    Args:
+        folder: where the files are. Default: in memory.
+        limit: bytes, beyond which the oldest rows go, in a folder when it is opened. Default: 512 MB,
+            in a folder 4 GB.
+    """
+
+    def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
+        self.folder = folder
+        self.limit = limit or (MEMORY_LIMIT if folder is None else FILE_LIMIT)
+        self._memory: dict[tuple[str, str], Tensor] = {}
+        self._bytes = 0  # in memory
+        self._lock = Lock()
+        self._writable = True
+        if folder is not None:
+            with suppress(OSError):  # another process has just removed a file
+                self._remove_oldest(folder)
+
+    def _remove_oldest(self, folder: Path) -> None:
+        size = 0
+        for path in sorted(folder.glob(f"*/*{END}"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            size += path.stat().st_size
+            if size > self.limit:
+                path.unlink()
+
+    def get(self, setting: str, keys: Sequence[str]) -> dict[str, Tensor]:
+        """The rows that are kept of the images with these keys."""
+        if self.folder is None:
+            found = {key: self._memory.get((setting, key)) for key in keys}
+            return {key: row for key, row in found.items() if row is not None}
+        names = {text_sha256(key): key for key in keys if key}
+        rows: dict[str, Tensor] = {}
+        for path in (self.folder / text_sha256(setting)).glob(f"*{END}"):
+            with suppress(SafetensorError, *UNREADABLE), safe_open(path, "pt") as file:
+                stored = file.metadata()["keys"].split()
+                if names.keys().isdisjoint(stored):
+                    continue
+                batch = file.get_tensor("batch")
+                rows |= {names[name]: row for name, row in zip(stored, batch, strict=False) if name in names}
+        return rows
+
+    def put(self, setting: str, rows: Mapping[str, Tensor]) -> None:
+        """Keep rows by the keys of their images; "" is the key of an image that must not be kept."""
+        rows = {key: row for key, row in rows.items() if key}
+        if self.folder is None:
+            self._put_in_memory(setting, rows)
+        elif rows and self._writable:
+            names = " ".join(map(text_sha256, rows))
+            content = save({"batch": torch.stack([*rows.values()])}, {"keys": names})
+            path = self.folder / text_sha256(setting) / f"{uuid4().hex}{END}"
+            error = attempted(write_file, path, content, ADVICE)
+            if isinstance(error, ZooError):
+                self._writable = False
+                warn(f"Image features are not cached for the next run. {error}")
+
+    def _put_in_memory(self, setting: str, rows: Mapping[str, Tensor]) -> None:
+        with self._lock:
+            for key, row in rows.items():
+                before = self._memory.pop((setting, key), None)
+                self._bytes += row.nbytes - (0 if before is None else before.nbytes)
+                self._memory[setting, key] = row.clone()
+            while self._bytes > self.limit:
+                self._bytes -= self._memory.pop(next(iter(self._memory))).nbytes
+
+
+active_cache: ContextVar[FeatureCache | None] = ContextVar("active_cache", default=None)  # None keeps nothing
+_memory = FeatureCache()
+
+
+@contextmanager
+def kept_features(memory: Any = None) -> Iterator[None]:
+    """Inside this context a `FeatureExtractor` keeps what it computes.
+
+    Args:
+        memory: a folder or a joblib.Memory, in whose folder features are kept. None keeps them in the
+            memory of this process; False keeps nothing.
+    """
+    folder = getattr(memory, "location", memory)
+    if memory is False:
+        cache = None
+    elif folder is None:
+        cache = _memory
+    else:
+        cache = FeatureCache(Path(folder).expanduser().absolute())
+    with keeping(cache):
+        yield
+
+
+@contextmanager
+def keeping(cache: FeatureCache | None) -> Iterator[None]:
+    """`kept_features` in this cache."""
+    token = active_cache.set(cache)
+    try:
+        yield
+    finally:
+        active_cache.reset(token)
+
+
+def users_cache(keep: bool = True) -> AbstractContextManager[None]:
+    """Inside this context features are kept in the user's cache folder, or in memory if that folder is
+    switched off. Without `keep`, they are kept where they are outside."""
+    if not keep:
+        return nullcontext()
+    return kept_features(None if os.environ.get(OFF) else cache_folder("features"))
+
+
+@contextmanager
+def shared_features() -> Iterator[None]:
+    """Inside this context no feature is computed twice: they are kept as they are outside or, if
+    nothing is kept there, until its end."""
+    with keeping(active_cache.get() or FeatureCache()):
+        yield
+
+
+def tower_setting(model: Encoder, precision: str) -> str:
+    """What features of a frozen encoder depend on besides the images."""
+    return f"{precision} {model.identity()} {model.device.type} {model.preprocessing} {computed_by()}"
+
+
+@cache
+def computed_by() -> str:
+    """The versions of what reads images and computes features."""
+    return f"{version('dcp_zoo')} {[version(name) for name in LIBRARIES]}"

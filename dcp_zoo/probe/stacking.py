@@ -1,0 +1,181 @@
+"""Stacking: how much each candidate counts in the text probe, by its losses on held-out images.
+
+Let L_k be the cross-entropy (sum) of the k-th candidate of a configuration on n held-out images. Its share
+in the configuration, and the configuration's weight, are
+
+    p_k = softmax_k(-min(1, `COUNTED` / n) L_k)
+    q   = softmax(-min(1, `BETWEEN` / n) sum_k p_k L_k - `LEAN` if it reads intermediate features)
+
+and the candidate's weight is q p_k. Up to these bounds this is pseudo Bayesian model averaging (Yao et al.,
+Using Stacking to Average Bayesian Predictive Distributions, Bayesian Analysis 2018): the weights say how
+strong the evidence for each candidate is. Thousands of images would choose a single one, and several
+together are better: so more images count as if they were as many as the bounds.
+
+The accuracy of the whole, stacked probe is estimated from the same folds: what it says of a fold has weights
+by the losses on the other folds. Of few images these losses are of candidates that were fitted without both
+folds: otherwise the images of the fold to be judged have a say in its weights, which on noise is enough for
+an accuracy above chance.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dcp_zoo.probe.candidates import (
+    STRENGTHS,
+    CandidateWeights,
+    Configuration,
+    Fits,
+    TrainingSet,
+    configurations_of,
+    fit_candidates,
+)
+from dcp_zoo.probe.model import PENALTIES
+
+COUNTED = 16  # images, within a configuration
+BETWEEN = 64  # images, between configurations
+LEAN = 1.5  # nats by which intermediate features must be better
+FEW = 100  # images, for which candidates are also fitted without each two folds
+NEGLIGIBLE = 0.01  # weight of a configuration that is left out
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """Candidates that were fitted without folds of the training images."""
+
+    folds: Sequence[Tensor]  # positions
+    left_out: Sequence[tuple[int, ...]]  # of each fit: first each fold, then, if `by_pairs`, each two of several folds
+    by_pairs: bool
+    fits: Fits
+
+    @property
+    def positions(self) -> Tensor:
+        """(m,), of the images of all folds."""
+        return torch.cat([*self.folds])
+
+    @cached_property
+    def weights(self) -> CandidateWeights:
+        """Of the candidates that are fitted to all images."""
+        images = self.fits.images
+        every_fold = {fold: fold for fold in range(len(self.folds))}
+        return self._weights(every_fold) or prior_weights(images, images.all[0], images.scales(images.all)[0])
+
+    @cached_property
+    def weights_without(self) -> list[CandidateWeights]:
+        """Of the candidates that were fitted without each fold; of a single fold of many images, by
+        these."""
+        if len(self.folds) == 1 and not self.by_pairs:
+            return [self.weights]
+        found = []
+        for fold in range(len(self.folds)):
+            fits = {}
+            for other in range(len(self.folds)):
+                left_out = tuple(sorted((fold, other))) if self.by_pairs else (other,)
+                if other != fold and left_out in self.left_out:
+                    fits[other] = self.left_out.index(left_out)
+            prior = prior_weights(self.fits.images, self.fits.kept[fold], self.fits.scales[fold])
+            found.append(self._weights(fits) or prior)
+        return found
+
+    def _weights(self, fits: Mapping[int, int]) -> CandidateWeights:
+        """By the losses on some folds, each by one of the fits, and on classes that have images in it; {} if
+        there is no such image."""
+        images = self.fits.images
+        losses = []
+        count = 0.0
+        for fold, fit in fits.items():
+            positions = self.folds[fold]
+            positions = positions[self.fits.has_images[fit, images.labels[positions]]]
+            losses.append(self.fits.losses(fit, positions))
+            count += images.weights[positions].sum().item()
+        if count == 0:
+            return {}
+        sums = {name: torch.stack([each[name] for each in losses]).sum(0) for name in losses[0]}
+        return stacking_weights(sums, count, images.intermediate)
+
+    def logits(self, inverse_temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Logits (m, C) of the images of all folds by the probes without each, and the text logits that
+        these start at, both times the inverse temperature."""
+        pairs = [self.fits.logits(fold, self.weights_without[fold], out) for fold, out in enumerate(self.folds)]
+        logits, text_logits = (inverse_temperature * torch.cat(each) for each in zip(*pairs, strict=True))
+        return logits, text_logits
+
+    def distances(self, rows: Tensor | None = None) -> Tensor:
+        """`Fits.distances` (m,) of the images of all folds."""
+        return torch.cat([self.fits.distances(fold, out, rows) for fold, out in enumerate(self.folds)])
+
+
+def cross_validate(images: TrainingSet, folds: Sequence[Tensor], is_judged: bool = True) -> CrossValidation:
+    """Fit the candidates without each of the folds; for few images that are to be judged, also without each
+    two."""
+    by_pairs = is_judged and len(images.labels) <= FEW
+    left_out: list[tuple[int, ...]] = [(fold,) for fold in range(len(folds))]
+    if by_pairs and len(folds) > 2:
+        left_out += combinations(range(len(folds)), 2)
+    kept = torch.ones(len(left_out), len(images.labels), dtype=torch.bool)
+    for fit, numbers in enumerate(left_out):
+        for number in numbers:
+            kept[fit, folds[number]] = False
+    fits = fit_candidates(images, kept, images.scales(kept), configurations_of(images))
+    return CrossValidation(folds, left_out, by_pairs, fits)
+
+
+def stacking_weights(
+    losses: Mapping[Configuration, Tensor], images: float = 1, intermediate: Sequence[int] = ()
+) -> CandidateWeights:
+    """The weights of candidates, 1 in all, by their losses (sum) on so many held-out images.
+
+    A candidate that is worse by log 2 counts half as much:
+
+    >>> first, second = Configuration(0, 1.0), Configuration(0, 0.5)
+    >>> losses = {first: torch.tensor([4.0, 4.0 + math.log(2)]), second: torch.tensor([3.0, 9.0])}
+    >>> stacking_weights(losses)
+    {Configuration(columns=0, text_share=1.0): tensor([0.1524, 0.0762]), \
+Configuration(columns=0, text_share=0.5): tensor([0.7695, 0.0019])}
+    """
+    shares = {}
+    scores = []
+    for configuration, loss in losses.items():
+        share = (-min(1.0, COUNTED / images) * loss).softmax(0)
+        shares[configuration] = share
+        lean = LEAN if configuration.columns in intermediate else 0.0
+        scores.append(-min(1.0, BETWEEN / images) * (share @ loss) - lean)
+    weights = torch.stack(scores).softmax(0)
+    weights = weights.masked_fill(weights <= NEGLIGIBLE, 0)
+    weights = weights / weights.sum()
+    return {
+        configuration: weight * shares[configuration]
+        for configuration, weight in zip(losses, weights, strict=True)
+        if weight > 0
+    }
+
+
+def prior_weights(images: TrainingSet, kept: Tensor, scale: Tensor) -> CandidateWeights:
+    """What counts if none of the images that are kept (n,) can be held out, as with one image per class:
+    softmax regressions that start at the text and read features that no other encoder has. All penalties
+    count the same, unless text explains the training images badly: the i-th one in proportion to exp(10 i
+    `misfit_of_text`)."""
+    penalties = (10 * torch.arange(len(PENALTIES)) * misfit_of_text(images, kept, scale)).softmax(0)
+    weights = F.pad(penalties, (0, len(STRENGTHS)))  # of Gaussian classes: 0
+    groups = images.clip_groups or len(images.widths)
+    configurations = [
+        configuration
+        for configuration in configurations_of(images)
+        if configuration.columns < groups and configuration.text_share > 0
+    ]
+    return dict.fromkeys(configurations, weights / len(configurations))
+
+
+def misfit_of_text(images: TrainingSet, kept: Tensor, scale: Tensor) -> float:
+    """How badly text explains the images that are kept (n,): max(0, r - 1/4), with r zero-shot CLIP's
+    cross-entropy in units of a random guess's."""
+    losses = F.cross_entropy(scale * images.text_logits, images.labels, reduction="none")
+    weights = kept * images.weights
+    loss = (weights @ losses / weights.sum()).item()
+    return max(0.0, loss / math.log(max(len(images.text[0]), 2)) - 0.25)
