@@ -214,6 +214,7 @@ def _fetch_index(repo: str, endpoint: str, cache_dir: str) -> str | None:
     """The file of the index; None if the Hub has none. One of the client's errors, which is not remembered,
     if the Hub does not answer."""
     try:
+        check_connection(endpoint, INDEX_SECONDS)
         # where there is no answer, the client of itself takes the file in its cache, without a word
         if get_hf_file_metadata(hf_hub_url(repo, INDEX_NAME), timeout=INDEX_SECONDS).commit_hash is None:
             raise errors.FileMetadataError(endpoint)
@@ -230,7 +231,7 @@ forget_index = _fetch_index.cache_clear  # after it was changed
 @cache
 def check_connection(endpoint: str, seconds: float = constants.HF_HUB_ETAG_TIMEOUT) -> None:
     """Raise the client's LocalEntryNotFoundError if the Hub does not answer. The client itself would retry
-    for 24 s."""
+    for 24 s, and older ones for each request."""
     try:
         get_session().head(endpoint, timeout=seconds)
     except CLIENT_ERRORS as error:
