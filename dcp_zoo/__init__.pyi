@@ -10,6 +10,8 @@ from .errors import ZooError as ZooError
 from .heads.config import DCPConfig as DCPConfig
 from .heads.dcp import DCP as DCP
 from .heads.head import load_head as load_head
+from .heads.inside import prompt_attention as prompt_attention
+from .heads.inside import prompt_words as prompt_words
 from .inspection.inspection import inspect as inspect
 from .inspection.search import search as search
 from .inspection.search import suggest as suggest

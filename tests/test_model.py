@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from shared import build_tiny_clip
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dcp_zoo import DCP, ZooError, create_model
+from dcp_zoo import DCP, ZooError, create_model, prompt_attention, prompt_words
 from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.backbone import clip as model_clip
 from dcp_zoo.backbone._torch import skip_init
@@ -105,6 +105,65 @@ def test_bad_arguments_get_advice(tiny_clip):
             DCP(tiny_clip, **({"classnames": NAMES} | changes))
     with pytest.raises(ZooError, match="class token"):
         DCP(torch.nn.Linear(1, 1), NAMES)
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@torch.no_grad()
+def test_prompts_as_words_and_attention_follow_the_plain_equations(golden, coupling, monkeypatch):
+    """Those that the plain forward pass has, in a batch of the images of the statistics."""
+    clip = build_tiny_clip(golden, vision_cfg={"layers": 3})
+    model = loud(DCP(clip, NAMES, n_ctx=3, coupling=coupling, share_cmpa=False)).eval()
+    model.store_stats(IMAGES)
+    tower_of = {id(cmpa.to_text): "text" for cmpa in model.cmpa} | {id(cmpa.to_vision): "vision" for cmpa in model.cmpa}
+    attention, rewritten = {}, [model.prompts["text"]]
+    rewrite = reference.rewrite
+
+    def watched(block, own, other):
+        query, key = block.norm1(block.query(other)), block.norm1(own)
+        w_q, w_k, _ = block.attn.in_proj_weight.chunk(3)
+        b_q, b_k, _ = block.attn.in_proj_bias.chunk(3)
+        q, k = query @ w_q.T + b_q, key @ w_k.T + b_k
+        heads = [(a @ b.T / 8).softmax(-1) for a, b in zip(q.split(64, -1), k.split(64, -1), strict=True)]
+        attention.setdefault(tower_of[id(block)], []).append(torch.stack(heads))
+        new = rewrite(block, own, other)
+        if tower_of[id(block)] == "text":
+            rewritten.append(new)
+        return new
+
+    monkeypatch.setattr(reference, "rewrite", watched)
+    reference.forward(model, IMAGES)
+    found = prompt_attention(model)
+    assert found.keys() == attention.keys() == model.rewritten_from.keys()
+    for tower, of_blocks in attention.items():
+        assert found[tower].shape == (2, {"vision": 2, "text": 1}[tower], 3, 3)
+        assert close(torch.from_numpy(found[tower]), torch.stack(of_blocks))
+
+    words = prompt_words(model, top_k=4)
+    assert [row[:2] for row in words] == [(block, m) for block in range(model.num_coupled + 1) for m in range(3)]
+    table = clip.token_embedding.weight
+    for row in words:
+        if row.block and "text" not in model.rewritten_from:
+            continue  # these flow on as their tower leaves them
+        distances = (rewritten[row.block][row.prompt] - table).square().sum(1).sqrt()
+        assert close(torch.tensor(row.distances), distances.sort()[0][:4])
+        assert row.median == pytest.approx(distances.sort()[0][(len(distances) - 1) // 2].item(), rel=1e-4)
+        assert row.tokens == [model.encoder.tokenizer.decode([token]) for token in distances.argsort()[:4].tolist()]
+
+
+def test_words_of_prompts_that_were_learned_from_a_phrase(clip):
+    """Before training the prompts are the phrase's own tokens, at a distance of zero; a head without coupled
+    prompts, or without the statistics that the later ones need, says so."""
+    head = DCP(clip, NAMES, n_ctx=4, ctx_init="a photo of a", coupling="none")
+    words = prompt_words(head)
+    assert [row.tokens[0] for row in words] == ["a ", "photo ", "of ", "a "]
+    assert all(row.distances[0] < 1e-2 < row.distances[1] for row in words)
+    assert prompt_attention(head) == {}
+    with pytest.raises(ZooError, match="stored statistics"):
+        prompt_words(DCP(clip, NAMES, n_ctx=4))
+    with pytest.raises(ZooError, match="Only heads of dcp have coupled prompts, and this is a CLIP"):
+        prompt_attention(clip.clip)
+    with pytest.raises(ZooError, match="top_k"):
+        prompt_words(head, top_k=0)
 
 
 def test_statistics_that_there_are_not(tiny_clip):

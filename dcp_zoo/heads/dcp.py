@@ -15,6 +15,7 @@ the head can be fused, exported, and given a text probe.
 import copy
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -69,10 +70,18 @@ class PromptAttention(nn.Module):
 
     def forward(self, own: Tensor, other: Tensor) -> Tensor:
         """own (M, D), other (M, other_dim) -> the new prompts (M, D)."""
-        query = self.norm1(self.query(other))
-        key = self.norm1(own)  # by the same norm
+        query, key = self.query_and_key(own, other)
         x = own + self.attn(query, key, key, need_weights=False)[0]
         return x + self.mlp(self.norm2(x))
+
+    def query_and_key(self, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads, (M, D) each; the keys are the values, too."""
+        return self.norm1(self.query(other)), self.norm1(own)  # by the same norm
+
+    def weights(self, own: Tensor, other: Tensor) -> Tensor:
+        """How much each query attends to each key (heads, M, M)."""
+        query, key = self.query_and_key(own, other)
+        return self.attn(query, key, key, average_attn_weights=False)[1]
 
 
 class CMPA(nn.Module):
@@ -90,14 +99,18 @@ class CMPA(nn.Module):
     def forward(self, v: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Pooled vision prompts v (M, Dv) and text prompts t (M, Dt) -> both rewritten; None for those that
         are not."""
+        new = {tower: attention(own, other) for tower, attention, own, other in self._reads(v, t)}
+        return new.get("vision"), new.get("text")
+
+    def weights(self, v: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """The same prompts -> the attention of each tower whose prompts are rewritten (heads, M, M)."""
+        return {tower: attention.weights(own, other) for tower, attention, own, other in self._reads(v, t)}
+
+    def _reads(self, v: Tensor, t: Tensor) -> Iterator[tuple[str, Any, Tensor, Tensor]]:
+        """Of each such tower its attention, its own prompts, and those that they are rewritten from."""
         prompts = {"vision": v, "text": t}
-        new_v = None
-        new_t = None
-        if self.to_vision is not None:
-            new_v = self.to_vision(v, prompts[self.rewritten_from["vision"]])
-        if self.to_text is not None:
-            new_t = self.to_text(t, prompts[self.rewritten_from["text"]])
-        return new_v, new_t
+        for tower, source in self.rewritten_from.items():
+            yield tower, getattr(self, f"to_{tower}"), prompts[tower], prompts[source]
 
 
 class DCP(Head):
@@ -222,7 +235,7 @@ class DCP(Head):
         for i in range(max(len(vision.blocks), len(text_tower.blocks))):
             v = vision.embed_prompts(prompts["vision"]) if i == 0 else None
             if 1 <= i <= self.num_coupled:
-                cmpa = self.cmpa[0 if self.config.share_cmpa else i - 1]
+                cmpa = self._cmpa_of(i)
                 v = pooled(i).to(prompts["vision"].dtype)
                 t = text.prompts(self.config.pooling).to(prompts["text"].dtype)
                 v, new_t = cmpa(v, t)
@@ -231,6 +244,19 @@ class DCP(Head):
             if i < len(text_tower.blocks):
                 text.step()
             yield v, text
+
+    def _cmpa_of(self, i: int) -> Any:
+        return self.cmpa[0 if self.config.share_cmpa else i - 1]
+
+    def read_by_cmpa(self) -> Iterator[tuple[CMPA, Tensor, Tensor]]:
+        """The CMPA of each coupled block, and what it reads in the stored statistics: the pooled vision
+        prompts (M, Dv) and text prompts (M, Dt). ZooError without statistics."""
+        if not self.has_stats:
+            raise ZooError(NO_STATS)
+        like = self.prompts["text"]
+        steps = islice(self.couplings(self._stored), self.num_coupled)
+        for i, (_, text) in enumerate(steps, 1):
+            yield self._cmpa_of(i), self._stored(i).to(like), text.prompts(self.config.pooling).to(like)
 
     @property
     def has_stats(self) -> bool:
