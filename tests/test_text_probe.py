@@ -5,6 +5,7 @@ import doctest
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from statistics import NormalDist
@@ -34,7 +35,7 @@ from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.head import load_head
 from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.probe import ReadingFeatures, fit_on_features, folds
-from dcp_zoo.probe.candidates import Configuration, TrainingSet
+from dcp_zoo.probe.candidates import Configuration, TrainingSet, fit_candidates
 from dcp_zoo.probe.stacking import prior_weights
 from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.task import ProbeInputs
@@ -403,6 +404,27 @@ def with_backbone(views: Tensor, labels: Tensor, width: int = 6) -> Tensor:
     return torch.cat([views, F.normalize(means[labels] + noise / 2, dim=-1)], -1)
 
 
+@torch.no_grad()
+def test_what_folds_measure_is_fitted_by_the_rule_of_the_whole(plain, monkeypatch):
+    """Of many images times classes all candidates start at the full text, and take fewer steps; so do those
+    that are fitted without a fold, which is not as many: in one fit of all folds, and in a head of its own."""
+    n = 16
+    monkeypatch.setattr("dcp_zoo.probe.candidates.LARGE", 2 * n * 3 - 1)  # with their mirror images
+    images, kept = source(plain, n, 0), range(4, n)
+    alone = replace(images.of(kept), whole_of=None)
+    strengths = [fit_probe(plain, part)["text_strength"] for part in (images.of(kept), images, alone)]
+    assert strengths[0] == strengths[1] == 1 != strengths[2]
+    views, labels, text = in_a_cone([6, 5, 5])
+    whole = TrainingSet(views, [12], labels, text, torch.ones(n))
+    one = {Configuration(0, 1.0): torch.eye(EACH)[6]}
+    without = torch.arange(n) % 4 > 0
+    of_fold = fit_candidates(whole, without[None], torch.ones(1), one)
+    for size, same in ((n, True), (None, False)):
+        part = replace(whole.subset(without), whole=size)
+        found = fit_candidates(part, part.all, torch.ones(1), one)
+        assert close(of_fold.mean(0, one).weight, found.mean(0, one).weight, 1e-3) == same
+
+
 @pytest.mark.parametrize("part", ["folds", "candidates", "stacking", "threshold", "model"])
 def test_worked_examples(part):
     results = doctest.testmod(import_module(f"dcp_zoo.probe.{part}"))
@@ -531,6 +553,19 @@ def test_about_the_promised_share_of_known_images_is_refused(corrections):
         scores = score(probe(F.linear(f, *linear), f, probe.classes), probe.measure(probe.classes)(f))
         refused.append(float((scores < probe.threshold).float().mean()))
     assert sum(refused) / 2 == pytest.approx(0.05, abs=0.03)
+
+
+@pytest.mark.parametrize("counts", [[10, 10, 10], [700, 0, 1400]])
+def test_what_is_refused_is_told_by_other_images(counts):
+    """Whether there are four folds or, of many images, one; here an example of no class is a copy of an image."""
+    views, labels, text = in_a_cone(counts, 24, views=1)
+    read = [ReadingFeatures(views, text)]
+    held_out = fit_on_features(NAMES, labels, read, describes=False)[0].held_out
+    assert 0 < held_out.rejected.float().mean() < 0.12
+    first = plain_folds(labels)[0]
+    held_out = fit_on_features(NAMES, labels, read, describes=False, examples=views[0, first])[0].held_out
+    if sum(counts) < 100:
+        assert held_out.rejected[first[held_out.positions]].all()
 
 
 @torch.no_grad()

@@ -78,6 +78,7 @@ class TrainingSet:
     clip_groups: int | None = (
         None  # how many of the first groups are CLIP's and final; default all, see `prior_weights`
     )
+    whole: int | None = None  # of how many images they are a part; default none
 
     def subset(self, images: Tensor) -> "TrainingSet":
         """Some of the images, by a mask or positions."""
@@ -85,8 +86,8 @@ class TrainingSet:
 
     @property
     def is_large(self) -> bool:
-        views, count, _ = self.views.shape
-        return views * count * len(self.text[0]) > LARGE
+        """By all images, so that what is fitted without some of them is fitted by the same rule."""
+        return len(self.views) * (self.whole or len(self.labels)) * len(self.text[0]) > LARGE
 
     @cached_property
     def all(self) -> Tensor:
@@ -261,8 +262,11 @@ def fit_candidates(
             if images.is_large and not kept.all():
                 regressions = regressions_by_set(columns.rows, starts, labels, loss_weights, rows_kept)
             else:
+                steps = FEWER_STEPS if images.is_large else STEPS
                 repeated = loss_weights.repeat_interleave(len(own), 0)
-                regressions = softmax_regressions(columns.rows, columns.squares, starts.flatten(0, 1), labels, repeated)
+                regressions = softmax_regressions(
+                    columns.rows, columns.squares, starts.flatten(0, 1), labels, repeated, steps
+                )
                 regressions = regressions.unflatten(0, (len(kept), len(own)))  # (S, T, K', C, r)
             gaussians = []
             for fit, rows in enumerate(rows_kept):
@@ -308,17 +312,18 @@ def regressions_by_set(rows: Tensor, starts: Tensor, labels: Tensor, weights: Te
     for own_starts, own_weights, own in zip(starts, weights, kept, strict=True):
         axes, coordinates, squares = principal_axes(rows[own])
         repeated = own_weights[own].expand(len(own_starts), -1)
-        d = softmax_regressions(coordinates, squares, own_starts[:, :, own], labels[own], repeated)
+        d = softmax_regressions(coordinates, squares, own_starts[:, :, own], labels[own], repeated, FEWER_STEPS)
         found.append(d @ axes.T)
     return torch.stack(found)
 
 
-def softmax_regressions(rows: Tensor, squares: Tensor, starts: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+def softmax_regressions(
+    rows: Tensor, squares: Tensor, starts: Tensor, labels: Tensor, weights: Tensor, steps: int
+) -> Tensor:
     """D (B, K, C, r) for each of `PENALTIES`, of B problems at once: for rows (m, r) in principal axes, with
     their sums of squares (r,), from logits `starts` (B, C, m), with labels (m,) and weights (B, m) of the
-    losses. Each penalty's solution is the start for the next one."""
+    losses. Each penalty's solution is the start for the next one, and takes at most so many steps."""
     batch, classes, _ = starts.shape
-    steps = FEWER_STEPS if len(labels) * classes > LARGE else STEPS
     labels = labels.expand(batch, -1)
 
     def logits(d: Tensor) -> Tensor:

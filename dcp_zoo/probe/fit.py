@@ -33,7 +33,7 @@ from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.probe.candidates import CandidateWeights, Fits, TrainingSet, fit_candidates
-from dcp_zoo.probe.folds import folds, shares
+from dcp_zoo.probe.folds import FOLDS, folds, shares
 from dcp_zoo.probe.model import HeldOut, TextProbe, gated
 from dcp_zoo.probe.stacking import CrossValidation, cross_validate, misfit_of_text, prior_weights
 from dcp_zoo.probe.threshold import LIKE_EXAMPLES, THRESHOLD_IMAGES, average, quantile, share_above, thresholds_of
@@ -68,6 +68,7 @@ def fit_on_features(
     examples: Tensor | None = None,
     groups: Tensor | None = None,
     describes: bool = True,
+    whole: int | None = None,
 ) -> tuple[TextProbe, Values]:
     """A text probe for these C classes, and how it was fitted, from labels (n,) of the training images.
 
@@ -84,20 +85,21 @@ def fit_on_features(
         groups: (n,), integers: images with the same one are held out together, and count as one. Default:
             each alone.
         describes: whether to estimate `like_accepted`, by two more fits.
+        whole: of how many images these are a part, such as all folds but one. Default: of none.
     """
     clip = [reading for reading in readings if reading.start][-1]
     if len(classes) > 1 and (clip.features[0] - clip.features[0, :1]).abs().max() < 1e-6:
         raise ZooError("All classes have the same image features: check that each class has its own images.")
     if groups is None:
         groups = torch.arange(len(labels))
-    training_sets = _training_sets(labels, readings, shares(groups, weights))
+    training_sets = _training_sets(labels, readings, shares(groups, weights), whole)
     plain = training_sets[-1]
     if unseen is not None and not torch.equal(unseen[0], plain.text[0]):
         plain = replace(plain, text=unseen)
     plain = replace(plain, clip_groups=len(clip.widths) - clip.inside)
     scale = plain.scales(plain.all)
     folds_out = folds(labels, groups)
-    if len(labels) > MANY:
+    if (whole or len(labels)) > MANY:
         folds_out = folds_out[:1]
     validation = cross_validate(plain, folds_out) if folds_out else None
     stacked = validation.weights if validation else prior_weights(plain, plain.all[0], scale[0])
@@ -123,7 +125,9 @@ def fit_on_features(
     return probe, info
 
 
-def _training_sets(labels: Tensor, readings: Sequence[ReadingFeatures], weights: Tensor) -> list[TrainingSet]:
+def _training_sets(
+    labels: Tensor, readings: Sequence[ReadingFeatures], weights: Tensor, whole: int | None
+) -> list[TrainingSet]:
     """For each reading with text, its embedding beside all groups of features that know no text."""
     embeddings = list[tuple[Tensor, Linear]]()
     beside = list[Tensor]()
@@ -139,7 +143,7 @@ def _training_sets(labels: Tensor, readings: Sequence[ReadingFeatures], weights:
         intermediate += range(end - reading.inside, end)
     widths = [group.shape[-1] for group in (embeddings[0][0], *beside)]
     return [
-        TrainingSet(torch.cat([first, *beside], -1), widths, labels, text, weights, intermediate)
+        TrainingSet(torch.cat([first, *beside], -1), widths, labels, text, weights, intermediate, whole=whole)
         for first, text in embeddings
     ]
 
@@ -191,21 +195,31 @@ def _set_threshold(
         counted = typical[positions]
     thresholds = thresholds_of(scores[counted], weights[counted])
     probe.threshold.fill_(thresholds[f"{REFUSED:g}"])
+    info: Values = {"thresholds": {rate: round(value, 6) for rate, value in thresholds.items()}}
+    closer = torch.zeros_like(distances)
+    if examples is not None:
+        closer = distances - validation.distances(examples) / probe.spread
+        probe.margin.fill_(margin_of(closer))
+        probe.examples = examples / math.sqrt(sum(map(len, probe.widths)))
+        info["examples"] = len(examples)
     rejected = torch.zeros_like(counted)
-    for fold in validation.folds:
+    parts = validation.folds
+    if len(parts) == 1:
+        parts = [positions[i::FOLDS] for i in range(FOLDS)]
+    for fold in parts:
         in_fold = torch.isin(positions, fold)
         others = counted & ~in_fold
         if others.sum() > 1:
-            rejected |= in_fold & (scores < quantile(scores[others], weights[others], REFUSED))
-    info: Values = {"thresholds": {rate: round(value, 6) for rate, value in thresholds.items()}}
-    if examples is not None:
-        closer = distances - validation.distances(examples) / probe.spread
-        probe.margin.fill_(quantile(closer, torch.ones_like(closer), 1 - LIKE_EXAMPLES))
-        probe.examples = examples / math.sqrt(sum(map(len, probe.widths)))
-        rejected |= closer > probe.margin
-        info["examples"] = len(examples)
+            is_low = scores < quantile(scores[others], weights[others], REFUSED)
+            rejected |= in_fold & (is_low | (closer > margin_of(closer[~in_fold])))
     probe.held_out = HeldOut(positions, logits, method_logits, scores, rejected)
     return info
+
+
+def margin_of(closer: Tensor) -> float:
+    """The margin by which examples of no class reject `LIKE_EXAMPLES` of the known images, by how much closer
+    to an example than to the class means some of these are (m,)."""
+    return quantile(closer, torch.ones_like(closer), 1 - LIKE_EXAMPLES)
 
 
 def _scores_of_unknown(

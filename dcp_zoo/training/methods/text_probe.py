@@ -62,7 +62,16 @@ def fit_probe(head: Head, images: ImageLoader, given: ProbeInputs = IMAGES_ALONE
     frozen = readings[head.has_own_features :]
     examples = None if given.none is None else given.none.table(frozen).rows()[0]
     head.text_probe, info = fit_on_features(
-        head.classes, table.labels, features, unseen, given.weights, typical, examples, table.groups, given.describes
+        head.classes,
+        table.labels,
+        features,
+        unseen,
+        given.weights,
+        typical,
+        examples,
+        table.groups,
+        given.describes,
+        images.whole,
     )
     thresholds = info.get("thresholds")
     if given.none is not None and not thresholds:
