@@ -2,7 +2,8 @@
 
 Until the files are complete, OUTPUT.partial.jsonl holds what the run depends on and then a row per image,
 with the state of its file, and OUTPUT.partial.float32 the features of these rows: the same command
-continues from there. Images that are new or were replaced meanwhile get a row behind the others.
+continues from there. Images that are new, were replaced meanwhile or could not be read get a row behind the
+others.
 """
 
 import json
@@ -123,9 +124,9 @@ def run(
     progress: Progress = no_progress,
 ) -> Summary:
     """Classify images and write the outputs, which are checked first. Stopped in any way, the same call
-    continues: it computes the images that are new or were replaced since, and loads the head only if
-    there are any. Returns what `summary_of` does of its rows. ZooError for an output that exists, is not
-    writable or belongs to another run."""
+    continues: it computes the images that are new, were replaced since or could not be read, and loads the
+    head only if there are any. Returns what `summary_of` does of its rows. ZooError for an output that
+    exists, is not writable or belongs to another run."""
     outputs.check()
     plan = predictor.depends_on() | {
         "top_k": predictor.top_k,
@@ -197,7 +198,8 @@ class _Rows(Iterable[Row]):
                     break
                 row = json.loads(line)
                 self.numbers[row["image"]] = len(self.starts)
-                self.states[row["image"]] = row.get(STATE)
+                # what could not be read may be by now, such as with the plugin for HEIC
+                self.states[row["image"]] = None if "error" in row else row.get(STATE)
                 self.width = row.get(WIDTH, 0)
                 self.starts.append(self.end)
                 self.end += len(line)
