@@ -163,7 +163,10 @@ def entry_of(source: Source) -> HeadEntry:
         dataset, shots, seed = (block[name] for name in ("dataset", "shots", "seed"))
         return get_head(f"{source.architecture}.{dataset}-{shots}shot" + (f"-seed{seed}" if seed != 1 else ""))
     except (KeyError, ZooError) as error:
-        raise ZooError(f"{folder} is not one of the zoo's heads, by dataset, shots and seed. {ANY_HEAD}") from error
+        reason = error if isinstance(error, ZooError) else f"It does not say its {error}."
+        raise ZooError(
+            f"{folder} is not one of the zoo's heads, by dataset, shots and seed. {reason} {ANY_HEAD}"
+        ) from error
 
 
 def publish(release: Release) -> str:
