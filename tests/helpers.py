@@ -332,6 +332,16 @@ def noisy_picture(path: Path, color: tuple[int, int, int], rng: np.random.Genera
     return str(path)
 
 
+def behind_the_gate(
+    own: torch.Tensor, text: torch.Tensor, distances: torch.Tensor, near: float, width: float
+) -> torch.Tensor:
+    """Log-probabilities: behind the nearer distance the text gets a say, the more so the surer it is."""
+    own, text = own.softmax(-1), text.softmax(-1)
+    known, seen = (each.amax(1) - 1 / each.shape[1] for each in (text, own))
+    share = (((distances - near) / width).clamp(0, 1) * known / (known + seen / 4))[:, None]
+    return ((1 - share) * own + share * text).log()
+
+
 def vision_blocks(model: Any) -> list[nn.Module]:
     """The modules of a head's vision blocks."""
     return [block.module for block in model.encoder.vision_tower.blocks]

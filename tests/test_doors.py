@@ -1,17 +1,19 @@
 """Every door asks the same head about the same images, and gets the same answer: with a linear classifier on
-one tower, with the training images themselves, and with prompts in both towers; in float32 and in half
-precision."""
+one tower and its gate, with the training images themselves, and with prompts in both towers; in float32 and
+in half precision."""
 
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from helpers import copied, noisy_picture, predicted_by_command
+from helpers import behind_the_gate, copied, noisy_picture, predicted_by_command
 
 import dcp_zoo
 from dcp_zoo import FewShotClassifier
+from dcp_zoo.backbone.clip import join
 from dcp_zoo.data import load_image
+from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.heads.head import Head
 
 COLORS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (20, 120, 20), "white": (230, 230, 230)}
@@ -22,10 +24,10 @@ CLOSE = 2e-4  # probabilities in float32
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> tuple[list[str], list[str]]:
-    """The paths of eight pictures, two of each class, and their labels."""
+    """The paths of 24 pictures, six of each class, and their labels."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
-    labels = [*COLORS] * 2
+    labels = [*COLORS] * 6
     paths = [noisy_picture(folder / f"{i}.png", COLORS[label], rng) for i, label in enumerate(labels)]
     return paths, labels
 
@@ -38,8 +40,15 @@ def plainly(head: Head, paths: list[str]) -> np.ndarray:
     features = head.encode_image(torch.stack([transform(load_image(path)) for path in paths]))
     if not head.abilities.linear:
         return head.classify(features).softmax(-1).numpy()
-    weight, bias = head.linear()
-    return (features @ weight.T + bias).softmax(-1).numpy()
+    logits = torch.nn.functional.linear(features, *head.linear())
+    probe = head.gated_probe
+    if probe is None:
+        return logits.softmax(-1).numpy()
+    text = probe.text_scale * torch.nn.functional.linear(features, *join(head.reads))
+    distances = probe.measure(head.classes)(features, examples=False)
+    gated = behind_the_gate(logits, text, distances, probe.gate[0].item(), 0.1).exp()
+    assert (gated - logits.softmax(-1)).abs().max() > 0.1
+    return gated.numpy()
 
 
 def by_predictor(folder, paths: list[str], classes: int) -> list[list[tuple[str, float]]]:
@@ -63,30 +72,32 @@ def test_all_doors_agree(method, pictures, tmp_path, run):
     """Python's functions, the estimator, the command and `Predictor`, which fuses a linear head for many
     images. The classes were edited: they are in another order, and one is new where the head reads names."""
     paths, labels = pictures
+    asked = [*paths[:8], *sample_images()]  # which are unlike all that a head has seen
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # two classes share a name, and little is learnt
         head = FewShotClassifier(method=method, recipe=RECIPES[method], classnames=NAMES).fit(paths, labels).model_
     new = ["rose"] if head.abilities.transfers else []
     names = [*new, "snow", "crane", "crane"]
     head.set_classnames(names)
-    expected = plainly(head, paths)
+    expected = plainly(head, asked)
 
-    check_ranked(dcp_zoo.predict(head, paths, top_k=4, precision="float32"), names, expected, CLOSE)
-    evaluated = dcp_zoo.evaluate(head, paths, ["snow"] * 8, precision="float32")
+    check_ranked(dcp_zoo.predict(head, asked, top_k=4, precision="float32"), names, expected, CLOSE)
+    evaluated = dcp_zoo.evaluate(head, asked, ["snow"] * len(asked), precision="float32")
     assert evaluated.logits.softmax(-1).numpy() == pytest.approx(expected, abs=CLOSE)
-    assert repr(evaluated) == f"<Evaluation: {evaluated.accuracy.correct} of 8 images right, {len(names)} classes>"
+    right = f"{evaluated.accuracy.correct} of {len(asked)} images right"
+    assert repr(evaluated) == f"<Evaluation: {right}, {len(names)} classes>"
 
     folder = head.save_pretrained(tmp_path / "head")
     close = 2e-3 if method == "dcp" else CLOSE  # the prompts are stored in half precision
-    probabilities = FewShotClassifier.load(folder).predict_proba(paths)
+    probabilities = FewShotClassifier.load(folder).predict_proba(asked)
     assert probabilities == pytest.approx(expected[:, np.argsort(names, kind="stable")], abs=close)
-    check_ranked(predicted_by_command(run, folder, paths[:2]), names, expected[:2], close)
-    check_ranked(by_predictor(folder, paths, len(names)), names, expected, close)
-    check_ranked(by_predictor(folder, paths * 3, len(names)), names, np.tile(expected, (3, 1)), close)
+    check_ranked(predicted_by_command(run, folder, asked[-2:]), names, expected[-2:], close)
+    check_ranked(by_predictor(folder, asked, len(names)), names, expected, close)
+    check_ranked(by_predictor(folder, asked * 3, len(names)), names, np.tile(expected, (3, 1)), close)
 
     if method == "text-probe":
         half = copied(head).to(torch.float16)
-        check_ranked(dcp_zoo.predict(half, paths[:1], top_k=4, precision="float32"), names, expected[:1], 0.02)
-        image = dcp_zoo.create_transform(half)(load_image(paths[0]))[None].half()
+        check_ranked(dcp_zoo.predict(half, asked[:1], top_k=4, precision="float32"), names, expected[:1], 0.02)
+        image = dcp_zoo.create_transform(half)(load_image(asked[0]))[None].half()
         with torch.no_grad():
             assert half.fuse()(image).float().softmax(-1).numpy() == pytest.approx(expected[:1], abs=0.02)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import close, copied, loud
+from helpers import behind_the_gate, close, copied, loud
 from safetensors.torch import load_file
 from scipy.optimize import minimize, minimize_scalar
 from shared import CFG, build_tiny_clip
@@ -349,14 +349,6 @@ def plain_evidence(views: Tensor, widths: tuple[int, ...], labels: Tensor, text:
         distances.append(to(views[0, out], candidates.means) / math.sqrt(len(widths)))
     whole = weighed({fold: (fold,) for fold in range(len(outs))})
     return Evidence(whole, torch.cat(logits), torch.cat(texts), torch.cat(distances))
-
-
-def behind_the_gate(own: Tensor, text: Tensor, distances: Tensor, near: float, width: float) -> Tensor:
-    """Log-probabilities: behind the nearer distance the text gets a say, the more so the surer it is."""
-    own, text = own.softmax(-1), text.softmax(-1)
-    known, seen = (each.amax(1) - 1 / each.shape[1] for each in (text, own))
-    share = (((distances - near) / width).clamp(0, 1) * known / (known + seen / 4))[:, None]
-    return ((1 - share) * own + share * text).log()
 
 
 def sharper(views: Tensor, width: int, labels: Tensor, text: tuple) -> float:
