@@ -93,7 +93,7 @@ def real_table(
 
     [dim]python benchmarks/real_table.py --data-root DATA --output TABLE --dry-run[/]
     """
-    METHODS.places[EMBEDDING] = EntryPoint(EMBEDDING, "real_table:EMBEDDING_PROBE", GROUP)
+    METHODS.entries[EMBEDDING] = EntryPoint(EMBEDDING, "real_table:EMBEDDING_PROBE", GROUP)
     spec = get_spec(model)
     names = split_commas([datasets])
     trials = plan_trials(
