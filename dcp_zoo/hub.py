@@ -10,8 +10,10 @@ from functools import cache
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import (
+    HfApi,
     constants,
     errors,
     get_hf_file_metadata,
@@ -21,8 +23,8 @@ from huggingface_hub import (
 )
 from huggingface_hub.utils import get_session
 
-from dcp_zoo.errors import ZooError, as_zoo_error
-from dcp_zoo.fields import Values
+from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error
+from dcp_zoo.fields import Values, mismatch
 from dcp_zoo.files import read_plain, sha256_of
 
 # everything the client raises; its HTTP error derives from the HTTP library it uses
@@ -134,7 +136,7 @@ def silence(error: Exception) -> str:
         return f"{hub}, or a proxy before it, denies access ({status}). Check HF_TOKEN, HF_ENDPOINT and the proxy."
     if status is not None:
         return f"{hub} has answered with the error {status}. Try again later, or set HF_ENDPOINT to a mirror."
-    if isinstance(error, errors.FileMetadataError):
+    if isinstance(error, (errors.FileMetadataError, json.JSONDecodeError)):
         return f"what answers at {hub} is no Hub. Check HF_ENDPOINT, the proxy, and whether the network wants a login."
     reason = f"{type(error).__name__}: {error}".rstrip(": ")
     return f"{hub} cannot be reached ({reason}). Check the network, HF_ENDPOINT and the proxy."
@@ -226,6 +228,40 @@ def _fetch_index(repo: str, endpoint: str, cache_dir: str) -> str | None:
 
 
 forget_index = _fetch_index.cache_clear  # after it was changed
+
+
+class FoundHead(NamedTuple):
+    """A head that the Hub's search finds, as its owner describes it: nothing of this was checked."""
+
+    owner: str  # an organisation or user
+    head: str  # the name of its repo
+    dataset: str  # "" if its card names none
+    top1: float | None  # in percent, as its card claims; None if it claims none
+    commit: str  # the newest
+
+    @property
+    def name(self) -> str:
+        """By which `create_model` loads exactly this commit."""
+        return f"hf-hub:{self.owner}/{self.head}@{self.commit}"
+
+
+def search_heads() -> list[FoundHead]:
+    """The heads of all owners whose cards name this package, by the Hub's search; no file of theirs is
+    downloaded. ZooError if the Hub does not answer."""
+    found = []
+    try:
+        check_connection(constants.ENDPOINT)
+        for info in HfApi(library_name=HUB_LIBRARY).list_models(filter=HUB_LIBRARY, full=True, cardData=True):
+            owner, _, head = info.id.rpartition("/")
+            tags = info.tags or []
+            datasets = [tag.removeprefix("dataset:") for tag in tags if tag.startswith("dataset:")]
+            results = (info.card_data and info.card_data.eval_results) or []
+            # a card begins with the accuracy of the head as it is loaded
+            claims = [result.metric_value for result in results if not mismatch(result.metric_value, float)]
+            found.append(FoundHead(owner, head, ", ".join(datasets), claims[0] if claims else None, str(info.sha)))
+    except CLIENT_ERRORS + UNREADABLE as error:
+        raise ZooError(f"The Hub cannot be searched for heads: {silence(error)}") from error
+    return found
 
 
 @cache

@@ -9,6 +9,7 @@ Figures of other protocols in the same build, with heads of their own that are n
 card and the manifest beside the accuracy of the head of the same model, dataset, shots and seed.
 """
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import publish
 from pace import gigabytes, hours_text
-from publish import BASELINE, HEADS
 from rich.markup import escape
 from typer import Option, Typer
 
@@ -43,9 +42,10 @@ from dcp_zoo.cli.console import log, output
 from dcp_zoo.data import DATASETS, DatasetSpec, list_datasets
 from dcp_zoo.data import download as downloads
 from dcp_zoo.errors import ZooError, check_choice
-from dcp_zoo.files import check_writable
+from dcp_zoo.files import check_writable, write_file
+from dcp_zoo.release.publish import BASELINE, HEADS, Release, prepare, publish, refusals
 from dcp_zoo.threads import use_threads
-from dcp_zoo.zoo.registry import HUB_ORG, get_spec
+from dcp_zoo.zoo.registry import HUB_ORG, MANIFEST, all_heads, get_spec, trained_heads
 
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 METHOD = "dcp"
@@ -117,8 +117,11 @@ def build_heads(
         note = read_split(trial.dataset, settings.data_root).note
         try:
             others = other_figures(head, trials, results)
-            release = publish.prepare(output / SAVED_HEADS / head.name, org or HUB_ORG, others=others)
-            reasons = publish.refusals(results[trial.key], results[plain], release, note)
+            repo = f"{org or HUB_ORG}/{head.name}"
+            release = prepare(output / SAVED_HEADS / head.name, repo, others=others)
+            reasons = refusals(results[trial.key], results[plain], release, note)
+            if release.head is None:
+                reasons.append("it is not one of the zoo's heads, by dataset, shots and seed")
         except ZooError as error:  # the checkpoint does not load
             reasons = [str(error)]
         if reasons:
@@ -127,10 +130,27 @@ def build_heads(
             continue
         (output / "refused" / f"{head.name}.json").unlink(missing_ok=True)
         if org:  # if the process dies before the record is written, the upload is repeated and makes no new commit
-            entry = release.entry(publish.publish(release))
-            record = {"repo_id": release.repo_id, "entry": entry}
+            record = {"repo_id": repo, "entry": manifest_entry(release, publish(release))}
             store.write_json(output / "published" / f"{head.name}.json", record)
-            log(f"{head.name}: published as {release.repo_id}")
+            log(f"{head.name}: published as {repo}")
+
+
+def manifest_entry(release: Release, revision: str) -> dict[str, Any]:
+    """The entry of a head in the manifest, pinned to a revision; a bundled head stays bundled."""
+    assert release.head
+    status = "bundled" if release.head.status == "bundled" else "published"
+    return {"status": status, "org": release.repo_id.split("/")[0], **release.row(revision)}
+
+
+def pin(entries: dict[str, dict[str, Any]]) -> bool:
+    """Write heads' entries, by name, into the manifest of a source checkout; False for an installed
+    package."""
+    if not (MANIFEST.parents[2] / "setup.cfg").is_file() or not os.access(MANIFEST.parent, os.W_OK):
+        return False
+    write_file(MANIFEST, json.dumps(json.loads(MANIFEST.read_text()) | entries, indent=1) + "\n", "")
+    for cached in (trained_heads, all_heads):
+        cached.cache_clear()
+    return True
 
 
 def build_trials(
@@ -208,8 +228,8 @@ def build(
     build_heads(ready, settings, org, log=log, run=run, show=show_events)
     heads = states(settings.output, trials)
     entries = {head.name: head.entry for head in heads if head.entry}
-    if entries and publish.pin(entries):
-        output.print(f"{len(entries)} heads are pinned in {publish.MANIFEST}: commit it.")
+    if entries and pin(entries):
+        output.print(f"{len(entries)} heads are pinned in {MANIFEST}: commit it.")
     show_states(heads)
     bad = sum(head.state in ("failed", "refused") for head in heads)
     lost = {trial.key for trial in trials if trial.protocol in OTHERS} & store.failures(settings.output).keys()

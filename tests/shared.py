@@ -114,12 +114,12 @@ def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadH
 
 @pytest.fixture
 def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The empty manifest of a source checkout, which `hub/publish.py` writes."""
+    """The empty manifest of a source checkout, which `hub/build.py` writes."""
     path = tmp_path / "checkout" / "dcp_zoo" / "zoo" / "heads.json"
     path.parent.mkdir(parents=True)
     (tmp_path / "checkout" / "setup.cfg").touch()
     path.write_text("{}")
-    monkeypatch.setattr("publish.MANIFEST", path)
+    monkeypatch.setattr("build.MANIFEST", path)
     return path
 
 

@@ -13,7 +13,6 @@ import torch
 from given_features import GivenSettings, run_given
 from helpers import FEW_STEPS, copied, in_distribution, process_unchanged
 from PIL import Image
-from publish import prepare
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
@@ -25,6 +24,7 @@ from dcp_zoo import FewShotClassifier, ZooError
 from dcp_zoo.api.estimator import seed_of
 from dcp_zoo.benchmark.plan import Trial
 from dcp_zoo.benchmark.sweep import sweep
+from dcp_zoo.release.publish import prepare
 from dcp_zoo.zoo.registry import get_head
 
 pytestmark = FEW_STEPS
@@ -315,7 +315,7 @@ def calls(folder, pictures, fitted, head, uploads, tmp_path, tiny_head, exported
         "fit": lambda: own.fit(*pictures).transform(pictures[0]),
         "head.predict": lambda: head.predict(images),
         "explain": lambda: dcp_zoo.explain(head, pictures[0][0]),
-        "prepare": lambda: prepare(get_head("dcp_mini.caltech101-16shot").bundled_dir, "me"),
+        "prepare": lambda: prepare(get_head("dcp_mini.caltech101-16shot").bundled_dir, "me/caltech"),
         "benchmark": lambda: sweep([trial], GivenSettings(tmp_path / "sweep", features=tmp_path), run=run_given),
     }
 

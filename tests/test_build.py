@@ -10,7 +10,6 @@ from pathlib import Path
 
 import build
 import pace
-import publish
 import pytest
 import real_table
 import submit
@@ -25,6 +24,7 @@ from dcp_zoo.benchmark import Settings, Trial, store
 from dcp_zoo.benchmark.sweep import TrialImages
 from dcp_zoo.data import DATASETS, list_datasets, packaged
 from dcp_zoo.data.packaged import Archive
+from dcp_zoo.release.publish import Release, refusals
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.run import plan
 from dcp_zoo.training.task import Task
@@ -163,13 +163,20 @@ def test_a_build_survives_stops_and_a_busy_hub(small, uploads, run, monkeypatch,
             assert run(*few_only)[0] == 130
     assert "2 published." in run.ok(*few_only)
     check_full(uploads, small, monkeypatch, ["caltech101", "fgvc_aircraft"])
-    one = CommandLine(monkeypatch, capsys, publish.app)  # which has all that a build has
-    head, options = small / "BUILD/heads/dcp_mini.caltech101-1shot", ("--org", "our-org", "--data-root", small / "DATA")
-    assert "The checkpoint is valid" in one.ok(head, *options, "--dry-run") + one(head, *options, "--dry-run")[2]
+    name = "dcp_mini.caltech101-1shot"
+    alone = (
+        "publish",
+        small / "BUILD/heads" / name,
+        "--to",
+        f"our-org/{name}",
+        "--data-root",
+        small / "DATA",
+        "--dry-run",
+    )
+    assert "The checkpoint is valid" in CommandLine(monkeypatch, capsys)(*alone)[2]  # it has all that a build has
     requests = len(uploads.requests)
     assert "2 published." in run.ok(*few_only)
     assert len(uploads.requests) == requests
-    name = "dcp_mini.caltech101-1shot"
     card = uploads.files(f"our-org/{name}")["README.md"].decode()
     assert all(re.search(rf"\| base-to-new, {part} \| \d+\.\d\d \|", card) for part in ("base", "new")), card
     assert json.loads(uploads.files(f"our-org/{name}")["config.json"])["label_names"] == NAMES
@@ -242,7 +249,7 @@ def result(stored: float = 70.0, batch: float = 70.5, **changes: object) -> dict
 
 
 INFO = dict.fromkeys(("dataset", "shots", "seed", "recipe", "split_sha256", "subset_sha256"), "known")
-RELEASE = publish.Release(Path(), registry.HeadEntry("dcp_mini.dtd-1shot"), "org/head", "head", None, INFO, "mit")
+RELEASE = Release(Path(), registry.HeadEntry("dcp_mini.dtd-1shot"), "org/head", "head", None, INFO, "mit")
 
 
 def test_gates():
@@ -257,5 +264,5 @@ def test_gates():
         ({"split_sha256": "other"}, "tested on other images"),
         ({"results": result()["results"][:1]}, "not measured with both kinds of statistics"),
     ):
-        found = publish.refusals(result(**change), zero_shot, RELEASE, "")
+        found = refusals(result(**change), zero_shot, RELEASE, "")
         assert [reason in text for text in found] == ([True] if reason else []), found

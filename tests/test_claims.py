@@ -8,7 +8,6 @@ import pytest
 import submit
 import yaml
 from PIL import Image
-from publish import prepare
 from shared import CommandLine
 
 import dcp_zoo
@@ -17,6 +16,7 @@ from dcp_zoo.data import classnames, load_split
 from dcp_zoo.features.extract import FeatureExtractor
 from dcp_zoo.features.loader import ImageLoader
 from dcp_zoo.features.photos import Photos
+from dcp_zoo.release.publish import prepare
 from dcp_zoo.training.evaluation import measure
 from dcp_zoo.zoo import registry
 
@@ -83,7 +83,7 @@ def test_a_card_is_believed_before_the_checkpoint(head):
     name = f"local-dir:{head}"
     model = dcp_zoo.create_model(name, True)
     without = cards.claimed(name, model)
-    release = prepare(registry.WEIGHTS / "dcp_mini.caltech101-1shot", "our-org")
+    release = prepare(registry.WEIGHTS / "dcp_mini.caltech101-1shot", "our-org/caltech")
     release.card.save(head / "README.md")
     stated = {mode: release.info["metrics"][f"top1_{mode}"] for mode in ("stored", "no_classifier")}
     assert cards.claimed(name, model) == without | stated

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import build
 import convert
-import publish
 import pytest
 import quote
 import real_table
@@ -50,7 +49,6 @@ NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
 SCRIPTS = {
     "hub/build.py": build.app,
     "hub/convert.py": convert.app,
-    "hub/publish.py": publish.app,
     "benchmarks/real_table.py": real_table.app,
     "benchmarks/submit.py": submit.app,
 }

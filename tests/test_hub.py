@@ -443,7 +443,7 @@ class LoginPage(BaseHTTPRequestHandler):
 def silent(status: int, client: UploadHub, monkeypatch) -> Iterator[None]:
     """A Hub that cannot be reached (0), must not be asked (1), or answers like this, whatever it is asked
     for."""
-    client.faults = [("/resolve/", status)] * 99 if status > 200 else []
+    client.faults = [("/resolve/|/api/models", status)] * 99 if status > 200 else []
     with monkeypatch.context() as patch, ExitStack() as stack:
         if status == 1:
             stack.enter_context(offline())
@@ -475,6 +475,8 @@ def test_a_hub_that_does_not_answer_is_not_a_hub_without_a_head(status, told, in
             with pytest.warns(UserWarning, match=f"The Hub may have more heads than are known here: .*{told}") as notes:
                 assert name in listed()
             assert len(notes) == 1
+        with pytest.raises(ZooError, match=f"cannot be searched for heads: .*{told}"):
+            dcp_zoo.list_heads(hub=True)
         for command in (("list", "dcp_vitb16.dtd*"), ("info", "dcp_vitb16.dtd-4shot"), ("info", "dcp_vitb16")):
             with warnings.catch_warnings():
                 warnings.simplefilter("always")
@@ -508,9 +510,9 @@ def test_a_planned_head_is_one_that_the_hub_says_it_has_not(client, monkeypatch)
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "own")
     with pytest.raises(ZooError, match=f"has no repo own/{head}, or it is private"):
         dcp_zoo.create_model(head, True)
-    monkeypatch.setenv("DCP_ZOO_HUB_ORG", "me,somebody")
+    monkeypatch.setenv("DCP_ZOO_HUB_ORG", "me, some body")
     for asks in (dcp_zoo.list_pretrained, lambda: dcp_zoo.create_model(head, True)):
-        with pytest.raises(ZooError, match="DCP_ZOO_HUB_ORG=me,somebody is not the name of an organisation"):
+        with pytest.raises(ZooError, match="DCP_ZOO_HUB_ORG=me, some body: 'some body' is not the name of an org"):
             asks()
 
 

@@ -1,7 +1,7 @@
 """A Hub in memory that takes uploads from the stock client: repositories, commits and LFS objects.
 
 It answers the client's requests: create, preupload, LFS batch (basic transfer), commit (NDJSON), info,
-resolve. No package at hand does: olah has no uploads, and hf-local-hub's wheel comes without its server.
+resolve, search. No package at hand does: olah has no uploads, and hf-local-hub's wheel comes without its server.
 """
 
 import base64
@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import yaml
 from helpers import http_server
 
 TOKEN = "hf_of_the_tests"
@@ -108,6 +109,7 @@ class Answers(BaseHTTPRequestHandler):
         self.extra: dict[str, str] = {}
         with self.hub.lock:
             self.hub.requests.append(f"{self.command} {path}")
+            self.query = urllib.parse.parse_qs(url.query)
             fault = self.hub.take_fault(self.command, path)
             try:
                 if fault not in (None, 0, 200, 206):
@@ -221,6 +223,26 @@ class Answers(BaseHTTPRequestHandler):
         private = self.repo(repo_id).private
         return {"id": repo_id, "modelId": repo_id, "sha": oid, "private": private, "siblings": siblings, "tags": []}
 
+    def search(self) -> Any:
+        """The repositories with all tags of `filter`, as by GET /api/models with full and cardData; private
+        ones only for those who are logged in. Tags are what a card says, by the kind of its fields."""
+        found = []
+        for repo_id, repo in self.hub.repos.items():
+            oid, files = repo.at("main")
+            if "README.md" not in files or (repo.private and "Authorization" not in self.headers):
+                continue
+            card = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
+            library = card.get("library_name")
+            fields = [f"{kind}:{value}" for kind in ("dataset", "license") for value in listed(card, kind)]
+            tags = [*filter(None, [library]), *card.get("tags", []), *fields, "region:us"]
+            info = {"_id": repo_id, "id": repo_id, "modelId": repo_id, "author": repo_id.split("/")[0], "sha": oid}
+            info |= {"private": repo.private, "gated": False, "downloads": 0, "likes": 0, "library_name": library}
+            info |= {"lastModified": "2026-01-01T00:00:00.000Z", "createdAt": "2026-01-01T00:00:00.000Z"}
+            info |= {"tags": tags, "pipeline_tag": card.get("pipeline_tag"), "cardData": card}
+            if {*self.query.get("filter", [])} <= {*tags}:
+                found.append(info | {"siblings": [{"rfilename": name} for name in files]})
+        return found
+
     def resolve(self, repo_id: str, revision: str, name: str) -> Any:
         oid, files = self.revision(repo_id, revision)
         self.extra["X-Repo-Commit"] = oid
@@ -237,9 +259,16 @@ class Answers(BaseHTTPRequestHandler):
         pass
 
 
+def listed(card: dict[str, Any], kind: str) -> list[str]:
+    """The values of a card's field, which may be one or several."""
+    values = card.get(kind) or card.get(f"{kind}s") or []
+    return values if isinstance(values, list) else [values]
+
+
 REPO, REVISION = r"([\w.-]+/[\w.-]+)", r"([\w.-]+)"
 ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("HEAD GET", "/?", lambda self: {}),
+    ("GET", "/api/models", Answers.search),
     ("POST", "/api/repos/create", Answers.create),
     ("POST", "/api/validate-yaml", lambda self: {"errors": [], "warnings": []}),
     ("POST", f"/api/models/{REPO}/preupload/{REVISION}", Answers.preupload),

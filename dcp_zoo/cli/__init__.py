@@ -47,6 +47,7 @@ COMMANDS: dict[str, Any] = {
     "benchmark": benchmark.benchmark,
     "report": benchmark.report,
     "export": deploy.export,
+    "publish": deploy.publish,
     "serve": deploy.serve,
 }
 for name, command in COMMANDS.items():

@@ -1,11 +1,11 @@
-"""`dcp-zoo export` and `dcp-zoo serve`."""
+"""`dcp-zoo export`, `dcp-zoo publish` and `dcp-zoo serve`."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from typer import Option
+from typer import Argument, Option
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
@@ -67,6 +67,37 @@ def exported(name: str, classnames: Sequence[str] | None, path: Path, format: st
 def file_stem(name: str) -> str:
     """The name of a head for a file: that of its folder, of its Hub repo, or its own."""
     return Path(name.partition(":")[2] or name).resolve().name
+
+
+def publish(
+    folder: Path = Argument(metavar="FOLDER", help="A head's folder, as training writes it."),
+    repo_id: str = Option(..., "--to", metavar="ORG/NAME", help="Repo of an organisation or user; created if needed."),
+    data_root: opt.DataRoot = None,
+    device: opt.Device = "auto",
+    license: str = Option("apache-2.0", help="Licence of the trained weights, as the Hub calls it."),
+    replaces: str | None = Option(None, metavar="ORG/NAME", help="An older head, whose card then points to this one."),
+    dry_run: bool = Option(False, "--dry-run", help="Check the folder and show the card; upload nothing."),
+) -> None:
+    """Check a head's folder, write its model card, and upload both to the Hub, where anyone finds them.
+
+    A NAME of the zoo's, such as dcp_vitb16.dtd-4shot, also enters the organisation's index. Such a head needs
+    --data-root, as it is refused if it loses to zero-shot CLIP. CLIP's weights are not uploaded. Log in first
+    with `hf auth login`, or set HF_TOKEN.
+
+    [dim]dcp-zoo publish my_head --to ME/flowers --dry-run[/]
+    [dim]dcp-zoo publish dcp_vitb16.dtd-4shot --to ORG/dcp_vitb16.dtd-4shot --data-root DATA[/]
+    """
+    from dcp_zoo.release.publish import check_accuracy, prepare, publish
+
+    release = prepare(folder, repo_id, license)
+    check_accuracy(release, data_root, device)
+    if dry_run:
+        print(release.card.content)
+        log(f"The checkpoint is valid. It would be uploaded to {repo_id}; nothing was sent.")
+        return
+    commit = publish(release, replaces)
+    listed = " and listed in the index" if release.head else ""
+    output.print(f"Published{listed}. Anyone loads it as hf-hub:{repo_id}@{commit}", markup=False, soft_wrap=True)
 
 
 def serve(

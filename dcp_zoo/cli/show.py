@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
-from typer import Argument
+from typer import Argument, Option
 
 from dcp_zoo.accuracy import Accuracy
 from dcp_zoo.backbone import MINI_WEIGHTS
@@ -41,6 +41,7 @@ HEADS_NOTE = (
 
 def list_(
     filter: str = Argument("", metavar="FILTER", help="Wildcard, such as 'dcp_vitb16*' or '*-16shot'."),
+    hub: bool = Option(False, "--hub", help="Search the Hub for heads of all owners instead."),
 ) -> None:
     """List the models, the heads that can be loaded, and the number of planned heads.
 
@@ -49,7 +50,11 @@ def list_(
 
     [dim]dcp-zoo list 'dcp_mini*'[/]
     [dim]dcp-zoo list 'dcp_vitb16.dtd*'[/]
+    [dim]dcp-zoo list '*flowers*' --hub[/]
     """
+    if hub:
+        list_found(filter)
+        return
     known = registry.known_heads()
     found = {name: known[name] for name in registry.matching(known, filter)}
     for name in registry.matching(local_heads(), filter):
@@ -85,6 +90,19 @@ def list_(
             style="dim",
             markup=False,
         )
+
+
+def list_found(filter: str) -> None:
+    """Print the heads of all owners that the Hub's search finds."""
+    rows = []
+    for found in registry.list_heads(filter, hub=True):
+        top1 = "" if found.top1 is None else f"{found.top1:.1f} %"
+        rows.append([found.owner, found.head, found.dataset, top1, found.commit])
+    if not rows:
+        raise ZooError(f"The Hub's search finds no head that matches {filter or '*'}. All: dcp-zoo list --hub.")
+    output.print(plain_table(("owner", "head", "dataset", "claimed top-1", "commit"), rows))
+    note = "Owners describe their heads: nothing of this was checked. Load one: --head hf-hub:OWNER/HEAD@COMMIT."
+    output.print(note, style="dim", markup=False)
 
 
 def info(

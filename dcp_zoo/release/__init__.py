@@ -126,6 +126,7 @@ def _metadata(
             "open_clip",
             "timm",
             "dcp",
+            HUB_LIBRARY,  # by which `search_heads` finds it
         ],
         base_model=base,
         base_model_relation="adapter" if base else None,  # the Hub would guess otherwise
@@ -213,6 +214,8 @@ def _write_repo(model: Head, folder: Path, repo_id: str, license: str, onnx: boo
 def upload(folder: Path, repo_id: str, private: bool = False) -> str:
     """Upload the files of a checkpoint folder in one commit, and return that; what the Hub already has makes
     none."""
+    if "/" not in repo_id:  # which the Hub would create, and then not find
+        raise ZooError(f"{repo_id!r} names no organisation or user of the Hub: use ORG/NAME.")
     api = HfApi(library_name=HUB_LIBRARY)
     with explained(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)

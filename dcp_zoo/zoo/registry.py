@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import yaml
 
@@ -26,6 +26,9 @@ from dcp_zoo.data.packaged import DATASETS, list_datasets
 from dcp_zoo.errors import ZooError, check_choice, nearest, warn
 from dcp_zoo.fields import Values, problems
 from dcp_zoo.heads.config import WEIGHTS_NAME, DCPConfig
+
+if TYPE_CHECKING:
+    from dcp_zoo.hub import FoundHead
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -185,14 +188,18 @@ WEIGHTS = Path(__file__).parents[1] / "weights"
 MANIFEST = Path(__file__).parent / "heads.json"
 
 
-def hub_org() -> str:
-    """The organisation that `DCP_ZOO_HUB_ORG` names; "" for none. ZooError for an invalid name."""
-    org = os.environ.get("DCP_ZOO_HUB_ORG", "")
-    if org and not re.fullmatch(r"(?!.*(--|\.\.))\b[\w.-]+\b", org):
-        raise ZooError(
-            f"DCP_ZOO_HUB_ORG={org} is not the name of an organisation or user on the Hub: set one, or none."
-        )
-    return org
+def hub_orgs() -> list[str]:
+    """The organisations that `DCP_ZOO_HUB_ORG` names, separated by commas; [] for none. ZooError for an
+    invalid name."""
+    names = os.environ.get("DCP_ZOO_HUB_ORG", "")
+    orgs = [org.strip() for org in names.split(",")] if names else []
+    for org in orgs:
+        if not re.fullmatch(r"(?!.*(--|\.\.))\b[\w.-]+\b", org):
+            raise ZooError(
+                f"DCP_ZOO_HUB_ORG={names}: {org!r} is not the name of an organisation or user on the Hub. Set one, or "
+                "several with commas between them, or none."
+            )
+    return orgs
 
 
 class IndexRow(TypedDict):
@@ -210,7 +217,7 @@ class HeadEntry:
 
     name: str
     status: str = "planned"  # "bundled" (inside this package), "published" (on the Hub) or "planned" (not trained yet)
-    org: str = HUB_ORG  # organisation on the Hub that published it; `DCP_ZOO_HUB_ORG` selects another
+    org: str = HUB_ORG  # organisation on the Hub that published it; `DCP_ZOO_HUB_ORG` selects others
     revision: str | None = None  # pinned commit in that organisation; None while planned
     sha256: str | None = None  # of its model.safetensors there; None while planned
     license: str | None = None
@@ -233,14 +240,15 @@ class HeadEntry:
 
     @property
     def repo_id(self) -> str:
-        """The repo on the Hub, in the organisation `DCP_ZOO_HUB_ORG` if set, otherwise in `org`."""
-        return f"{hub_org() or self.org}/{self.name}"
+        """The repo on the Hub, in `org`, unless `DCP_ZOO_HUB_ORG` names others: then in the first of them."""
+        orgs = hub_orgs() or [self.org]
+        return f"{self.org if self.org in orgs else orgs[0]}/{self.name}"
 
     @property
     def pin(self) -> tuple[str | None, str | None]:
         """Revision and sha256 of `repo_id`; None, None if unknown: a planned head, or another
         organisation's."""
-        if hub_org() not in ("", self.org):
+        if hub_orgs() and self.org not in hub_orgs():
             return None, None
         return self.revision, self.sha256
 
@@ -335,13 +343,18 @@ def parsed_index(org: str, index: bytes) -> dict[str, HeadEntry]:
 
 
 def indexed_heads() -> tuple[dict[str, HeadEntry], str]:
-    """The heads that the organisation has published up to now, by its index on the Hub, and ""; or, where
-    the Hub does not answer, those of the index read last, and the reason."""
+    """The heads that the organisations have published up to now, by their indexes on the Hub, and ""; or,
+    where the Hub does not answer, those of the indexes read last, and the reason. Of heads with the same
+    name, that of the first organisation counts."""
     from dcp_zoo.hub import read_index  # slow to import
 
-    org = hub_org() or HUB_ORG
-    index, problem = read_index(org)
-    return parsed_index(org, index), problem
+    heads: dict[str, HeadEntry] = {}
+    problem = ""
+    for org in hub_orgs() or [HUB_ORG]:
+        index, silence = read_index(org)
+        heads = parsed_index(org, index) | heads
+        problem = problem or silence
+    return heads, problem
 
 
 def newest(head: HeadEntry) -> HeadEntry:
@@ -461,7 +474,15 @@ def matching(names: Iterable[str], filter: Wildcards, exclude: Wildcards = "") -
     return [name for name in names if matches(name, filter or "*") and not matches(name, exclude)]
 
 
-def list_heads(filter: str = "", status: str | None = None) -> list[str]:
+@overload
+def list_heads(filter: str = "", status: str | None = None, hub: Literal[False] = False) -> list[str]: ...
+
+
+@overload
+def list_heads(filter: str = "", status: None = None, *, hub: Literal[True]) -> "list[FoundHead]": ...
+
+
+def list_heads(filter: str = "", status: str | None = None, hub: bool = False) -> "list[str] | list[FoundHead]":
     """Names `model.tag` of all heads, including planned ones; the Hub's index is read. A warning says why if
     the Hub does not answer.
 
@@ -469,7 +490,14 @@ def list_heads(filter: str = "", status: str | None = None) -> list[str]:
         filter: wildcard such as "dcp_vitb16*" or "*-16shot".
         status: "bundled" (in this package), "published" (on the Hub) or "planned"; ZooError for another.
             Default: all.
+        hub: whether to search the Hub for heads of all owners instead, whose NAME or ORG/NAME matches the
+            filter. Each has `owner`, `head`, `dataset`, `top1` as claimed, `commit`, and the `name` by
+            which it loads; nothing of this was checked. ZooError if the Hub does not answer.
     """
+    if hub:
+        from dcp_zoo.hub import search_heads  # slow to import
+
+        return [found for found in search_heads() if matching([found.head, f"{found.owner}/{found.head}"], filter)]
     if status is not None:
         check_choice("status", status, STATUSES)
     names = [head.name for head in known_heads().values() if status in (None, head.status)]

@@ -213,7 +213,7 @@ def _download(head: HeadEntry, cache_dir: str | Path | None, is_optional: bool) 
     except ZooError as error:
         if is_optional and is_absent(error):
             return None
-        if head.status != "planned" or registry.hub_org():
+        if head.status != "planned" or registry.hub_orgs():
             raise
         if is_absent(error):
             problem = (
