@@ -10,7 +10,6 @@ package.
 """
 
 import json
-import sys
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 import pandas as pd
 from typer import Option, Typer
 
-from dcp_zoo.benchmark import Settings, plan_trials, store
+from dcp_zoo.benchmark import Settings, pace, plan_trials, store
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
@@ -39,9 +38,6 @@ from dcp_zoo.training.methods.text_probe import TextProbeRecipe
 from dcp_zoo.training.methods.zero_shot import fit as zero_shot
 from dcp_zoo.training.task import Task
 from dcp_zoo.zoo.registry import get_spec
-
-sys.path.append(str(Path(__file__).parents[1] / "hub"))
-from pace import gigabytes, hours_text
 
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 DATASETS = "caltech101,eurosat,dtd"  # a gigabyte together; oxford_flowers, oxford_pets and ucf101 are the next larger
@@ -107,12 +103,9 @@ def real_table(
     done = store.done(output_dir)
     left = [trial for trial in trials if trial.key not in done]
     missing = downloads.missing(names, data_root)
-    size = gigabytes(missing)
-    images = "of unknown size" if size is None else f"{size:.1f} GB"
-    weights = spec.download or "0 GB"
-    output.print(f"Downloads: datasets {images}; {spec.name} {weights}, if it is not in the cache.")
-    if left:
-        output.print(hours_text(spec.name, left, device, precision), soft_wrap=True)
+    settings = Settings(output_dir, data_root, device, precision)
+    for line in pace.costs(left, missing, settings):
+        output.print(line, soft_wrap=True)
     if dry_run:
         return
     check_writable(output_dir)
@@ -120,7 +113,7 @@ def real_table(
     absent = download_all(missing, data_root, agree)
     if absent:
         raise ZooError(f"Not complete: {', '.join(absent)}. Repeat the command to resume.")
-    failed = sweep(trials, Settings(output_dir, data_root, device, precision), show=show_events)
+    failed = sweep(trials, settings, show=show_events)
     results = store.results(output_dir)
     table = measured(results[trial.key] for trial in trials if trial.key in results)
     shown = table.pivot_table("top1", ["shots", "method"], "dataset", sort=False).round(1)

@@ -18,11 +18,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pace import gigabytes, hours_text
 from rich.markup import escape
 from typer import Option, Typer
 
-from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
+from dcp_zoo.benchmark import Settings, Trial, pace, plan_trials, store
 from dcp_zoo.benchmark.plan import SAVED_HEADS, read_split
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.cli import main
@@ -45,7 +44,7 @@ from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.files import check_writable, write_file
 from dcp_zoo.release.publish import BASELINE, HEADS, Release, prepare, publish, refusals
 from dcp_zoo.threads import use_threads
-from dcp_zoo.zoo.registry import HUB_ORG, MANIFEST, all_heads, get_spec, trained_heads
+from dcp_zoo.zoo.registry import HUB_ORG, MANIFEST, all_heads, trained_heads
 
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 METHOD = "dcp"
@@ -244,20 +243,9 @@ def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], set
     for _, of_protocol in groupby(trials, lambda trial: trial.protocol):
         output.print(grid_table([*of_protocol], results))
     show_states(heads)
-    size, known = sum(get_spec(head.trial.model).head_mb for head in heads), gigabytes(missing)
-    needed = f"{', '.join(spec.name for spec in missing)}, {'an unknown size' if known is None else f'{known:.1f} GB'}"
-    specs = [get_spec(name) for name in dict.fromkeys(trial.model for trial in trials)]
-    clips = ", ".join(f"{spec.name} {spec.download}" for spec in specs if spec.clip)
-    output.print(
-        f"Disk: {size / 1e3:.2f} GB for {len(heads)} {'head' if len(heads) == 1 else 'heads'}, besides the datasets, "
-        "which need twice their archives while they are unpacked.\n"
-        f"Downloads: {needed if missing else 'none, all datasets are here'}"
-        f"{f'; weights of CLIP: {clips}, if not in the cache' if clips else ''}.",
-        soft_wrap=True,
-    )
-    for spec in specs:
-        if left := [trial for trial in trials if trial.model == spec.name and trial.key not in results]:
-            output.print(hours_text(spec.name, left, settings.device, settings.precision), soft_wrap=True)
+    left = [trial for trial in trials if trial.key not in results]
+    for line in pace.costs(left, missing, settings, [head.trial.model for head in heads]):
+        output.print(line, soft_wrap=True)
 
 
 def show_states(heads: Sequence[HeadState]) -> None:

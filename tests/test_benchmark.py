@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from trees import write_tree
 
 from dcp_zoo import FewShotClassifier
-from dcp_zoo.benchmark import Settings, Trial, plan, plan_trials, store, sweep
+from dcp_zoo.benchmark import Settings, Trial, pace, plan, plan_trials, store, sweep
 from dcp_zoo.data import few_shot, list_datasets, load_image, load_split, subset_sha256
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.errors import ZooError
@@ -421,7 +421,44 @@ def test_a_killed_sweep_resumes_and_another_in_its_folder_is_refused(tables, tmp
     assert store.done(tmp_path) == {*started()}
 
 
-def test_missing_targets_are_found_before_anything_is_trained(tmp_path, run):
+@pytest.fixture
+def known_pace(monkeypatch) -> pace.Pace:
+    """One that is not measured, and no size that is asked for."""
+    known = pace.Pace(image=0.25, step=2.0, per_class=0.5)
+    monkeypatch.setattr(pace, "pace", lambda *args: known)
+    monkeypatch.setattr(pace, "gigabytes", lambda specs: 1.5 * len(specs))
+    return known
+
+
+def test_a_dry_run_says_hours_downloads_and_disk(tables, tmp_path, run, known_pace):
+    """Of the trials that are left, on what is missing. 2,000 steps of CLIP-LoRA have 32 images, of DCP's so
+    many as its recipe says; test images of datasets without a table are counted where they are."""
+    command = ["benchmark", "few-shot", "--models", "dcp_vitb32", "--shots", 4, "--seeds", 1, "--dry-run"]
+    out = run.ok(*command, "--methods", "dcp,clip-lora,text-probe", "--datasets", "eurosat,dtd")
+    assert "Downloads: eurosat, dtd, 3.0 GB; weights of CLIP: dcp_vitb32 0.6 GB, if not in the cache." in out
+    assert "Disk: 6.6 GB at most" in out
+    assert "heads" not in out
+    seconds = 0.25 * (8100 + 1692)  # once for all
+    for classes, tests in ((10, 8100), (47, 1692)):
+        images = 4 * classes
+        step = 2 + 0.5 * classes
+        seconds += 3 * 2 * images * 0.25 + 0.25 * (images + tests) + step * (20 * images / 4 + 2000 * 32 / 4)
+    assert f"about {seconds / 3600:.1f} hours for 6 trials, one after the other" in out
+
+    digits = ["benchmark", "few-shot", "--methods", "zero-shot", "--dry-run", "--datasets"]
+    out = run.ok(*digits, "digits")
+    assert "Downloads: none, all datasets are here." in out
+    assert "Disk: 0.0 GB at most" in out
+    assert f"about {len(load_split('digits').test) * 0.25 / 3600:.1f} hours for 1 trials" in out
+    out = run.ok(*digits, "folder")
+    assert "Time of dcp_mini: not measured. folder needs a data root" in out
+    store.write_json(tmp_path / "results/few-shot.dcp_mini.digits.zero-shot.json", {})
+    out = run.ok(*digits, "digits", "--output", tmp_path)
+    assert "1 trials, 0 to run" in out
+    assert "Time" not in out
+
+
+def test_missing_targets_are_found_before_anything_is_trained(tmp_path, run, known_pace):
     """All in one error, also by a dry run."""
     grid = ("--methods", "zero-shot", "--datasets", "digits", "--output", tmp_path / "x")
     command = ("benchmark", "cross-dataset", *grid)

@@ -36,6 +36,7 @@ from PIL import Image
 from shared import CommandLine
 
 import dcp_zoo
+from dcp_zoo.benchmark.pace import Pace
 from dcp_zoo.cli import app
 from dcp_zoo.data import Split, load_split
 from dcp_zoo.data.packaged import SAMPLE_CLASSES
@@ -96,6 +97,8 @@ def scratch(tmp_path, monkeypatch):
     monkeypatch.setattr("dcp_zoo.training.recipes.FEWEST_STEPS", 5)
     monkeypatch.setattr("dcp_zoo.training.recipes.Recipe.num_epochs", 2)  # whatever a page asks for
     monkeypatch.setattr("dcp_zoo.benchmark.plan.read_split", cache(few_test_images))
+    monkeypatch.setattr("dcp_zoo.benchmark.pace.pace", lambda *args: Pace(image=0.01, step=0.1, per_class=0.02))
+    monkeypatch.setattr("dcp_zoo.benchmark.pace.gigabytes", lambda specs: None)  # without a network
     for c, name in enumerate(["cat", "dog"]):
         Path("MY_PHOTOS", name).mkdir(parents=True)
         for i in range(4):

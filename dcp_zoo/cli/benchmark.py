@@ -1,6 +1,7 @@
 """`dcp-zoo benchmark`, `dcp-zoo report` and `dcp-zoo data`."""
 
 import importlib.util
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
@@ -79,7 +80,9 @@ def benchmark(
     data_root: opt.DataRoot = None,
     device: opt.Device = "auto",
     precision: opt.Precision = "float32",
-    dry_run: bool = Option(False, "--dry-run", help="Show the plan, and what is missing."),
+    dry_run: bool = Option(
+        False, "--dry-run", help="Show the plan, what is missing, and hours by a measured step; run nothing."
+    ),
     ray: Ray = None,
     per_trial: PerTrial = None,
 ) -> None:
@@ -104,9 +107,16 @@ def benchmark(
     )
     done = store.done(output_dir) if output_dir else set()
     todo = [trial for trial in trials if trial.key not in done]
+    settings = Settings(output_dir or Path(os.devnull), data_root, device, precision)
     if dry_run:
         output.print(grid_table(trials, done))
         output.print(f"{len(trials)} trials, {len(todo)} to run.")
+        from dcp_zoo.benchmark.pace import costs
+
+        known = downloads.downloadable()
+        names = dict.fromkeys(name for trial in todo for name in (trial.dataset, *trial.targets) if name in known)
+        for line in costs(todo, downloads.missing([*names], data_root or Path(os.devnull)), settings):
+            output.print(line, soft_wrap=True, markup=False)
         if data_root:
             check_data(todo, data_root)
         return
@@ -119,7 +129,7 @@ def benchmark(
     check_writable(output_dir)
     check_data(todo, data_root)
     with resumable():
-        failed = sweep(trials, Settings(output_dir, data_root, device, precision), run=run, show=show_events)
+        failed = sweep(trials, settings, run=run, show=show_events)
     show_results(trials, output_dir, failed)
     if failed:
         raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
@@ -214,7 +224,7 @@ def check_(
     """
     if data_root is None and not names:
         raise ZooError("Pass the folder with the datasets (--data-root DIR), or one to check.")
-    rows = check(data_root, names or ())
+    rows = check(data_root, names or None)
     cells = []
     for row in rows:
         counts = [f"{count:,}" for count in row.counts or ()]

@@ -176,7 +176,7 @@ def check(root: str | os.PathLike | None, names: Sequence[str] | None = None) ->
     """Check the datasets under the data root: a row for each of `names`, by default all that have a
     folder and are no part of another, with their counts and images, see `check_complete`."""
     whole = (name for name, spec in DATASETS.items() if spec.folder and not spec.part_of)
-    specs = [find_spec(name) for name in names or whole]
+    specs = [find_spec(name) for name in (whole if names is None else names)]
     return [_check_one(spec, root) for spec in specs]
 
 
