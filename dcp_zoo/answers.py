@@ -1,17 +1,19 @@
 """From logits to answers: probabilities, the best classes, rejection; in NumPy, without torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
-from dcp_zoo.tables import NONE
+from dcp_zoo.promises import COVERAGES, TRUSTED, images_for_set
+from dcp_zoo.tables import NONE, quoted
 
 DISTANCE_WEIGHT = 4.0  # of the distance in `in_distribution_score`, beside the entropy in nats
-# "predictions", as of `top_classes`; "rejected", if that was asked for. Of an image in a file also "image",
-# its name, and "error" alone if it cannot be read; with --together "alone", the class without the other
-# images
+# "predictions", as of `top_classes`; "rejected" and "set", if these were asked for; "trusted", if the head
+# has it. Of an image in a file also "image", its name, and "error" alone if it cannot be read; with
+# --together "alone", the class without the other images
 Row = Values
 
 
@@ -61,9 +63,64 @@ def top_classes(probabilities: np.ndarray, classnames: Sequence[str], top_k: int
     return [[{"class": name, "probability": round(p, 6)} for name, p in row] for row in ranked]
 
 
-def is_rejected(logits: np.ndarray, distances: np.ndarray, threshold: float) -> np.ndarray:
-    """Whether each image (n,) belongs to none of the classes: its `in_distribution_score` is too low."""
-    return in_distribution_score(logits, distances) < threshold
+class Promises(NamedTuple):
+    """From which probability on something is said of an image like those of training; None: it is not."""
+
+    trusted: float | None = None  # the most probable class can be trusted
+    included: float | None = None  # a class is in the image's set
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any], sets: float | None = None) -> "Promises":
+        """Of what a head stores, {} if nothing. ZooError for `sets` of a coverage that is none of
+        `COVERAGES`, or that the head does not promise."""
+        trusted = stored.get("trusted", {}).get(f"{TRUSTED:g}")
+        if sets is None:
+            return cls(trusted)
+        check_choice("coverage of sets", sets, COVERAGES)
+        if not stored:
+            raise ZooError(
+                "This head promises no sets: it is older than these, was fitted on too few images, has other classes "
+                "or texts than it was fitted on, or has trained prompts or weights. Train a text probe on 20 images or "
+                "more, at least two of a class: dcp-zoo train."
+            )
+        included = stored.get("sets", {}).get(f"{sets:g}")
+        if included is None:
+            raise ZooError(
+                f"Sets for {100 * sets:g} % need {images_for_set(sets)} images, or groups, that were left out of the "
+                f"fit and are not refused, and this head has {stored.get('images', 0):.0f}: train it on more, or ask "
+                "for less."
+            )
+        return cls(trusted, included)
+
+
+NO_PROMISES = Promises()
+
+
+class Thresholds(NamedTuple):
+    """Below which `in_distribution_score` an image is rejected, or unlike those of training, so that nothing
+    is promised of it; None: that is not asked for, or not known."""
+
+    rejected: float | None = None
+    unlike: float | None = None
+
+    @property
+    def exist(self) -> bool:
+        """Whether there is one, so that distances are needed."""
+        return any(threshold is not None for threshold in self)
+
+    def outputs(
+        self, logits: np.ndarray, distances: np.ndarray | None = None, features: np.ndarray | None = None
+    ) -> "Outputs":
+        """The outputs for images with these logits (n, C), and distances (n,), as of `TextProbe.distance`, if
+        they `exist`."""
+        if distances is None:
+            return Outputs(logits, features=features)
+        scores = in_distribution_score(logits, distances)
+        rejected, unlike = (None if threshold is None else scores < threshold for threshold in self)
+        return Outputs(logits, rejected, features, unlike)
+
+
+NO_THRESHOLDS = Thresholds()
 
 
 class Outputs(NamedTuple):
@@ -72,6 +129,7 @@ class Outputs(NamedTuple):
     logits: np.ndarray  # (n, C)
     rejected: np.ndarray | None = None  # (n,), whether each is of none of the classes, if that was asked for
     features: np.ndarray | None = None  # (n, F), normalised, if they are kept
+    unlike: np.ndarray | None = None  # (n,), whether nothing is promised of each, of a head with promises
 
     def of(self, rows: Any) -> "Outputs":
         """Of the images at these positions, as arrays of NumPy take them."""
@@ -107,7 +165,27 @@ class Outputs(NamedTuple):
         """(n, C)."""
         return np.exp(log_softmax(self.logits))
 
-    def columns(self, classnames: Sequence[str], top_k: int) -> Values:
+    def promised(self) -> np.ndarray:
+        """Whether each image (n,) can be read and is like those of training."""
+        left_out = np.isnan(self.logits[:, 0])
+        for part in (self.rejected, self.unlike):
+            if part is not None:
+                left_out = left_out | part
+        return ~left_out
+
+    def trusted(self, least: float) -> np.ndarray:
+        """Whether each image's (n,) most probable class can be trusted, by `Promises.trusted`."""
+        return self.promised() & (self.probabilities.max(1) >= least)
+
+    def sets(self, least: float) -> list[list[int]]:
+        """The positions of the classes in each image's set, the most probable first, by
+        `Promises.included`; the most probable class is always in it."""
+        probabilities = self.probabilities
+        sizes = np.maximum(1, (probabilities >= least).sum(1)) * self.promised()
+        positions, _ = most_probable(probabilities, max(sizes, default=0))
+        return [row[:size].tolist() for row, size in zip(positions, sizes, strict=True)]
+
+    def columns(self, classnames: Sequence[str], top_k: int, promises: Promises = NO_PROMISES) -> Values:
         """The answers as columns of a table, of the same types in each: see `dcp_zoo.Predictor`."""
         positions, probabilities = most_probable(self.probabilities, top_k)
         rejected = np.zeros(len(positions), bool) if self.rejected is None else self.rejected
@@ -118,19 +196,32 @@ class Outputs(NamedTuple):
         for rank in range(positions.shape[1]):
             suffix = f"_{rank + 1}" if rank else ""
             columns[f"class{suffix}"] = names[positions[:, rank]]
+            if not rank and promises.trusted is not None:
+                columns["trusted"] = self.trusted(promises.trusted)
+            if not rank and promises.included is not None:
+                sets = self.sets(promises.included)
+                columns["set"] = np.array([listed([classnames[i] for i in each]) for each in sets], str)
             columns[f"probability{suffix}"] = probabilities[:, rank].astype(np.float32)
         columns["rejected"] = rejected
         if self.features is not None:
             columns["features"] = self.features
         return columns
 
-    def rows(self, classnames: Sequence[str], top_k: int) -> list[Row]:
+    def rows(self, classnames: Sequence[str], top_k: int, promises: Promises = NO_PROMISES) -> list[Row]:
         """The answers as rows, see `Row`."""
-        rows: list[Row] = [{"predictions": row} for row in top_classes(self.probabilities, classnames, top_k)]
+        columns: Values = {"predictions": top_classes(self.probabilities, classnames, top_k)}
         if self.rejected is not None:
-            for row, rejected in zip(rows, self.rejected.tolist(), strict=True):
-                row["rejected"] = rejected
-        return rows
+            columns["rejected"] = self.rejected.tolist()
+        if promises.trusted is not None:
+            columns["trusted"] = self.trusted(promises.trusted).tolist()
+        if promises.included is not None:
+            columns["set"] = [[classnames[i] for i in each] for each in self.sets(promises.included)]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The classes of a set in one cell of a table, as `split_list` reads them."""
+    return ", ".join(map(quoted, names))
 
 
 def label(row: Row) -> str:

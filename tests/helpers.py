@@ -153,7 +153,7 @@ def in_distribution(head: Any, images: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def rejecting(head: Any) -> Any:
     """A copy of a head of four classes that rejects one of the package's first two photographs and the last
-    of those that it accepts, which is an example of none of the classes."""
+    of those that it accepts, which is an example of none of the classes. Of some others it can be trusted."""
     head = copy.deepcopy(head)
     images = torch.stack([create_transform(head)(load_image(path)) for path in sample_images()])
     views, labels = head.encode_image(images)[None], torch.arange(len(images)) % 4
@@ -163,6 +163,9 @@ def rejecting(head: Any) -> Any:
     head.text_probe.margin.copy_(head.distances(views[0, accepted[-1:]])[0] / 2)
     head.text_probe.examples = views[0, accepted[-1:]]
     assert [i for i, name in enumerate(head.predict(images, True)) if name is not None] == accepted[:-1]
+    sure = head(images)[accepted[:-1]].softmax(-1).amax(-1).sort().values
+    sets, trusted = {"0.9": 0.2, "0.95": 0.01}, {"0.05": sure[:2].mean().item()}
+    head.info["text_probe"] = {"promises": {"images": 20.0, "sets": sets, "trusted": trusted, "share": 50.0}}
     return head
 
 

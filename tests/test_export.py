@@ -18,7 +18,7 @@ onnx = pytest.importorskip("onnx", reason="the export extra is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the export extra is not installed")
 
 from dcp_zoo import ZooError, create_transform  # noqa: E402
-from dcp_zoo.answers import log_softmax  # noqa: E402
+from dcp_zoo.answers import Promises, log_softmax  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
 from dcp_zoo.data.images import crop  # noqa: E402
@@ -120,7 +120,26 @@ def test_a_file_rejects_the_images_that_the_model_rejects(tiny_head, onnx_file, 
     with TestClient(application(onnx_file)) as client:
         form = [("images", Path(path).read_bytes()) for path in sample_images()]
         served = client.post("/predict", files=form).json()
+        expected_rows = promised_by(tiny_head)
+        answers = client.post("/predict?sets=0.9", files=form).json()["images"]
+        for asked, message in (("0.8", "Sets for 80 % need 4 images"), ("0.7", "from 0.8, 0.9, 0.95"), ("x", "number")):
+            refused = client.post(f"/predict?sets={asked}", files=form)
+            assert (refused.status_code, message in refused.json()["detail"]) == (422, True)
     assert [image["rejected"] for image in served["images"]] == expected
+    said = json.loads(run.ok("predict", "--sample", "--head", onnx_file, "--reject", "--sets", "0.9", "--json"))
+    for found in (answers, said):
+        assert [(row["trusted"], row["set"]) for row in found] == expected_rows
+    assert {is_trusted for is_trusted, _ in expected_rows} == {False, True}
+    assert [not names for _, names in expected_rows] == expected  # what is unlike the classes has no set
+    assert {is_trusted for (is_trusted, _), is_out in zip(expected_rows, expected, strict=True) if is_out} == {False}
+    assert "Unknown coverage" in run.refused("predict", "--sample", "--head", onnx_file, "--sets", "0.5")
+
+
+def promised_by(head):
+    """Whether each of the package's photographs is trusted, and its set, by PyTorch, without --reject."""
+    promises = Promises.of(head.promises, 0.9)
+    rows = HeadBackend(head).outputs(sample_images(), 6)[1].rows(head.classnames, 1, promises)
+    return [(row["trusted"], row["set"]) for row in rows]
 
 
 @pytest.mark.parametrize("crop_pct", [1.0, 0.875])

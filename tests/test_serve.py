@@ -128,7 +128,10 @@ def test_forms(ask):
     for top_k in ("0", "-1", "two", "1.5", ""):
         message = f"top_k must be an integer of at least 1, not {top_k!r}."
         assert ask(NOISE, path=f"/predict?top_k={top_k}") == (422, {"detail": message})
-    assert ask(NOISE, path="/predict?topk=3") == (422, {"detail": "There is no parameter topk: the only one is top_k."})
+    assert ask(NOISE, path="/predict?topk=3") == (
+        422,
+        {"detail": "There is no parameter topk: there are top_k and sets."},
+    )
 
 
 BAD = {

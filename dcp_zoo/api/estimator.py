@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
-from dcp_zoo.answers import Outputs
+from dcp_zoo.answers import Outputs, Promises
 from dcp_zoo.api.functions import plan_own, warn_of
 from dcp_zoo.api.inputs import (
     Groups,
@@ -224,6 +224,15 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
             labels = labels if labels.dtype.kind == "f" else labels.astype(object)
             labels[broken] = np.nan
         return labels
+
+    def predict_set(self, images: Images, coverage: float = 0.9) -> list[np.ndarray]:
+        """The labels that each of n images may have, the most probable first: the fewest with which this share
+        of images like those of training, 0.8, 0.9 or 0.95, have theirs in the set; over all images, not for
+        each class. Empty for images that `predict` rejects, and those that cannot be read. ZooError for a
+        classifier that does not promise it, such as one of too few images."""
+        least = Promises.of(self._head().promises, coverage).included
+        assert least is not None
+        return [self.classes_[positions] for positions in self._outputs(images).sets(least)]
 
     def score(self, images: Images, labels: Labels = None, sample_weight: Weights = None) -> float:
         """Accuracy from 0 to 1 on labelled images, which may be a folder with one folder per class, by its

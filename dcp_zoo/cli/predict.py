@@ -45,6 +45,7 @@ ZERO_SHOT = (
     "Zero-shot: by the names of twelve classes. The head was trained on images of only one of these, butterfly. "
     "To train on images: dcp-zoo train MY_PHOTOS --output my_head"
 )
+SETS = "Also name the classes that each may be of, for 0.8, 0.9 or 0.95: in so many cases the right one is there."
 EXPLAIN = "Write pictures into a folder: what in an image speaks for its class. Up to 50."
 
 
@@ -55,6 +56,7 @@ def predict(
     top_k: int = Option(5, min=1, help="Predictions per image."),
     sample: bool = Option(False, "--sample", help="Classify six sample photographs; without --head, zero-shot."),
     reject: bool = Option(False, "--reject", help="Label images of other things `none of these`."),
+    sets: float | None = Option(None, help=SETS),
     together: bool = Option(
         False, "--together", help="Refine predictions with the other images, if these are of few classes."
     ),
@@ -83,8 +85,10 @@ def predict(
         table = beside.with_suffix(".csv")
     if table and as_json:
         raise ZooError("--json prints to the screen: for a file use --output predictions.jsonl.")
+    if sets is not None and together:
+        raise ZooError("--sets are of each image alone: omit --together.")
     names = opt.class_list(classes)
-    if sample and head == DEFAULT_HEAD and not (names or images or reject):  # to reject needs the head's own classes
+    if sample and head == DEFAULT_HEAD and not (names or images or reject or sets):  # these need the head's own classes
         names = SAMPLE_CLASSES
         log(ZERO_SHOT)
     from dcp_zoo.prediction import Predictor
@@ -97,6 +101,7 @@ def predict(
         device=device,
         precision=precision,
         classnames=names,
+        sets=sets,
     )
     if reject and not (predictor.on_onnx or as_json or names):
         note = rejection_note(read_config(head_folder(str(predictor.head)))["dcp"])
@@ -156,14 +161,18 @@ def show_on_screen(images: Sequence[str], predictor: "Predictor", together: bool
         print(json.dumps([written(row) for row in rows], indent=1))
         return rows
     lines = []
+    promised = [name for name in ("trusted", "set") if any(name in row for row in rows)]
     for row in rows:
         name = Path(row["image"]).name if are_few and predictor.top_k > 1 else row["image"]
         shown = [(NONE, "")] if row.get("rejected") else []
         shown += [(best["class"], f"{100 * best['probability']:5.1f} %") for best in row.get("predictions", [])]
+        cells = {"trusted": "yes" if row.get("trusted") else "no", "set": ", ".join(row.get("set", []))}
+        beside = [cells[name] for name in promised]
         for class_, probability in shown[: predictor.top_k if are_few else 1]:
-            lines.append((name, class_, probability))
+            lines.append((name, class_, probability, *beside))
             name = ""  # once for each image
-    output.print(plain_table(("image", "class", "probability"), lines))
+            beside = [""] * len(promised)
+    output.print(plain_table(("image", "class", "probability", *promised), lines))
     if not are_few:
         output.print("All classes: --json, or --output predictions.csv", style="dim")
     if predictor.backend.architecture == "dcp_mini":

@@ -17,6 +17,7 @@ from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import CONFIG_NAME, alone_and_probed, read_config, weights_file
+from dcp_zoo.promises import trust_note
 from dcp_zoo.tables import quoted
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo import registry
@@ -24,7 +25,7 @@ from dcp_zoo.zoo.registry import MODELS, SIZES, HeadEntry, ModelSpec, all_heads,
 from dcp_zoo.zoo.resolve import local_heads, parse_name, trained_here
 
 PEOPLE = (  # what they ask of a model or a head: what it is, how good, of what and when
-    "head,status,method,model,CLIP,weights,CLIP weights,classes,texts,accuracy,dataset,images,trained,rejection,"
+    "head,status,method,model,CLIP,weights,CLIP weights,classes,texts,accuracy,dataset,images,trained,rejection,trust,"
     "licence,size,input,parameters,image tower,zero-shot,default head,trained heads,Hub repo,train it"
 ).split(",")
 ACCURACY_NOTE = (
@@ -231,6 +232,7 @@ def describe_head(head: HeadEntry) -> Values:
 def for_people(details: Values) -> Values:
     """The details by names in `PEOPLE`, in its order."""
     shown = details | {"accuracy": accuracy_text(details), "rejection": rejection_note(details)}
+    shown |= {"trust": trust_note(details)}
     dataset = DATASETS.get(str(details.get("dataset")))
     if dataset and dataset.part_note:
         shown["dataset"] = dataset.part_note

@@ -16,6 +16,7 @@ from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.unreadable import all_named
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_output, check_outside, check_writable
+from dcp_zoo.promises import trust_note
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.folder import check_free
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS
@@ -160,6 +161,9 @@ def train(
     note = rejection_note(trained.info)
     if note:
         output.print(f"With predict --reject, {note}", soft_wrap=True)
+    trust = trust_note(trained.info)
+    if trust:
+        output.print(trust, soft_wrap=True)
     name = shlex.quote(str(name_of(output_dir)))
     output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {name}", markup=False)
     if not get_spec(model).clip:

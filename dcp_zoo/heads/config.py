@@ -29,6 +29,7 @@ NO_CLASSIFIER = "no_classifier"  # results of a head with its stored statistics,
 # results of the test in a head's `info`
 MEASURED = ("metrics", "test_images", "independent_images", "balanced_top1", "untested", "refused")
 ACCEPTED = ("like_accepted", "others_accepted")  # false acceptance of images of no class, in `ProbeInfo`
+PROMISES = "promises"  # in `ProbeInfo`
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,16 @@ FORMAT_VERSION = 4  # the only one that is read
 HEADS = ("linear", "prompts", "cache", "dcp")  # kinds of heads, see `dcp_zoo.zoo.build.KINDS`
 COUNT = {"min": 0}
 PERCENT = {"min": 0, "max": 100}
+PROBABILITY = {"min": 0, "max": 1}
+
+
+class PromisesInfo(TypedDict, total=False):
+    """What holds of images like those of training, see `dcp_zoo.probe.threshold.promises_of`."""
+
+    images: float
+    sets: dict[str, Annotated[float, PROBABILITY]]
+    trusted: dict[str, Annotated[float, PROBABILITY]]
+    share: Annotated[float | None, PERCENT]
 
 
 class ProbeInfo(TypedDict, total=False):
@@ -78,6 +89,7 @@ class ProbeInfo(TypedDict, total=False):
     thresholds: dict[str, float]  # by the share of rejected images of the classes, such as "0.05"
     like_accepted: dict[str, Annotated[float | None, PERCENT]]  # by the same shares: near OOD images that are accepted
     others_accepted: dict[str, Annotated[float, PERCENT]]  # and everyday pictures, far OOD
+    promises: PromisesInfo
     split_sha256: str
 
 

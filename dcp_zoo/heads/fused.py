@@ -88,8 +88,8 @@ class FusedHead(ImageTower):
     Args:
         reads: the readings of the head, the method's own first.
         classifier: of the features that they give.
-        info: class names, preprocessing, origin and the threshold to reject, if these classes have one, as
-            plain JSON.
+        info: class names, preprocessing, origin and, if these classes have them, the threshold to reject
+            and the head's promises, as plain JSON.
     """
 
     prompts: Tensor  # (M, Dv), those that stay in the sequence

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.answers import is_rejected
+from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.backbone._torch import WeightCache, in_eval_mode, layer_of
 from dcp_zoo.backbone.classes import (
     NO_CLASSES,
@@ -49,6 +49,7 @@ from dcp_zoo.heads.config import (
     MEASURED,
     NO_CLASSIFIER,
     OWN,
+    PROMISES,
     WEIGHTS_NAME,
     Abilities,
     HeadConfig,
@@ -293,7 +294,7 @@ class Head(nn.Module, ABC):
             if threshold is None:
                 return names
             distances = self.distances(features).cpu().numpy()
-        rejected = is_rejected(logits, distances, threshold)
+        rejected = in_distribution_score(logits, distances) < threshold
         return [None if is_out else name for name, is_out in zip(names, rejected, strict=True)]
 
     @torch.no_grad()
@@ -304,6 +305,7 @@ class Head(nn.Module, ABC):
         info: Values = {"model": self.encoder.architecture, "tag": cfg.get("tag")}
         if not self.cannot_reject:
             info["threshold"] = self.rejection_threshold()
+            info["promises"] = self.promises
         info["classnames"] = self.classnames
         info["preprocessing"] = {  # as JSON has it
             name: list(value) if isinstance(value, tuple) else value for name, value in preprocessing_in(cfg).items()
@@ -343,6 +345,14 @@ class Head(nn.Module, ABC):
             known = ", ".join(thresholds or [str(REFUSED)])
             raise ZooError(f"{problem}: choose from {known}, or train a head on more images.")
         return float(thresholds[rate])
+
+    @property
+    def promises(self) -> Values:
+        """What holds of images like those of training for exactly these classes, see
+        `dcp_zoo.probe.threshold.promises_of`; {} if nothing is known."""
+        if self.cannot_reject:
+            return {}
+        return self.info.get("text_probe", {}).get(PROMISES, {})
 
     def distances(self, features: Tensor) -> Tensor:
         """f (B, F) -> how far each image is from what the head was trained on (B,), see `TextProbe.measure`;
@@ -467,11 +477,11 @@ class Head(nn.Module, ABC):
         self._replaced_classes = None
 
     def _drop_measured(self) -> None:
-        """Take out of `info` what was measured for other classes: the accuracy, and what the threshold
-        accepts."""
+        """Take out of `info` what was measured for other classes: the accuracy, what the threshold accepts,
+        and what is promised."""
         self.info = without(self.info, MEASURED)
         if self.info.get("text_probe"):
-            self.info["text_probe"] = without(self.info["text_probe"], ACCEPTED)
+            self.info["text_probe"] = without(self.info["text_probe"], (PROMISES, *ACCEPTED))
 
     # --- in a checkpoint ---
 
@@ -489,7 +499,7 @@ class Head(nn.Module, ABC):
         """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored
         twice."""
         if self.cannot_reject and info.get("text_probe"):  # its thresholds no longer hold
-            info = info | {"text_probe": without(info["text_probe"], ("thresholds", *ACCEPTED))}
+            info = info | {"text_probe": without(info["text_probe"], ("thresholds", PROMISES, *ACCEPTED))}
         options, method_values = self.method_config()
         block: Values = {"format_version": FORMAT_VERSION, "clip": self.encoder.source}
         fingerprint = self.frozen.fingerprint()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dcp_zoo.answers import Outputs
+from dcp_zoo.answers import NO_THRESHOLDS, Outputs, Promises, Thresholds
 from dcp_zoo.data.images import ImageLike, in_threads
 from dcp_zoo.errors import UnreadableImages, ZooError, as_zoo_error, attempted, check_range, shorten
 from dcp_zoo.features.photos import Photos, pixels_of
@@ -35,8 +35,8 @@ class Backend(ABC):
         architecture: name of its model.
         classnames: in the order of the logits.
         preprocessing: timm's, see `pixels_of`.
-        threshold: images with a lower `in_distribution_score` are rejected; None rejects none, and
-            measures nothing.
+        thresholds: which images are rejected, and of which nothing is promised.
+        promises: what the head stores of them, see `Promises.of`; {} if nothing.
         strict: whether an image that cannot be read raises `UnreadableImages`, and nothing further is
             computed.
     """
@@ -44,7 +44,8 @@ class Backend(ABC):
     architecture: str
     classnames: list[str]
     preprocessing: Values
-    threshold: float | None = None
+    thresholds: Thresholds = NO_THRESHOLDS
+    promises: Mapping[str, Any] = {}
     strict = False
 
     @abstractmethod
@@ -122,6 +123,10 @@ class Predictor:
     (paths stay, too), and
 
     - `class`: the most probable class, "none of these" if the image is rejected, or "" if it cannot be read
+    - `trusted`, if the head can tell: whether the class is one of those of which at most 5 % are wrong;
+      never of an image that `reject` finds unlike the head's classes
+    - `set`, with `sets`: the classes that the image may be of, the most probable first, as
+      `dcp_zoo.tables.split_list` reads them; "" for an image that `reject` finds unlike the head's classes
     - `probability`: of the most probable class, from 0 to 1, float32; NaN if the image cannot be read
     - `class_2`, `probability_2`, ..: of further classes, with `top_k`
     - `rejected`: whether the image is of none of the classes; False unless `reject`
@@ -134,6 +139,8 @@ class Predictor:
         image: the column of images: bytes, paths, images of PIL, `datasets`' dicts of bytes and path,
             arrays, or what `decode` made of them.
         top_k, reject, precision, classnames: see `dcp_zoo.predict`, `dcp_zoo.create_model`.
+        sets: 0.8, 0.9 or 0.95: the share of images, of those like the training images, whose class is in
+            the `set`. It is promised over all images, not for each class.
         features: whether to return them, of length 1.
         device: see `dcp_zoo.train`; "auto" takes the GPU of the `rank` that a call names, as `datasets`
             does.
@@ -153,6 +160,7 @@ class Predictor:
     classnames: Sequence[str] | None = None
     batch_size: int = 32
     carry: bool = False
+    sets: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.head, Predictor):
@@ -205,6 +213,7 @@ class Predictor:
             "head": self.sha256,
             "classnames": self.classnames,
             "reject": self.reject,
+            "sets": self.sets,
             "precision": precision,
         }
 
@@ -236,6 +245,11 @@ class Predictor:
         return HeadBackend(loaded(head, self._device, self.classnames), self.features, self.precision, self.reject)
 
     @property
+    def promises(self) -> Promises:
+        """What it says of images beside their classes. ZooError for sets that the head does not promise."""
+        return Promises.of(self.backend.promises, self.sets)
+
+    @property
     def decode(self) -> Callable[[Mapping[str, Any]], Values]:
         """A step of its own for workers without the head: a batch -> the same with uint8 pixels (3, H, W)
         in place of the images, upright and at the model's size, exactly its transform's; and with the
@@ -249,8 +263,9 @@ class Predictor:
         if rank is not None:
             self.rank = rank
         images, other_columns = images_of(batch, self.image)
+        promises = self.promises  # checked before any image is read
         errors, outputs = self.backend.outputs(images or [None], self.batch_size)  # of no image, the types alone
-        answers = outputs.of(slice(len(images))).columns(self.backend.classnames, self.top_k)
+        answers = outputs.of(slice(len(images))).columns(self.backend.classnames, self.top_k, promises)
         messages = [str(errors.get(i, "")) for i in range(len(images))]
         return other_columns | answers | {ERROR: np.array(messages, str)}
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcp_zoo.answers import Outputs, is_rejected
+from dcp_zoo.answers import NO_THRESHOLDS, Outputs, Thresholds
 from dcp_zoo.backbone._torch import in_eval_mode
 from dcp_zoo.backbone.classes import NO_CLASSES
 from dcp_zoo.backbone.inputs import Images
@@ -51,31 +51,33 @@ def promised(head: Head) -> float | None:
 
 @torch.no_grad()
 def outputs_of_features(
-    head: Head | FusedHead, features: Tensor, threshold: float | None = None, keep: bool = False
+    head: Head | FusedHead, features: Tensor, thresholds: Thresholds = NO_THRESHOLDS, keep: bool = False
 ) -> Outputs:
-    """The outputs of a head for the features (n, F) of images; with a threshold, also which images are
-    rejected. `keep`: whether the outputs hold the features, too."""
+    """The outputs of a head for the features (n, F) of images, with what the thresholds say of them.
+    `keep`: whether the outputs hold the features, too."""
     parts = []
     distances = []
     for part in features.split(AT_A_TIME):
         x = part.to(head.device)
         parts.append(head.classify(x).float().cpu())
-        if threshold is not None:
+        if thresholds.exist:
             distances.append(head.distances(x.float()).cpu())
-    logits = torch.cat(parts).numpy()
-    rejected = None if threshold is None else is_rejected(logits, torch.cat(distances).numpy(), threshold)
-    return Outputs(logits, rejected, features.float().cpu().numpy() if keep else None)
+    return thresholds.outputs(
+        torch.cat(parts).numpy(),
+        torch.cat(distances).numpy() if distances else None,
+        features.float().cpu().numpy() if keep else None,
+    )
 
 
 @torch.no_grad()
 def outputs_of_loader(
-    head: Head, images: ImageLoader, batch_size: int, threshold: float | None = None, keep: bool = False
+    head: Head, images: ImageLoader, batch_size: int, thresholds: Thresholds = NO_THRESHOLDS, keep: bool = False
 ) -> Outputs:
     """The outputs of a head for the images of a loader, in order. Without stored statistics they depend
     on the batches, of this size, and have no features."""
     with in_eval_mode(head):
         if head.stats == "stored":
-            return outputs_of_features(head, images.table(head.reads).joined, threshold, keep)
+            return outputs_of_features(head, images.table(head.reads).joined, thresholds, keep)
         extract = images.extract
         assert extract is not None
         batches = by_image(extract.progress, images.in_order(batch_size), "test images", len(images))
@@ -83,15 +85,15 @@ def outputs_of_loader(
 
 
 @torch.no_grad()
-def outputs_of_batch(head: Head, images: Images, precision: str, threshold: float | None = None) -> Outputs:
+def outputs_of_batch(head: Head, images: Images, precision: str, thresholds: Thresholds = NO_THRESHOLDS) -> Outputs:
     """The outputs of a head for a batch, with batch statistics."""
     images = images.to(head.device)
     with autocast(head.device, precision):
         logits = head(images).float().cpu().numpy()
-        if threshold is None:
+        if not thresholds.exist:
             return Outputs(logits)
         features = head.encode_image(images).float()
-    return Outputs(logits, is_rejected(logits, head.distances(features).cpu().numpy(), threshold))
+    return thresholds.outputs(logits, head.distances(features).cpu().numpy())
 
 
 class HeadBackend(Backend):
@@ -122,7 +124,9 @@ class HeadBackend(Backend):
         self.classnames = head.classnames
         self.preprocessing = head.pretrained_cfg
         self.extract = FeatureExtractor(head.frozen, pick_precision(precision, self.architecture, head.device))
-        self.threshold = head.rejection_threshold(reject) if reject else None
+        self.promises = head.promises if self.stored else {}
+        unlike = head.rejection_threshold() if self.promises else None
+        self.thresholds = Thresholds(head.rejection_threshold(reject) if reject else None, unlike)
         self.head = head
         self.features = features
         self.alone = alone
@@ -146,10 +150,10 @@ class HeadBackend(Backend):
     def classify(self, features: Tensor) -> Outputs:
         """What `encode` returns, on any device -> the outputs of n images."""
         if self.stored:
-            return outputs_of_features(self.fused, features, self.threshold, self.features)
+            return outputs_of_features(self.fused, features, self.thresholds, self.features)
         batches = features.split(1 if self.alone else len(features))
         precision = self.extract.precision
-        return Outputs.joined([outputs_of_batch(self.head, batch, precision, self.threshold) for batch in batches])
+        return Outputs.joined([outputs_of_batch(self.head, batch, precision, self.thresholds) for batch in batches])
 
 
 def outputs_of(
@@ -177,4 +181,4 @@ def outputs_of(
         backend.extract.progress = progress
         backend.extract.batch_size = batch_size
         table = backend.extract(Photos(items), head.reads, keep_errors=errors == "keep")
-        return outputs_of_features(head, table.joined, backend.threshold, features), table.errors
+        return outputs_of_features(head, table.joined, backend.thresholds, features), table.errors

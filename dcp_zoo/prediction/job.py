@@ -39,9 +39,10 @@ def classify(images: Sequence[str], predictor: Predictor, together: bool = False
     """Classify images in order, batch by batch; with `together` by a predictor that keeps features."""
     backend = predictor.backend
     remaining = iter(images)
+    promises = predictor.promises
     for errors, outputs in backend.batches(images, predictor.batch_size):
         rows = []
-        answers = outputs.rows(backend.classnames, predictor.top_k)
+        answers = outputs.rows(backend.classnames, predictor.top_k, promises)
         for error, image, answer in zip(errors, remaining, answers, strict=False):
             rows.append({"image": image} | (answer if error is None else {"error": str(error)}))
         kept = outputs.features
@@ -63,6 +64,7 @@ def refine(rows: Iterable[Row], kept: np.ndarray, predictor: Predictor, progress
     for row, predictions, is_accepted in zip(rows, ranked, accepted, strict=True):
         if is_accepted:
             row["predictions"] = predictions
+        row.pop("trusted", None)  # the answers of images alone are
     return rows
 
 

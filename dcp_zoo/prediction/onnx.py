@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dcp_zoo.answers import Outputs, is_rejected, log_softmax
+from dcp_zoo.answers import Outputs, Thresholds, log_softmax
 from dcp_zoo.data.images import ImageLike, normalise
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra, warn
 from dcp_zoo.prediction import Backend, exported_file, pixels_of
@@ -41,7 +41,7 @@ class OnnxClassifier(Backend):
         features: whether outputs keep the image features.
 
     Attributes:
-        info: class names, preprocessing and origin, from the file's metadata.
+        info: class names, preprocessing, origin, and what the head promises, from the file's metadata.
         name: MODEL, or MODEL.TAG, of the head.
     """
 
@@ -67,16 +67,18 @@ class OnnxClassifier(Backend):
             self.architecture = info["model"]
             self.classnames = info["classnames"]
             self.preprocessing = info["preprocessing"]
-            self.threshold = None if reject is False else info.get("threshold")
+            threshold = info.get("threshold")
+            self.promises = info.get("promises", {})
+            self.thresholds = Thresholds(None if reject is False else threshold, threshold if self.promises else None)
             self.name = ".".join(filter(None, (info["model"], info["tag"])))
         if len(chosen) > 1 and CUDA not in self.session.get_providers():  # it is installed, and cannot start
             warn(NO_CUDA.format(device))
         self._returned = ["logits"]
-        if self.threshold is not None:
+        if self.thresholds.exist:
             self._returned.append("distance")
         if features:
             self._returned.append("features")
-        if reject and self.threshold is None:
+        if reject and threshold is None:
             advice = "Export a head that can (dcp-zoo train), with exactly the classes for which it was fitted."
             raise ZooError(f"{path} has no threshold to reject images. {advice}")
 
@@ -99,6 +101,4 @@ class OnnxClassifier(Backend):
     def classify(self, images: np.ndarray) -> Outputs:
         """What `encode` returns -> the outputs."""
         results = dict(zip(self._returned, self.session.run(self._returned, {INPUT: images}), strict=True))
-        logits = results["logits"]
-        rejected = None if self.threshold is None else is_rejected(logits, results["distance"], self.threshold)
-        return Outputs(logits, rejected, results.get("features"))
+        return self.thresholds.outputs(results["logits"], results.get("distance"), results.get("features"))

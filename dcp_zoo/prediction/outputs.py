@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from dcp_zoo.answers import Row, is_changed, label, written
+from dcp_zoo.answers import Row, is_changed, label, listed, written
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.fields import Values
 from dcp_zoo.pages import templates
@@ -29,6 +29,10 @@ def _cells(row: Row) -> Values:
     best, *others = row["predictions"]
     cells: Values = {name: row[name] for name in ("image", "rejected") if name in row}
     cells["class"] = label(row)
+    if "trusted" in row:
+        cells["trusted"] = row["trusted"]
+    if "set" in row:
+        cells["set"] = listed(row["set"])
     if "rejected" in row:
         cells["best"] = best["class"]
     cells["probability"] = best["probability"]
@@ -61,7 +65,7 @@ def _write_parquet(path: str, rows: Iterable[Row]) -> None:
     def type_of(column: str) -> Any:
         if column.startswith("probability"):
             return pa.float32()
-        return pa.bool_() if column == "rejected" else pa.string()
+        return pa.bool_() if column in ("rejected", "trusted") else pa.string()
 
     blanks = {pa.float32(): float("nan"), pa.bool_(): False, pa.string(): ""}
     schema = pa.schema([(name, type_of(name)) for name in dict.fromkeys([*_columns(rows), "rejected"])])

@@ -18,6 +18,7 @@ from dcp_zoo.files import check_empty, write_file
 from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME
 from dcp_zoo.heads.head import Head
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained
+from dcp_zoo.promises import trust_note
 from dcp_zoo.release.onnx import export, take_any_size
 from dcp_zoo.zoo.registry import MODELS, get_head, newest
 from dcp_zoo.zoo.resolve import parse_name
@@ -63,6 +64,7 @@ def make_card(
         size=f"{size / 1e6:.1f} MB",
         onnx=onnx,
         others=others or {},
+        trust=trust_note(info),
         dataset=dataset,
         part_note=DATASETS[dataset].part_note if dataset in DATASETS else "",
         whose=COUPLINGS.get(options.get("coupling", "")),

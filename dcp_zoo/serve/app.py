@@ -21,7 +21,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from dcp_zoo.answers import Outputs
+from dcp_zoo.answers import Outputs, Promises
 from dcp_zoo.data.images import UnsupportedImage
 from dcp_zoo.errors import ZooError, attempted
 from dcp_zoo.fields import Values
@@ -54,7 +54,7 @@ class Service:
             yield
             self.batching.cancel()
 
-    async def answer(self, request: Request, top_k: int) -> Response:
+    async def answer(self, request: Request, top_k: int, promises: Promises) -> Response:
         """The images of a request with their most probable classes; of a form also why an image cannot be
         read, unless that holds for all: HTTPException, 415 for no image, 422 for a damaged one or one of
         too many pixels."""
@@ -73,7 +73,7 @@ class Service:
             for waiting in zip(sound, futures, strict=True):
                 self.queue.put_nowait(waiting)
             outputs = Outputs.joined(await asyncio.gather(*futures))
-            rows = iter(outputs.rows(self.classifier.classnames, top_k))
+            rows = iter(outputs.rows(self.classifier.classnames, top_k, promises))
             answers = []
             for (name, _), found in zip(images, decoded, strict=True):
                 row = {"error": str(found)} if isinstance(found, ZooError) else next(rows)
@@ -170,19 +170,23 @@ def application(
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
 
     @app.post("/predict", **yaml.safe_load((Path(__file__).parent / "predict.yaml").read_text()))
-    async def predict(request: Request, top_k: Annotated[int, Query(ge=1)] = 5) -> Response:
+    async def predict(request: Request, top_k: Annotated[int, Query(ge=1)] = 5, sets: float | None = None) -> Response:
         """Classify the image in the body (`curl --data-binary @photo.jpg`) or the files of a form (`curl
         -F`)."""
-        unknown = [name for name in request.query_params if name != "top_k"]
+        unknown = [name for name in request.query_params if name not in ("top_k", "sets")]
         if unknown:
-            raise HTTPException(422, f"There is no parameter {', '.join(unknown)}: the only one is top_k.")
-        return await service.answer(request, top_k)
+            raise HTTPException(422, f"There is no parameter {', '.join(unknown)}: there are top_k and sets.")
+        promises = attempted(Promises.of, classifier.promises, sets)
+        if isinstance(promises, ZooError):
+            raise HTTPException(422, str(promises))
+        return await service.answer(request, top_k, promises)
 
     @app.exception_handler(RequestValidationError)
     async def refuse(request: Request, error: RequestValidationError) -> Response:
-        """Of the only parameter there is."""
-        given = request.query_params["top_k"]
-        return JSONResponse({"detail": f"top_k must be an integer of at least 1, not {given!r}."}, 422)
+        """Of a parameter."""
+        name = error.errors()[0]["loc"][-1]
+        wanted = {"top_k": "an integer of at least 1", "sets": "a number"}[name]
+        return JSONResponse({"detail": f"{name} must be {wanted}, not {request.query_params[name]!r}."}, 422)
 
     @app.get("/health", responses={503: {"description": "the model no longer runs"}})
     async def health() -> Values:

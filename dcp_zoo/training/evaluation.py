@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.accuracy import Accuracy
-from dcp_zoo.answers import Outputs
+from dcp_zoo.answers import Outputs, Thresholds
 from dcp_zoo.backbone._torch import in_eval_mode
 from dcp_zoo.backbone.clip import parts_of
 from dcp_zoo.data import Item
@@ -180,18 +180,18 @@ def outputs_by_mode(
     """What a head says of images in each way that it is measured, the default first: with the stored
     statistics, where it also says which images it rejects, with those of batches as the release evaluates,
     and without the text probe. With `all_modes` False, only as the head is."""
-    threshold = None if head.cannot_reject else head.rejection_threshold()
+    thresholds = Thresholds(None if head.cannot_reject else head.rejection_threshold())
     outputs: dict[str, Outputs] = {}
     with in_eval_mode(head):
         before = head.stats
         is_default = before == head.stats_modes[0]  # it may become another one, when statistics are stored
         if not all_modes:
-            return {before: outputs_of_loader(head, images, batch_size, threshold)}
+            return {before: outputs_of_loader(head, images, batch_size, thresholds)}
         without_probe: dict[str, Outputs] = {}
         try:
             for stats in head.stats_modes:
                 head.stats = stats
-                outputs[stats] = outputs_of_loader(head, images, batch_size, threshold, keep=True)
+                outputs[stats] = outputs_of_loader(head, images, batch_size, thresholds, keep=True)
                 features = outputs[stats].features
                 if features is not None and head.text_probe is not None:
                     weight, bias = (part.detach().float().cpu() for part in head.own_linear())

@@ -18,9 +18,11 @@ from dcp_zoo.backbone.clip import FrozenCLIP, Linear
 from dcp_zoo.data.packaged import everyday_file, everyday_pictures
 from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.features import PLAIN, FeatureExtractor, FeatureTable, ImageLoader, Photos, is_plain_reading
+from dcp_zoo.heads.config import PROMISES
 from dcp_zoo.heads.head import Head
 from dcp_zoo.probe.fit import ReadingFeatures, fit_on_features
-from dcp_zoo.probe.threshold import THRESHOLD_IMAGES, share_above, thresholds_of
+from dcp_zoo.probe.folds import shares
+from dcp_zoo.probe.threshold import THRESHOLD_IMAGES, promises_of, share_above, thresholds_of
 from dcp_zoo.rejection import REFUSED
 from dcp_zoo.training.methods.zero_shot import ZERO_SHOT
 from dcp_zoo.training.recipes import EXAMPLES_UNUSED, PROBE_REFUSED, BaseRecipe, changed
@@ -87,6 +89,12 @@ def fit_probe(head: Head, images: ImageLoader, given: ProbeInputs = IMAGES_ALONE
         assert held_out.scores is not None
         head.text_probe.held_out = held_out._replace(rejected=held_out.scores < head.text_probe.threshold)
         info.pop("like_accepted", None)  # by the other thresholds
+    held_out = head.text_probe.held_out
+    start = features[0].start
+    has_seen_none = not head.has_own_features and start is not None and torch.equal(start[0], unseen[0])
+    if thresholds and held_out is not None and has_seen_none:  # the method, of what was left out
+        counts = (shares(table.groups) * typical)[held_out.positions]  # corrections are harder than other images
+        info[PROMISES] = promises_of(held_out, table.labels[held_out.positions], counts)
     if thresholds and given.describes and images.extract is not None:
         info["others_accepted"] = share_above(thresholds, scores_of(head, everyday(head, images.extract)))
     return info
