@@ -418,6 +418,7 @@ def test_an_index_is_not_trusted(index, client, monkeypatch):
 
 SILENT: list[tuple[int, str]] = [  # the Hub's answers to the client, or what its place answers, and what is told
     (0, r"http://127.0.0.1:9 cannot be reached \(Connect.*\). Check the network, HF_ENDPOINT and the proxy"),
+    (2, r"http.* cannot be reached \(ReadTimeout.*\). Check the network, HF_ENDPOINT and the proxy"),
     (1, "HF_HUB_OFFLINE keeps dcp_zoo from asking"),
     (200, "what answers at http.* is no Hub. Check HF_ENDPOINT"),
     (401, "or a proxy before it, denies access"),
@@ -441,12 +442,17 @@ class LoginPage(BaseHTTPRequestHandler):
 
 @contextmanager
 def silent(status: int, client: UploadHub, monkeypatch) -> Iterator[None]:
-    """A Hub that cannot be reached (0), must not be asked (1), or answers like this, whatever it is asked
-    for."""
+    """A Hub that cannot be reached (0), must not be asked (1), keeps one waiting (2), or answers like this,
+    whatever it is asked for."""
     client.faults = [("/resolve/|/api/models", status)] * 99 if status > 200 else []
     with monkeypatch.context() as patch, ExitStack() as stack:
         if status == 1:
             stack.enter_context(offline())
+        elif status == 2:
+            place = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            url, connect = f"http://127.0.0.1:{place.getsockname()[1]}", hub.check_connection
+            patch.setattr(hub, "check_connection", lambda endpoint, *seconds: connect(endpoint, 0.1))
+            use_endpoint(patch, url, Path(huggingface_hub.constants.HF_HUB_CACHE))
         elif status in (0, 200):
             url = stack.enter_context(http_server(LoginPage)) if status else "http://127.0.0.1:9"
             use_endpoint(patch, url, Path(huggingface_hub.constants.HF_HUB_CACHE))
