@@ -156,7 +156,7 @@ class Run:
         if is_user_data(self.split.name):
             counts = Counter(item.label for item in subset.train)
             stored["class_images"] = {name: counts[label] for label, name in enumerate(subset.classnames)}
-            stored["image_hashes"] = image_hashes(subset.train + subset.val, self.facts)
+            stored["image_hashes"] = image_hashes(learnt_from(subset), self.facts)
         if self.split.unreadable:
             stored["unreadable_images"] = self.split.unreadable
         if subset.no_class:
@@ -370,9 +370,14 @@ def _fit_and_measure(
     return head, metrics, evaluation
 
 
+def learnt_from(subset: Split) -> list[Item]:
+    """All images that a head is fitted to or chosen by, the examples of no class included."""
+    return subset.train + subset.val + subset.no_class
+
+
 def _warn_of_two_classes(subset: Split, info: Values) -> None:
     """Warn of own training images that are in several classes, by the hashes in a head's `info`."""
-    several = in_several_classes(subset.train + subset.val, info.get("image_hashes", {}))
+    several = in_several_classes(learnt_from(subset), info.get("image_hashes", {}))
     pairs = [f"{group[0].name} and {group[1].name}" for group in several]
     if pairs:
         warn(f"The same image is in several classes: {shorten(pairs)}. Leave out the wrong ones: a head learns both.")
