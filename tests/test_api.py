@@ -315,6 +315,8 @@ def calls(folder, pictures, fitted, head, uploads, tmp_path, tiny_head, exported
         "fit": lambda: own.fit(*pictures).transform(pictures[0]),
         "head.predict": lambda: head.predict(images),
         "explain": lambda: dcp_zoo.explain(head, pictures[0][0]),
+        "prompt_words": lambda: dcp_zoo.prompt_words(tiny_head),
+        "prompt_attention": lambda: dcp_zoo.prompt_attention(tiny_head),
         "prepare": lambda: prepare(get_head("dcp_mini.caltech101-16shot").bundled_dir, "me/caltech"),
         "benchmark": lambda: sweep([trial], GivenSettings(tmp_path / "sweep", features=tmp_path), run=run_given),
     }
