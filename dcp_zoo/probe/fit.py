@@ -34,7 +34,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.probe.candidates import CandidateWeights, Fits, TrainingSet, fit_candidates
 from dcp_zoo.probe.folds import FOLDS, folds, shares
-from dcp_zoo.probe.model import HeldOut, TextProbe, gated
+from dcp_zoo.probe.model import BEYOND, HeldOut, TextProbe, gated
 from dcp_zoo.probe.stacking import CrossValidation, cross_validate, misfit_of_text, prior_weights
 from dcp_zoo.probe.threshold import LIKE_EXAMPLES, THRESHOLD_IMAGES, average, quantile, share_above, thresholds_of
 from dcp_zoo.rejection import REFUSED
@@ -203,6 +203,7 @@ def _set_threshold(
         probe.examples = examples / math.sqrt(sum(map(len, probe.widths)))
         info["examples"] = len(examples)
     rejected = torch.zeros_like(counted)
+    like_examples = torch.zeros_like(counted)
     parts = validation.folds
     if len(parts) == 1:
         parts = [positions[i::FOLDS] for i in range(FOLDS)]
@@ -210,9 +211,10 @@ def _set_threshold(
         in_fold = torch.isin(positions, fold)
         others = counted & ~in_fold
         if others.sum() > 1:
-            is_low = scores < quantile(scores[others], weights[others], REFUSED)
-            rejected |= in_fold & (is_low | (closer > margin_of(closer[~in_fold])))
-    probe.held_out = HeldOut(positions, logits, method_logits, scores, rejected)
+            rejected |= in_fold & (scores < quantile(scores[others], weights[others], REFUSED))
+            like_examples |= in_fold & (closer > margin_of(closer[~in_fold]))
+    scores = scores.masked_fill(like_examples, -BEYOND)  # below the threshold that validation images may set
+    probe.held_out = HeldOut(positions, logits, method_logits, scores, rejected | like_examples)
     return info
 
 
