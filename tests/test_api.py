@@ -76,6 +76,8 @@ def test_labels_are_checked(folder, pictures, fitted):
             FewShotClassifier(method="zero-shot").fit(*args)
     with pytest.raises(ZooError, match="is one grey image, not 8"):
         fitted.score(np.ones((8, 20)), labels)
+    with pytest.raises(ZooError, match="0.5 is a measurement"):
+        fitted.score(paths, [0.5, *[1.0] * 7])
     for names, message in ((["a", "b", "c"], "3 class names for 2 classes"), ({"red": "red"}, "no name for blue")):
         with pytest.raises(ZooError, match=message):
             FewShotClassifier(classnames=names).fit(paths, labels)

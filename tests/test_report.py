@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,9 @@ def test_folders_with_another_precision_are_not_mixed(sweep, tmp_path):
         store.gather([sweep, tmp_path / "other"])
 
 
-def test_report_files(sweep, tmp_path, run):
+def test_report_files(sweep, tmp_path, run, monkeypatch):
+    """Without Matplotlib there are no figures."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     broken = Trial("few-shot", "dcp_mini", "linear-probe", "dtd", 16, 2)
     store.save_failure(sweep, broken, "<script>alert(1)</script>", "")
     run.ok("report", sweep, "--output", tmp_path / "report")
@@ -119,6 +122,7 @@ def test_report_files(sweep, tmp_path, run):
     ):
         assert f"| DCP | none | - | {cells} |" in markdown.partition(title)[2]
     assert f"`{broken.key}`: <script>" in markdown.partition("## Failed")[2]
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["report.md", "report.tex"]
 
 
 def test_a_report_for_a_paper(sweep, tmp_path, run):

@@ -24,6 +24,7 @@ from dcp_zoo.api.inputs import (
     Labelled,
     Labels,
     check_is_no_table,
+    check_name_classes,
     is_nan,
     labelled,
     one_column,
@@ -251,6 +252,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         if sample_weight is not None:
             sample_weight = np.asarray(sample_weight)[readable]
         true = np.asarray(one_column(labels))[readable]
+        check_name_classes(true)
         labels = predicted[readable].astype(self.classes_.dtype)
         return float(accuracy_score(true, labels, sample_weight=sample_weight))
 

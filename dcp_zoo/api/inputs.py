@@ -45,6 +45,12 @@ def is_folder(images: Images) -> bool:
     return isinstance(images, (str, Path)) and Path(images).is_dir()
 
 
+def check_name_classes(labels: np.ndarray) -> None:
+    """ZooError for labels that are no names of classes."""
+    if labels.dtype.kind == "f" and (labels % 1).any():
+        raise ZooError(f"Labels name classes, by text or whole numbers: {labels[labels % 1 != 0][0]} is a measurement.")
+
+
 def labelled(images: Images, labels: Labels = None, classnames: ClassNames = None, groups: Groups = None) -> Labelled:
     """Images with their labels, of which `none of these` is no class; arguments as in `dcp_zoo.train`."""
     if is_folder(images) and labels is not None:
@@ -56,8 +62,7 @@ def labelled(images: Images, labels: Labels = None, classnames: ClassNames = Non
     has_class = [not (isinstance(label, str) and is_none(label)) for label in labels]
     of_classes = labels if all(has_class) else list(compress(labels, has_class))
     values = np.asarray(of_classes)
-    if values.dtype.kind == "f" and (values % 1).any():
-        raise ZooError(f"Labels name classes, by text or whole numbers: {values[values % 1 != 0][0]} is a measurement.")
+    check_name_classes(values)
     if values.ndim != 1:
         raise ZooError(f"Labels must be one-dimensional, not of shape {values.shape}.")
     classes, class_indices = np.unique(values, return_inverse=True)
