@@ -34,8 +34,9 @@ def plain_reading(clip: FrozenCLIP) -> Reading:
 
 
 def is_plain_reading(reading: Reading, clip: FrozenCLIP) -> bool:
-    """Whether these are some of the features that this CLIP computes without prompts."""
-    return reading.encoder is clip and reading.prompts is None and reading.parts.keys() <= clip.parts.keys()
+    """Whether these are features that this CLIP computes without prompts: all, or the first ones."""
+    first = [*clip.parts][: len(reading.parts)]
+    return reading.encoder is clip and reading.prompts is None and [*reading.parts] == first
 
 
 @dataclass
@@ -87,7 +88,7 @@ class FeatureExtractor:
             of_facts = Column(photos, FACTS, f"facts and frames {computed_by()}")
             missing |= of_facts.missing
             if photos.facts is None:
-                photos.facts = {}  # which are known once an image is decoded
+                photos.facts = {}  # filled while images are decoded
         errors: dict[int, ZooError] = {}
         if missing:
             batches = self._batches(photos, sorted(missing), views, inputs)
@@ -174,8 +175,10 @@ class FeatureExtractor:
                 shown[view] = plain
             elif view == MIRRORED:
                 shown[view] = plain.flip(-1)
-            else:
+            elif view.seed is not None:
                 shown[view] = self._crops(images, photos, view)
+            else:
+                raise ValueError(f"No images are made for the view {view}.")
         return shown
 
     def _crops(self, images: Mapping[int, Any], photos: Photos, view: View) -> Tensor:

@@ -626,7 +626,7 @@ class Head(nn.Module, ABC):
         probe = self.text_probe
         if probe is not None and probe.classes != self.own_classes:
             rows = probe.tensors(self.own_classes)
-            for name in ("weight", "bias", "means"):
+            for name in PER_CLASS:
                 state[f"{prefix}{PREFIX}{name}"] = rows[f"{PREFIX}{name}"]
         return state
 

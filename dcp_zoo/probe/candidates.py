@@ -7,10 +7,10 @@ s of the scaled text logits a z (B, C). For each of `PENALTIES` there is one sof
     logits = s a z + f D^T                                               (B, C)
 
 D (C, k) minimises sum_i w_i cross-entropy_i + penalty / 2 |D|^2 over the training images and their mirror
-images, among
-         the classes that have images: one convex problem; w_i gives each class the same weight
+images, among the classes that have images: one convex problem. The w_i give each class the same weight, see
+`balanced`.
 
-and for each of `STRENGTHS` t there are Gaussian classes with means m_c (C, k), whose mean is m:
+And for each of `STRENGTHS` t there are Gaussian classes with means m_c (C, k), whose mean is m:
 
     logits = s a z + t r (f (m_c - m)^T - (m_c - m) (m_c + m)^T / 2)     (B, C)
 
@@ -75,9 +75,7 @@ class TrainingSet:
     text: Linear  # the text logits z as a linear function of the first group
     weights: Tensor  # (n,), how much each image counts
     intermediate: Sequence[int] = ()  # positions of the groups that are intermediate features of an image tower
-    clip_groups: int | None = (
-        None  # how many of the first groups are CLIP's and final; default all, see `prior_weights`
-    )
+    clip_groups: int | None = None  # how many of the first are CLIP's and final; default all, see `prior_weights`
     whole: int | None = None  # of how many images they are a part; default none
 
     def subset(self, images: Tensor) -> "TrainingSet":
@@ -122,9 +120,9 @@ def principal_axes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def column_subsets(widths: Sequence[int], intermediate: Sequence[int] = ()) -> list[tuple[Tensor, float]]:
-    """The columns that candidates read, and what scales them to the length 1: first all groups of features
-    that are not intermediate; then each of these but CLIP's embedding, and each intermediate one with the
-    final one before it.
+    """The columns that candidates read, and what scales them to the length 1. Subset 0 has all groups of
+    features that are not intermediate. Subset g > 0 belongs to group g, and other code counts on that: it is
+    this group, if intermediate with the final one before it.
 
     >>> [(columns.tolist(), round(scale, 3)) for columns, scale in column_subsets([2, 1, 1, 1], intermediate=[2])]
     [([0, 1, 2, 4], 0.577), ([2], 1.0), ([2, 3], 0.707), ([4], 1.0)]

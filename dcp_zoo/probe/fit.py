@@ -1,18 +1,17 @@
 """Fit a text probe to features of the few-shot images.
 
-1. The scale a of the text logits z minimises the cross-entropy (sum) of a z on the training images, + (log
-a)^2 / 2. 2. The images of four `folds` are held out, one fold after the other (of many images one of these),
-and `candidates`
-   fitted to the others. Where the method was trained on these images, zero-shot CLIP takes its place there.
+1. The scale a of the text logits z minimises the cross-entropy (sum) of a z on the training images
+   + (log a)^2 / 2.
+2. The images of four `folds` are held out, one fold after the other (of many images one of these), and
+   `candidates`, in which all classes count the same, are fitted to the others. Where the method was trained
+   on these images, zero-shot CLIP takes its place there.
 3. Each candidate's weight follows from its losses on held-out images, see `stacking`.
 4. The probe is the weighted mean of the candidates, fitted to all images. Unless text explains these well,
-it is
-   underconfident, the more so the fewer they are: its logits are multiplied by an inverse temperature of up
-   to 1 + `SHARPER` (1 + 1 / images per class).
+   it is underconfident, the more so the fewer they are: its logits are multiplied by an inverse temperature
+   of up to 1 + `SHARPER` (1 + 1 / images per class).
 5. The scores of 20 or more held-out images set a `threshold`. Images that were added as corrections do not
-count where
-   there are 20 others: they are the hard ones, and would lower it. `like_accepted` says how many images
-   would pass if their class, and every second one, was unknown, `others_accepted` how many everyday
+   count where there are 20 others: they are the hard ones, and would lower it. `like_accepted` says how many
+   images would pass if their class, and every second one, was unknown, `others_accepted` how many everyday
    pictures.
 
 What the probes without each fold say of its images, `TextProbe.held_out`, is also an estimate of the

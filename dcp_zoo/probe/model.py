@@ -180,7 +180,7 @@ class TextProbe(nn.Module):
         these."""
         classes = self.classes if classes is None else classes
         state = self.state_dict()
-        state |= {name: self._ordered(state[name], classes) for name in ("weight", "bias", "means")}
+        state |= {name: self._ordered(state[name], classes) for name in PER_CLASS}
         absent = (() if len(self.examples) else ("examples", "margin")) + (() if len(self.gate) else ("gate",))
         state = {name: tensor for name, tensor in state.items() if name not in absent}
         if self.cannot_reject(classes):
