@@ -146,7 +146,7 @@ class Outputs(NamedTuple):
                 return None
             missing = np.nan if part.dtype.kind == "f" else False
             rows = np.full((len(readable), *part.shape[1:]), missing, part.dtype)
-            rows[positions] = part[: len(positions)]
+            rows[positions] = part[: len(positions)]  # a batch may end with black images, see `prediction.stacked`
             return rows
 
         return Outputs._make(map(spread, self))

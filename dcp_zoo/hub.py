@@ -218,9 +218,12 @@ def _fetch_index(repo: str, endpoint: str, cache_dir: str) -> str | None:
     try:
         check_connection(endpoint, INDEX_SECONDS)
         # where there is no answer, the client of itself takes the file in its cache, without a word
-        if get_hf_file_metadata(hf_hub_url(repo, INDEX_NAME), timeout=INDEX_SECONDS).commit_hash is None:
+        if (
+            get_hf_file_metadata(hf_hub_url(repo, INDEX_NAME, endpoint=endpoint), timeout=INDEX_SECONDS).commit_hash
+            is None
+        ):
             raise errors.FileMetadataError(endpoint)
-        return hf_hub_download(repo, INDEX_NAME, cache_dir=cache_dir, etag_timeout=INDEX_SECONDS)
+        return hf_hub_download(repo, INDEX_NAME, cache_dir=cache_dir, etag_timeout=INDEX_SECONDS, endpoint=endpoint)
     except (errors.RepositoryNotFoundError, errors.EntryNotFoundError) as error:
         if _kind(error) in (FORBIDDEN, errors.LocalEntryNotFoundError):
             raise

@@ -17,10 +17,10 @@ import dcp_zoo
 from dcp_zoo import FewShotClassifier
 from dcp_zoo.accuracy import Accuracy
 from dcp_zoo.answers import top_classes
-from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.data import Item, load_split
 from dcp_zoo.heads.config import read_config
 from dcp_zoo.training.evaluation import Confusion, Evaluation
+from dcp_zoo.training.mistakes import write_mistakes
 
 
 @pytest.fixture

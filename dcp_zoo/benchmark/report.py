@@ -1,5 +1,5 @@
 """Reports on gathered results, one row per measured accuracy: tables, with differences between methods
-that are paired by what they share. And a page on the predictions of a head."""
+that are paired by what they share."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dcp_zoo.benchmark import store
 from dcp_zoo.data import DATASETS
-from dcp_zoo.data.images import thumbnails
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.files import write_file
@@ -22,8 +21,6 @@ from dcp_zoo.training.recipes import TEXT_PROBE
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from dcp_zoo.training.evaluation import Evaluation
 
 EMPTY = "-"
 SPREAD = "Mean ± standard deviation over seeds; without ± there is only one seed."
@@ -41,10 +38,10 @@ class Table(NamedTuple):
 
 
 def with_labels(results: "pd.DataFrame") -> "pd.DataFrame":
-    """The results with a column `label`, in a fixed order and without duplicates: the method with its
-    changed options; for results of a head with text probes also that; and for results with the batch
-    statistics of a method that also has stored ones, the word "batch". If several folders have a
-    result, the last one is used."""
+    """The results with a column `label`, such as "DCP (depth=3) + text probes, batch", in a fixed order and
+    without duplicates: the method, its changed options, whether the head has text probes, and "batch" where
+    a head with stored statistics was tested with those of the batch. If several folders have a result,
+    the last one is used."""
     results = results.drop_duplicates(store.IDENTITY, keep="last").copy()
     results["options"] = results["options"].astype(object).fillna("")  # read as numbers if all are empty
     with_stored = set(results.method[results.stats == "stored"])
@@ -356,33 +353,3 @@ def figures_of(results: "pd.DataFrame") -> Values:
     if gaps:
         made["differences"] = figures.differences_figure(gaps, reference)
     return made
-
-
-ENOUGH = 200  # images for a statement on probabilities: bins of fewer say nothing
-PICTURES = 60  # mistakes that are shown
-SIDE = 240  # pixels of the longer side of their pictures
-
-
-def write_mistakes(evaluation: "Evaluation", path: Path, title: str) -> None:
-    """Write the page on the predictions of a head, with this heading."""
-    from dcp_zoo.training.evaluation import (
-        expected_calibration_error,
-        negative_log_likelihood,
-        reliability,
-    )
-
-    logits = evaluation.logits
-    labels = evaluation.labels
-    mistakes = evaluation.mistakes[:PICTURES]
-    pictures = thumbnails([mistake.item.path for mistake in mistakes], SIDE)
-    page = templates(__package__).get_template("mistakes.html.jinja")
-    text = page.render(
-        title=title,
-        answers=evaluation,
-        bins=reliability(logits, labels),
-        fewest=ENOUGH,
-        ece=expected_calibration_error(logits, labels),
-        nll=negative_log_likelihood(logits, labels),
-        pictures=list(zip(pictures, mistakes, strict=True)),
-    )
-    write_file(path, text, "choose another --report")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from rich.columns import Columns
 from typer import Exit, Option
 
-from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import from_here, log, output, plain_table, progress_bar
 from dcp_zoo.data import Item, Split, find_spec, is_user_data, load_labelled, training_split
@@ -96,6 +95,8 @@ def evaluate(
     with all_named(items, MOVE):
         metrics, evaluation = measure(model, loader, batch_size, all_modes=claim)
     if report:
+        from dcp_zoo.training.mistakes import write_mistakes  # after torch, which is slow
+
         write_mistakes(evaluation, report, f"{head} on {dataset}")
         log(f"Wrote {report}")
     if as_json:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from typer import Option
 
-from dcp_zoo.benchmark.report import write_mistakes
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import advise, log, output, progress_bar, rejection_note, resumable
 from dcp_zoo.cli.heads import show_evaluation
@@ -142,6 +141,8 @@ def train(
 
     def show(evaluation: "Evaluation") -> None:
         if report:
+            from dcp_zoo.training.mistakes import write_mistakes  # after torch, which is slow
+
             write_mistakes(evaluation, report, f"{output_dir} on {run.split.name}")
             log(f"Wrote {report}")
         show_evaluation(evaluation)

@@ -53,8 +53,15 @@ REWRITTEN_FROM = {
 
 
 class PromptAttention(nn.Module):
-    """Rewrites the prompts of one tower, whose width is a multiple of 64, from those of the other, the
-    queries; or from its own."""
+    """Rewrites the prompts p (M, D) of one tower from the prompts q (M, D') of the other tower, or from p
+    itself where the coupling is self:
+
+        Q  = LN1(W q + b)          KV = LN1(p)           (M, D) each, by the same norm
+        x  = p + MultiHead(Q, KV, KV)                    D / 64 attention heads
+        p' = x + MLP(LN2(x))                             (M, D)
+
+    ZooError if D is no multiple of 64.
+    """
 
     def __init__(self, dim: int, other_dim: int) -> None:
         super().__init__()
@@ -202,7 +209,8 @@ class DCP(Head):
     def _encode_batch(self, images: Images) -> tuple[Tensor, PrefixRun | FullRun]:
         """Image features (B, E) with the statistics of this batch, and the text tower, before the class
         names."""
-        ((_, x, text),) = deque(self._walk(images, last=True), 1)
+        last_step = deque(self._walk(images, last=True), maxlen=1)  # tokens of earlier blocks are freed
+        ((_, x, text),) = last_step
         return self.encoder.vision_tower.features(x), text
 
     def _encode_prompted(self, images: Images) -> Tensor:
@@ -227,6 +235,9 @@ class DCP(Head):
         block before flow on, and the text tower after its block. The caller then runs the same block of the
         image tower: `pooled(i)` is called when the caller asks for block i, and so after it has run block i
         - 1. In a causal text tower t is the same for every class, as the prompts precede the names.
+
+        Where vision prompts newly enter block i, they also do in all blocks before: what stores them, such as
+        `image_prompts`, gives prompt i to block i.
         """
         vision = self.encoder.vision_tower
         text_tower = self.encoder.text_tower
@@ -303,8 +314,8 @@ class DCP(Head):
         """The stored v (M, Dv) before block i."""
         if self.stored_stats is not None:
             return self.stored_stats[i - 1]
-        assert not self.text_reads_images  # then the text does not depend on v
-        return self.prompts["vision"]
+        assert not self.text_reads_images
+        return self.prompts["vision"]  # in place of v, on which the text does not depend
 
     @property
     def stats_modes(self) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ from dcp_zoo.heads.config import (
     without,
 )
 from dcp_zoo.heads.fused import FusedClassifier, FusedHead
-from dcp_zoo.probe.model import NEVER, PREFIX, TextProbe
+from dcp_zoo.probe.model import NEVER, PER_CLASS, PREFIX, TextProbe
 from dcp_zoo.rejection import REFUSED
 
 Intermediate = Tensor | tuple[Tensor, Tensor]  # patches, or with the tokens before them
@@ -205,7 +205,7 @@ class Head(nn.Module, ABC):
         fitted to."""
         if self.text_probe is None:
             return [self.readable[0].only()]
-        pairs = zip(self.readable, self.text_probe.widths, strict=False)
+        pairs = zip(self.readable, self.text_probe.widths, strict=False)  # encoders after those are not read
         return [reading.only(len(widths)) for reading, widths in pairs]
 
     @property

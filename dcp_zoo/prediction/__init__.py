@@ -6,7 +6,7 @@ callable on batches, for any engine. This module does not import torch.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -164,6 +164,9 @@ class Predictor:
 
     def __post_init__(self) -> None:
         if isinstance(self.head, Predictor):
+            given = [f.name for f in fields(self)[1:] if getattr(self, f.name) != f.default]
+            if given:
+                raise ZooError(f"A copy of a Predictor takes no {', '.join(given)}: give this to the first one.")
             vars(self).update(self.head.__getstate__())
             return
         from dcp_zoo.zoo.resolve import parse_name  # here, as servers do without

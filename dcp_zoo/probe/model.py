@@ -13,6 +13,7 @@ from dcp_zoo.backbone.classes import rows_of
 from dcp_zoo.backbone.clip import Linear
 
 PREFIX = "text_probe."  # of its tensors in a head
+PER_CLASS = ("weight", "bias", "means")  # tensors with one row for each class
 PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)  # an infinite one leaves the text alone
 NEVER = torch.finfo(torch.float16).min  # a threshold that rejects nothing, also in half precision
 BEYOND = 1e4  # a distance that every other threshold rejects

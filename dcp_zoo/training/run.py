@@ -262,7 +262,7 @@ def train_head(
     run: Run,
     output: Path | None = None,
     options: RunOptions | None = None,
-    measured: Mapping[str, object] | None = None,
+    known_metrics: Mapping[str, object] | None = None,
     *,
     clip: FrozenCLIP | None = None,
     subset: Split | None = None,
@@ -280,7 +280,7 @@ def train_head(
         run, options: the run, see `plan` and `RunOptions`.
         output: folder for `model.safetensors`, `config.json` and, of a training, until the run has finished
             its state. None writes nothing.
-        measured: accuracies to store instead of measuring.
+        known_metrics: accuracies to store instead of measuring.
         clip: of the run, where it is loaded already, on its device.
         subset, read: the images of the run, where they are read already, and what reads them.
         by_folds: whether the accuracy is measured by folds of the training images, not on test images.
@@ -294,11 +294,11 @@ def train_head(
                 remove_state(output)
             check_free(output, options.overwrite, resumes=run.recipe.is_trained)
         head, metrics, evaluation = _fit_and_measure(
-            run, output, options, measured, clip=clip, subset=subset, read=read, by_folds=by_folds
+            run, output, options, known_metrics, clip=clip, subset=subset, read=read, by_folds=by_folds
         )
         if METHODS[run.method].needs_images(run.recipe):
             _warn_of_two_classes(subset, head.info)
-        if is_user_data(run.split.name) and measured is None and run.test_share != 0 and not metrics:
+        if is_user_data(run.split.name) and known_metrics is None and run.test_share != 0 and not metrics:
             options.log("There are too few images, or groups, of a class to leave any out: the accuracy is not known.")
         untested = head.info.get("untested")
         if untested:
@@ -317,7 +317,7 @@ def _fit_and_measure(
     run: Run,
     output: Path | None,
     options: RunOptions,
-    measured: Mapping[str, object] | None = None,
+    known_metrics: Mapping[str, object] | None = None,
     *,
     clip: FrozenCLIP | None = None,
     subset: Split,
@@ -344,15 +344,17 @@ def _fit_and_measure(
         task.callbacks = options.callbacks
         earlier = task.state.seconds
     head = fit_head(run.method, task)
-    info = info or run.info(subset)  # by now each image was read, and hashed in the same pass
+    if not info:  # made after the fit, which has read and hashed each image
+        info = run.info(subset)
     seconds = round(earlier + time.perf_counter() - started, 2)
     metrics: dict[str, float] = {}
     evaluation = None
-    outcome = dict(measured or {})
+    outcome = dict(known_metrics or {})
     if by_folds:
         metrics, evaluation = _by_folds(run, task, head) or ({}, None)
-    elif measured is None and options.test and run.split.test:
-        test = run.images(clip, options.progress, run.split.test, again=head.stats_modes != ("stored",))
+    elif known_metrics is None and options.test and run.split.test:
+        is_read_twice = head.stats_modes != ("stored",)  # once for each kind of statistics
+        test = run.images(clip, options.progress, run.split.test, again=is_read_twice)
         metrics, evaluation = measure(head, test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH))
         if is_user_data(run.split.name) and needs_images and not run.split.held_out:
             _warn_of_shared_groups(subset.train, task.images, test)
@@ -463,8 +465,8 @@ def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> t
             took = format_duration(trained.info["train_seconds"])
             final = replace(run, split=all_for_training(part.split), shots=None, test_share=0.0)  # with its groups
             options.log(f"Refitting on all {len(final.split.train):,} images; the first fit took {took}.")
-            measured = {name: trained.info[name] for name in MEASURED if name in trained.info}
-            head, _ = train_head(final, output, options, measured, clip=clip)
+            known_metrics = {name: trained.info[name] for name in MEASURED if name in trained.info}
+            head, _ = train_head(final, output, options, known_metrics, clip=clip)
             shutil.rmtree(first, ignore_errors=True)
             if evaluation:
                 options.show(evaluation)

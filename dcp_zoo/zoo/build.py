@@ -137,7 +137,7 @@ def load_clip(
     clip = FrozenCLIP(built, tokenizer, spec.data_cfg, spec.name, spec.clip_pretrained)
     clip.note = note
     if with_weights:
-        clip.remember_weights()
+        clip.remember_weights()  # their fingerprint: a cast to another dtype must come after this
     return clip
 
 
@@ -244,7 +244,7 @@ def load_encoders(names: Sequence[str], clip: FrozenCLIP, stored: Sequence[Value
     downloaded, or others than the head was trained with."""
     check_encoders(names)
     encoders = [_load_encoder(name, clip) for name in names]
-    for encoder, trained_with in zip(encoders, stored, strict=False):
+    for encoder, trained_with in zip(encoders, stored, strict=False):  # none is stored of a fresh head
         if trained_with["fingerprint"] != encoder.fingerprint():
             raise ZooError(
                 f"The weights of {encoder.source} are not those that the head was trained with: use the version of "
