@@ -524,6 +524,24 @@ def told() -> str:
     return as_table([*header, "worse, without groceries, %"], lines)
 
 
+def worth() -> str:
+    """What is promised of images like those of training beside what others say: means over the draws of each
+    set, then over sets; how often trust is broken also without groceries."""
+    rows = results("worth")
+    rows["told"] = 100 * rows["trusted_5"].notna()
+    columns = ["coverage_80", "coverage_90", "coverage_95", "size_90", "worst_90", "told", "trusted_5", "wrong_5"]
+    means = rows.groupby(["images_per_class", "set"])[columns].mean().groupby("images_per_class").mean()
+    lines = []
+    for images, row in means.iterrows():
+        heads = rows[(rows["images_per_class"] == images) & rows["trusted_5"].notna()]
+        wrong = [part["wrong_5"] > 5 for part in (heads, heads[heads["set"] != "groceries"])]
+        broken = [f"{each.sum()} of {len(each)}" if len(each) else "" for each in wrong]
+        lines.append([f"{images}", *("" if pd.isna(cell) else f"{cell:.1f}" for cell in row), *broken])
+    header = ["images of a class", "in a set where 80 % are asked", "90 %", "95 %", "classes in a set for 90 %"]
+    header += ["in a set for 90 %, worst class", "heads that can tell", "images trusted", "wrong of these"]
+    return as_table([*header, "heads with more than 5 % wrong", "the same without groceries"], lines)
+
+
 def copies(part: Any = REPORTING) -> str:
     """How many copies of photographs are found, by how they were altered: of all sets, and in the worst."""
     rows = results("copies").query("set in @part and copy != 'alone'")

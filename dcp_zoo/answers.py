@@ -79,16 +79,16 @@ class Promises(NamedTuple):
         check_choice("coverage of sets", sets, COVERAGES)
         if not stored:
             raise ZooError(
-                "This head promises no sets: it is older than these, was fitted on too few images, has other classes "
-                "or texts than it was fitted on, or has trained prompts or weights. Train a text probe on 20 images or "
-                "more, at least two of a class: dcp-zoo train."
+                "This head promises no sets: it is older than these, was fitted on too few images, has other "
+                "classes or texts than it was fitted on, or has trained prompts or weights. Train a text probe on "
+                "20 images or more, at least two of a class: dcp-zoo train."
             )
         included = stored.get("sets", {}).get(f"{sets:g}")
         if included is None:
             raise ZooError(
-                f"Sets for {100 * sets:g} % need {images_for_set(sets)} images, or groups, that were left out of the "
-                f"fit and are not refused, and this head has {stored.get('images', 0):.0f}: train it on more, or ask "
-                "for less."
+                f"Sets for {100 * sets:g} % need {images_for_set(sets)} images, or groups, that were left out of "
+                f"the fit and are not refused, and this head has {stored.get('images', 0):.0f}: train it on more, "
+                "or ask for less."
             )
         return cls(trusted, included)
 
@@ -111,8 +111,8 @@ class Thresholds(NamedTuple):
     def outputs(
         self, logits: np.ndarray, distances: np.ndarray | None = None, features: np.ndarray | None = None
     ) -> "Outputs":
-        """The outputs for images with these logits (n, C), and distances (n,), as of `TextProbe.distance`, if
-        they `exist`."""
+        """The outputs for images with these logits (n, C), and distances (n,), as of `TextProbe.distance`,
+        if they `exist`."""
         if distances is None:
             return Outputs(logits, features=features)
         scores = in_distribution_score(logits, distances)

@@ -44,7 +44,7 @@ def trust_note(info: Mapping[str, Any]) -> str:
     images = promises.get("images", 0)
     if images < needed:
         return (
-            f"Which answers can be trusted to be {most} cannot be told: that needs {needed} images, or groups, that "
-            f"were left out and are not refused, and there are {images:.0f}."
+            f"Which answers can be trusted to be {most} cannot be told: that needs {needed} images, or groups, "
+            f"that were left out and are not refused, and there are {images:.0f}."
         )
     return f"No answers can be trusted to be {most}: even of the surest, too many may be wrong."

@@ -227,9 +227,9 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         return labels
 
     def predict_set(self, images: Images, coverage: float = 0.9) -> list[np.ndarray]:
-        """The labels that each of n images may have, the most probable first: the fewest with which this share
-        of images like those of training, 0.8, 0.9 or 0.95, have theirs in the set; over all images, not for
-        each class. Empty for images that `predict` rejects, and those that cannot be read. ZooError for a
+        """The labels that each of n images may have, the most probable first: the fewest with which this
+        share of images like those of training, 0.8, 0.9 or 0.95, have theirs in the set; over all images, not
+        for each class. Empty for images that `predict` rejects, and those that cannot be read. ZooError for a
         classifier that does not promise it, such as one of too few images."""
         least = Promises.of(self._head().promises, coverage).included
         assert least is not None

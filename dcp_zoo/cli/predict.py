@@ -88,7 +88,7 @@ def predict(
     if sets is not None and together:
         raise ZooError("--sets are of each image alone: omit --together.")
     names = opt.class_list(classes)
-    if sample and head == DEFAULT_HEAD and not (names or images or reject or sets):  # these need the head's own classes
+    if sample and head == DEFAULT_HEAD and not (names or images or reject or sets):  # which need its own classes
         names = SAMPLE_CLASSES
         log(ZERO_SHOT)
     from dcp_zoo.prediction import Predictor

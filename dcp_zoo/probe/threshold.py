@@ -16,7 +16,7 @@ from statistics import NormalDist
 
 import numpy as np
 import torch
-from scipy.stats import beta
+from scipy.special import betaincinv
 from torch import Tensor
 
 from dcp_zoo.fields import Values
@@ -109,7 +109,8 @@ def confidence_allowing(confidence: Tensor, wrong: Tensor, weights: Tensor, shar
     values, order = confidence.sort(descending=True)
     seen = weights[order].cumsum(0)
     errors = (weights * wrong)[order].cumsum(0)
-    bound = torch.from_numpy(beta.ppf(SURE, errors + 1, (seen - errors).clamp(min=1e-9)))
+    right = (seen - errors).clamp(min=1e-9)
+    bound = torch.from_numpy(betaincinv((errors + 1).numpy(), right.numpy(), SURE))
     is_last = torch.cat([values[1:] != values[:-1], torch.ones(1, dtype=torch.bool)])[: len(values)]
     too_few = seen < images_for_trust(share) - 1e-6
     holds = ((bound <= share) | too_few | ~is_last).long().cumprod(0).bool()

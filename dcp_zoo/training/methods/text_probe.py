@@ -93,7 +93,7 @@ def fit_probe(head: Head, images: ImageLoader, given: ProbeInputs = IMAGES_ALONE
     start = features[0].start
     has_seen_none = not head.has_own_features and start is not None and torch.equal(start[0], unseen[0])
     if thresholds and held_out is not None and has_seen_none:  # the method, of what was left out
-        counts = (shares(table.groups) * typical)[held_out.positions]  # corrections are harder than other images
+        counts = (shares(table.groups) * typical)[held_out.positions]  # corrections are hard ones
         info[PROMISES] = promises_of(held_out, table.labels[held_out.positions], counts)
     if thresholds and given.describes and images.extract is not None:
         info["others_accepted"] = share_above(thresholds, scores_of(head, everyday(head, images.extract)))
