@@ -70,6 +70,8 @@ COMPARISON = re.compile(
 NOT_PROSE = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)", re.DOTALL)
 
 FACTS = {  # no measurements, allowed on every page
+    "97.5 %": "confidence of what an accuracy is at least",
+    "90 %": "confidence of what can be trusted, and the share of images whose class is in a set",
     "95 %": "level of all intervals, and share of training images that pass the threshold for rejection",
     "5 %": "share of its own images that `--reject` refuses",
     "30 %": "test share of `train`",
