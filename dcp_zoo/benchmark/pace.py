@@ -2,9 +2,8 @@
 space."""
 
 import http.client
-import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from dcp_zoo.data import DatasetSpec, find_spec
 from dcp_zoo.data.download import AGENT
 from dcp_zoo.data.packaged import Archive
 from dcp_zoo.errors import ZooError
-from dcp_zoo.features.device import autocast, pick_device, pick_precision
+from dcp_zoo.features.device import autocast, fastest, pick_device, pick_precision, seconds_per_image
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.training.loop import build_optimizer
 from dcp_zoo.training.recipes import batch_sizes, default_recipe
@@ -42,19 +41,10 @@ def pace(model: str, device: str = "auto", precision: str = "float32") -> Pace:
     few = 4  # class names
     many = 44
 
-    def seconds(call: Callable[[], object]) -> float:
-        times = []
-        for _ in range(3):  # the first takes longer, and others where the machine is busy
-            started = time.perf_counter()
-            call()
-            if place.type == "cuda":
-                torch.cuda.synchronize(place)
-            times.append(time.perf_counter() - started)
-        return min(times)
-
     with seeded(0, place):
         clip = plain_clip(model, with_weights=False).to(place)
-        images = torch.randn(recipe.batch_size, *clip.pretrained_cfg["input_size"], device=place)
+        size = clip.pretrained_cfg["input_size"]
+        images = torch.randn(recipe.batch_size, *size, device=place)
         labels = torch.arange(len(images), device=place) % few
 
         def step_time(classes: int) -> float:
@@ -68,10 +58,9 @@ def pace(model: str, device: str = "auto", precision: str = "float32") -> Pace:
                 torch.autograd.backward(loss, inputs=parameters)
                 optimizer.step()
 
-            return seconds(step)
+            return fastest(step, place)
 
-        with torch.no_grad(), autocast(place, precision):
-            image = seconds(lambda: clip.read(images)) / len(images)
+        image = seconds_per_image(clip.read, size, place, precision, recipe.batch_size)
         fewest = step_time(few)
         most = step_time(many)
     per_class = max(0.0, (most - fewest) / (many - few))

@@ -1,8 +1,9 @@
-"""`dcp-zoo eval`: a trained head is measured on images."""
+"""`dcp-zoo eval`: a trained head is measured on images, or two are compared."""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from dcp_zoo.threads import use_threads
 
 if TYPE_CHECKING:
     from dcp_zoo.heads.head import Head
+    from dcp_zoo.training.comparison import Comparison
     from dcp_zoo.training.evaluation import Evaluation
 
 MOST = 10  # rows of each table
@@ -31,7 +33,7 @@ UNKNOWN = "{} does not say which images it was trained on: if these are among th
 
 
 def evaluate(
-    head: opt.HeadName,
+    heads: opt.HeadNames,
     photos: opt.Images = None,
     labels: opt.Labels = None,
     data_root: opt.DataRoot = None,
@@ -42,50 +44,97 @@ def evaluate(
     overwrite: opt.Overwrite = False,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Measure a head's top-1 accuracy on the test images of a dataset, overall and per class.
+    """Measure a head's top-1 accuracy on the test images of a dataset, overall and per class; or compare two.
 
     Images are classified into all classes of the head, also where a folder has images of some of them only.
     Of a dataset with other classes, the head classifies into these instead, as in the cross-dataset
     protocol. With --claim the exit code is 1 if an accuracy differs from the stated one by more than 0.05
     percentage points. Of your own images, those that the head was trained on are left out, wherever they are
-    and whatever they are called.
+    and whatever they are called. With a second --head, it says which is better on images that neither was
+    trained on, and what each costs.
 
     [dim]dcp-zoo eval --head dcp_mini.caltech101-16shot --data-root DATA[/]
     [dim]dcp-zoo eval MY_PHOTOS --head my_head --report mistakes.html[/]
+    [dim]dcp-zoo eval MY_PHOTOS --head my_head --head other_head[/]
     [dim]dcp-zoo eval --head dcp_mini.caltech101-16shot --data-root DATA --claim[/]
     """
     if claim and as_json:
         raise ZooError("--claim prints a table: omit --json.")
-    name = opt.head_name(head)
+    if len(heads) > 2:
+        raise ZooError("eval measures one head or compares two: pass --head once or twice.")
+    if len(heads) == 2 and (claim or report):
+        raise ZooError("--claim and --report are for one head: omit them, or the second --head.")
+    names = [opt.head_name(head) for head in heads]
     dataset, data_root = opt.data_source(photos, data_root, labels)
     if report:
         check_output(report, overwrite, "--report")
-    from dcp_zoo.api.inputs import among
-    from dcp_zoo.features.device import pick_precision
-    from dcp_zoo.features.extract import FeatureExtractor
-    from dcp_zoo.features.loader import ImageLoader
-    from dcp_zoo.features.photos import Photos
     from dcp_zoo.prediction.heads import loaded
     from dcp_zoo.release import claimed
-    from dcp_zoo.training.evaluation import measure
 
     use_threads()
-    model = loaded(name, device)
-    claims = claimed(name, model) if claim else {}
+    models = [loaded(name, device) for name in names]
+    head = heads[0]
+    model = models[0]
+    claims = claimed(names[0], model) if claim else {}
     is_cross_dataset = dataset is not None and not is_user_data(dataset)
     dataset = dataset or trained_on(head, model, data_root)
     images = load_labelled(dataset, data_root, labels)
     if images.note:
         log(printable(images.note))
-    test, title = test_images(images, model, head, claim)
     shown = str(data_root) if dataset == "folder" else dataset
-    if is_cross_dataset and set(images.classnames) != set(model.classnames):
-        log(
-            f"Note: {head} was trained on {model.num_classes} classes, and is tested with the {len(images.classnames)} "
-            f"class names of {shown}, as in the cross-dataset protocol."
-        )
-        model.set_classnames(images.classnames, find_spec(dataset).template)
-    items = among(test, images.classnames, model.classnames)
+    test, title = test_images(images, model, head, claim)
+    for other, other_model in zip(heads[1:], models[1:], strict=True):
+        known = {item.key for item in test_images(images, other_model, other, claim)[0]}
+        test = [item for item in test if item.key in known]
+        if not test:
+            raise ZooError(f"Each of these images is one that {head} or {other} was trained on: pass other images.")
+    measurements = []
+    for each, each_model in zip(heads, models, strict=True):
+        if is_cross_dataset and set(images.classnames) != set(each_model.classnames):
+            log(
+                f"Note: {each} was trained on {each_model.num_classes} classes, and is tested with the "
+                f"{len(images.classnames)} class names of {shown}, as in the cross-dataset protocol."
+            )
+            each_model.set_classnames(images.classnames, find_spec(dataset).template)
+        measurements.append(measured(each_model, test, images.classnames, precision, claim))
+    metrics, evaluation, conditions = measurements[0]
+    if len(heads) == 2:
+        from dcp_zoo.features.groups import with_own_groups
+        from dcp_zoo.training.comparison import Comparison
+
+        if dataset == "folder":
+            evaluation = replace(evaluation, items=with_own_groups(evaluation.items))
+        compared = Comparison(evaluation, measurements[1][1])
+        precisions = [each["precision"] for _, _, each in measurements]
+        show_comparison(heads, models, compared, precisions, shown, as_json)
+        return
+    if report:
+        from dcp_zoo.training.mistakes import write_mistakes  # after torch, which is slow
+
+        write_mistakes(evaluation, report, f"{head} on {dataset}")
+        log(f"Wrote {report}")
+    if as_json:
+        print(json.dumps({"head": head, "dataset": dataset} | conditions | as_values(evaluation)))
+        return
+    kind = title.removesuffix("top-1")
+    output.print(f"{head} on {len(test)} {kind}images of {shown}, {model.stats} statistics:", markup=False)
+    show_evaluation(evaluation, title)
+    if claim:
+        compare(claims, metrics)
+
+
+def measured(
+    model: "Head", test: Sequence[Item], classnames: Sequence[str], precision: str, claim: bool
+) -> tuple[Mapping[str, float], "Evaluation", Values]:
+    """`measure` on images whose labels count these class names, with the precision and the batch size."""
+    from dcp_zoo.api.inputs import among
+    from dcp_zoo.features.device import pick_precision
+    from dcp_zoo.features.extract import FeatureExtractor
+    from dcp_zoo.features.loader import ImageLoader
+    from dcp_zoo.features.photos import Photos
+    from dcp_zoo.training.evaluation import measure
+
+    items = among(test, classnames, model.classnames)
     recipe = model.info.get("recipe", {})
     batch_size = recipe.get("eval_batch_size", 16)
     if claim and precision == AUTO:  # as it was measured
@@ -94,20 +143,65 @@ def evaluate(
     loader = ImageLoader(Photos(items), FeatureExtractor(model.frozen, precision, progress_bar))
     with all_named(items, MOVE):
         metrics, evaluation = measure(model, loader, batch_size, all_modes=claim)
-    if report:
-        from dcp_zoo.training.mistakes import write_mistakes  # after torch, which is slow
+    return metrics, evaluation, {"stats": model.stats, "precision": precision, "batch_size": batch_size}
 
-        write_mistakes(evaluation, report, f"{head} on {dataset}")
-        log(f"Wrote {report}")
+
+def show_comparison(
+    heads: Sequence[str],
+    models: Sequence["Head"],
+    compared: "Comparison",
+    precisions: Sequence[str],
+    shown: str,
+    as_json: bool,
+) -> None:
+    """Print which of two heads is better on the same images, and the size and cost of both."""
+    from dcp_zoo.data.groups import in_groups  # after NumPy, which is slow
+    from dcp_zoo.features.device import seconds_per_image
+
+    rows = list[Values]()
+    evaluations = (compared.first, compared.second)
+    for head, model, evaluation, precision in zip(heads, models, evaluations, precisions, strict=True):
+        size = model.pretrained_cfg["input_size"]
+        row: Values = {
+            "head": head,
+            "top1": round(evaluation.accuracy.percent, 2),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "seconds_per_image": seconds_per_image(model, size, model.device, precision),
+        }
+        rows.append(row)
+    only_first, only_second = compared.wins
+    low, high = compared.interval
     if as_json:
-        conditions = {"stats": model.stats, "precision": precision, "batch_size": batch_size}
-        print(json.dumps({"head": head, "dataset": dataset} | conditions | as_values(evaluation)))
+        values = {
+            "images": len(compared.first),
+            "groups": len(compared.gains),
+            "difference": round(compared.difference, 2),
+            "interval": [round(low, 2), round(high, 2)],
+            "p_value": compared.p_value,
+            "verdict": compared.verdict,
+            "more_images": None if compared.better else compared.more_images,
+        }
+        print(json.dumps({"heads": rows} | values))
         return
-    kind = title.removesuffix("top-1")
-    output.print(f"{head} on {len(test)} {kind}images of {shown}, {model.stats} statistics:", markup=False)
-    show_evaluation(evaluation, title)
-    if claim:
-        compare(claims, metrics)
+    images = in_groups(compared.first.items) or f"{len(compared.first):,} images"
+    output.print(f"{images}, of {shown}, that neither head was trained on, as far as they say:", markup=False)
+    cells = [
+        (
+            f"{letter}: {row['head']}",
+            f"{row['top1']:.1f} %",
+            f"{row['parameters'] / 1e6:.1f} M",
+            f"{1000 * row['seconds_per_image']:.1f} ms",
+        )
+        for letter, row in zip("AB", rows, strict=True)
+    ]
+    output.print(plain_table(("head", "top-1", "parameters", "per image, here"), cells))
+    kind = "groups" if len(compared.gains) < len(compared.first) else "images"
+    output.print(
+        f"A minus B: {compared.difference:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}; A is right on "
+        f"{only_first} {kind} where B is not, B on {only_second} (exact McNemar test, p = {compared.p_value:.2g})",
+        soft_wrap=True,
+    )
+    output.print(f"[bold]{compared.verdict}[/]")
 
 
 def as_values(evaluation: "Evaluation") -> Values:

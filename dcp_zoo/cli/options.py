@@ -44,6 +44,9 @@ def starting(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
 
 Model = Annotated[str, Option(help=MODEL, autocompletion=starting(lambda: [*SIZES, *list_models()]))]
 HeadName = Annotated[str, Option("--head", help=HEAD, autocompletion=starting(trained_heads))]
+HeadNames = Annotated[
+    list[str], Option("--head", help=f"{HEAD} A second one is compared.", autocompletion=starting(trained_heads))
+]
 Photos = Annotated[Text, Argument(metavar="PHOTOS", help="Your images: a folder per class.")]
 Labels = Annotated[list[Path] | None, Option(metavar="FILE", help=LABELS)]
 GroupBy = Annotated[

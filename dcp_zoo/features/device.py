@@ -1,5 +1,7 @@
 """What a run computes on: the device, and its precision."""
 
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -56,3 +58,25 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def fastest(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of three calls: the first takes longer, and others where the machine is busy."""
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+@torch.no_grad()
+def seconds_per_image(
+    model: Callable[[torch.Tensor], object], size: Sequence[int], device: torch.device, precision: str, images: int = 8
+) -> float:
+    """What a model takes for an image of this size (3, H, W) in a batch, without decoding."""
+    pixels = torch.zeros(images, *size, device=device)
+    with autocast(device, precision):
+        return fastest(lambda: model(pixels), device) / images
