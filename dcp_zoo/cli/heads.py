@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,6 +69,7 @@ def evaluate(
     dataset, data_root = opt.data_source(photos, data_root, labels)
     if report:
         check_output(report, overwrite, "--report")
+    from dcp_zoo.features.cache import shared_features
     from dcp_zoo.prediction.heads import loaded
     from dcp_zoo.release import claimed
 
@@ -89,14 +91,15 @@ def evaluate(
         if not test:
             raise ZooError(f"Each of these images is one that {head} or {other} was trained on: pass other images.")
     measurements = []
-    for each, each_model in zip(heads, models, strict=True):
-        if is_cross_dataset and set(images.classnames) != set(each_model.classnames):
-            log(
-                f"Note: {each} was trained on {each_model.num_classes} classes, and is tested with the "
-                f"{len(images.classnames)} class names of {shown}, as in the cross-dataset protocol."
-            )
-            each_model.set_classnames(images.classnames, find_spec(dataset).template)
-        measurements.append(measured(each_model, test, images.classnames, precision, claim))
+    with shared_features() if len(heads) == 2 else nullcontext():  # two heads often read the same CLIP
+        for each, each_model in zip(heads, models, strict=True):
+            if is_cross_dataset and set(images.classnames) != set(each_model.classnames):
+                log(
+                    f"Note: {each} was trained on {each_model.num_classes} classes, and is tested with the "
+                    f"{len(images.classnames)} class names of {shown}, as in the cross-dataset protocol."
+                )
+                each_model.set_classnames(images.classnames, find_spec(dataset).template)
+            measurements.append(measured(each_model, test, images.classnames, precision, claim))
     metrics, evaluation, conditions = measurements[0]
     if len(heads) == 2:
         from dcp_zoo.features.groups import with_own_groups

@@ -239,8 +239,12 @@ def retried(call: Callable[[], T]) -> T:
         except ZooError as told:
             error = told.__cause__
             response = getattr(error, "response", None)
-            lost = isinstance(error, (OSError, *HTTP_ERRORS)) and getattr(error, "errno", None) is None
-            if response.status_code not in PASSING if response is not None else not lost or is_offline(error):
+            if response is not None:
+                passes = response.status_code in PASSING
+            else:
+                is_lost = isinstance(error, (OSError, *HTTP_ERRORS)) and getattr(error, "errno", None) is None
+                passes = is_lost and not is_offline(error)
+            if not passes:
                 raise
             after = getattr(response, "headers", {}).get("Retry-After", "")
             wait = max(wait, int(after) if after.isdecimal() else 0)
