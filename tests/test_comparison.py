@@ -58,6 +58,8 @@ def test_heads_that_answer_alike_cannot_be_told():
     assert (found.better, found.difference, found.more_images) == (0, 0, None)
     assert (1 - found.interval[1] / 100) ** 100 == pytest.approx(0.025)
     assert found.interval[0] == -found.interval[1]
+    in_groups = compared([True, True, False, False], [True, True, False, False], [0, 0, 1, 1])
+    assert (1 - in_groups.interval[1] / 100) ** 2 == pytest.approx(0.025)
     assert found.verdict == "cannot be told: neither is ahead"
 
 

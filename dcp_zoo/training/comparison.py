@@ -53,16 +53,16 @@ class Comparison:
         McNemar's test, Clopper and Pearson's of the share of differing answers that the first has right."""
         gains = self.gains
         total = len(gains)
+        first, second = self.wins
+        differ = first + second
+        if not differ:  # of so many groups none differs
+            most = 100 * (1 - ((1 - LEVEL) / 2) ** (1 / total))
+            return -most, most
         if (gains[:, 1] > 1).any():
             kinds, counts = np.unique(gains, axis=0, return_counts=True)
             drawn = np.random.default_rng(0).multinomial(total, counts / total, DRAWS) @ kinds
             low, high = np.quantile(100 * drawn[:, 0] / drawn[:, 1], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
             return float(low), float(high)
-        first, second = self.wins
-        differ = first + second
-        if not differ:  # of so many images none differs
-            most = 100 * (1 - ((1 - LEVEL) / 2) ** (1 / total))
-            return -most, most
         ends = binomtest(first, differ).proportion_ci(LEVEL)
         return 100 * differ / total * (2 * ends.low - 1), 100 * differ / total * (2 * ends.high - 1)
 
