@@ -91,9 +91,8 @@ def benchmark(
     Repeat the command to resume a stopped sweep.
 
     [dim]dcp-zoo benchmark few-shot --datasets caltech101 --data-root DATA --output SWEEP --dry-run[/]
-    [dim]dcp-zoo benchmark base-to-new --methods coop,dcp --datasets caltech101 --data-root DATA --output
-    SWEEP[/] [dim]dcp-zoo benchmark few-shot --data-root DATA --output SWEEP --ray auto --per-trial
-    gpus=0.5[/]
+    [dim]dcp-zoo benchmark base-to-new --methods coop,dcp --datasets caltech101 --data-root DATA --output SWEEP[/]
+    [dim]dcp-zoo benchmark few-shot --data-root DATA --output SWEEP --ray auto --per-trial gpus=0.5[/]
     """
     trials = plan_trials(
         protocol,

@@ -23,14 +23,12 @@ def comparable(
     items: Sequence[Item], clip: FrozenCLIP, progress: Progress = no_progress, keep: bool = True
 ) -> FeatureTable:
     """The features that images are compared by: those of a CLIP but for intermediate ones, and the
-    images' facts. An image that cannot be read is an error in the table. With `keep`, see
-    `users_cache`, all that a training reads is computed and kept."""
+    images' facts. An image that cannot be read is an error in the table. With `keep` they are kept, see
+    `users_cache`."""
     reading = plain_reading(clip).only(len(clip.joined_widths))
     extract = FeatureExtractor(clip, pick_precision(AUTO, clip.architecture, clip.device), progress)
-    images = ImageLoader(Photos(items), extract)
-    views = images.with_flips if keep else images.views
     with users_cache(keep):
-        return extract(images.photos, [reading], views, facts=True, keep_errors=True)
+        return extract(Photos(items), [reading], facts=True, keep_errors=True)
 
 
 def groups_in(images: Sequence[ImageLoader], views: Views = (PLAIN,)) -> list[list[int]]:
