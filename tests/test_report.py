@@ -100,6 +100,39 @@ def test_base_to_new_has_the_harmonic_mean_and_domain_shift_the_mean_of_the_targ
     assert rows(table) == {"DCP, 16 shots": ["70.0", "60.0", "40.0", "50.0"]}
 
 
+def test_published_figures_stand_in_rows_of_their_own(tmp_path, run):
+    """On the same model, dataset and number of images; nothing that was measured is compared with them."""
+    seeds = (1, 2, 3)
+    grid = [("few-shot", "dcp", "dtd", 16), ("few-shot", "dcp", "eurosat", 16), ("base-to-new", "coop", "dtd", 16)]
+    measured = [Trial(protocol, "dcp_vitb16", method, name, k, s) for protocol, method, name, k in grid for s in seeds]
+    shifts = ("imagenet", "imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
+    measured.append(Trial("domain-shift", "dcp_vitb16", "dcp", "imagenet", 16, 1, shifts))
+    for trial in measured:
+        parts = ("base", "new") if trial.protocol == "base-to-new" else ("all",)
+        entries = [(name, part, "", 70.0) for name in trial.targets or (trial.dataset,) for part in parts]
+        store.save_result(tmp_path / "sweep", made_up(trial, *entries))
+    run.ok("report", tmp_path / "sweep", "--output", tmp_path / "report")
+    page = (tmp_path / "report" / "report.md").read_text()
+    gda = "GDA, published in mrflogs/ICLR24"
+    assert f"| {gda} | published | 71.3 ± 0.0 |" in page  # DTD, by three draws
+    assert "| PLOT++, published in CHENGY12/PLOT | published | 71.4 |" in page
+    assert f"| {gda} | published | 80.2 ± " in page  # DTD and EuroSAT
+    assert f"| {gda}, 16 shots | 80.6 ± 0.4 | 59.8 ± 1.2 | 68.7 |" in page
+    assert "| MaPLe, published in jameelhassan/PromptAlign, 16 shots | - | 64.1 | 49.1 | 50.9 | 77.0 | 60.3 |" in page
+    assert "| 560fe211700964c915442ff98dbe47dd09656a35 | logs/base2new.log |" in page.partition("Published figures")[2]
+    assert "Differences from DCP" not in page  # nothing else was measured
+    assert "caltech101" not in page
+    assert gda in (tmp_path / "report" / "report.tex").read_text()
+
+
+def test_figures_of_other_weights_are_not_those_of_a_model(tmp_path, sweep, run):
+    trial = Trial("few-shot", "dcp_vitb16", "dcp", "dtd", 16, 1)
+    store.save_result(tmp_path / "other", made_up(trial, weights="laion"))
+    for folder in (tmp_path / "other", sweep):  # and of the miniature
+        run.ok("report", folder)
+        assert "published in" not in (folder / "report" / "report.md").read_text()
+
+
 def test_folders_with_another_precision_are_not_mixed(sweep, tmp_path):
     trial = Trial("few-shot", "dcp_mini", "dcp", "caltech101", 1, 1)
     result = made_up(trial, ("caltech101", "all", "stored", 1.0)) | {"precision": "other"}

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 EMPTY = "-"
-SPREAD = "Mean ± standard deviation over seeds; without ± there is only one seed."
+SPREAD = "Mean ± standard deviation over seeds; without ±, of one seed or as published."
 INCOMPLETE = "A method without results for one of the datasets has no average."
+PUBLISHED = "published"  # in place of how a method's options were chosen: another project's figure
 
 
 class Table(NamedTuple):
@@ -61,6 +62,25 @@ def with_labels(results: "pd.DataFrame") -> "pd.DataFrame":
     results["label"] = list(map(label, results.method, results.options, results.stats))
     results["rank"] = results.method.map(in_order(METHODS, results.method).index)
     return results.sort_values(["rank", "label", "shots", "seed"], kind="stable")
+
+
+def published(results: "pd.DataFrame") -> "pd.DataFrame":
+    """What others have published of the model of these results: in the same protocols, on the same datasets,
+    numbers of images and test classes."""
+    import pandas as pd
+
+    figures = pd.read_csv(Path(__file__).with_name("published.csv"))
+    same = ["protocol", "model", "weights", "dataset", "shots", "target", "classes"]
+    tested = results.assign(weights=results.weights.str.partition("@")[0])[same].drop_duplicates()
+    label = figures.method + ", published in " + figures.repository
+    return figures.assign(label=label, selection=PUBLISHED).merge(tested, on=same)
+
+
+def sources(figures: "pd.DataFrame") -> list[Table]:
+    """Where published figures are from."""
+    header = ["label", "protocol", "commit", "file", "note"]
+    rows = figures[header].drop_duplicates().to_numpy().tolist()
+    return [Table("Sources", header, rows, "This project measured none of them.")] if rows else []
 
 
 def title(method: str) -> str:
@@ -230,7 +250,8 @@ def paired(results: "pd.DataFrame") -> tuple[str, "pd.DataFrame"]:
     """The label of the reference, and `differences` of every trained method from it, in the few-shot
     protocol. The reference is DCP's own logits with stored statistics; of several DCPs the first in the
     order of `with_labels`: without options, if there."""
-    trained = few_shot_results(results)[lambda rows: rows.shots > 0]
+    measured = results[results.selection != PUBLISHED]
+    trained = few_shot_results(measured)[lambda rows: rows.shots > 0]
     reference = next(iter(trained.label[trained.method == DCP_METHOD]), "")
     is_reference = trained.label == reference
     return reference, differences(trained[~is_reference], trained[is_reference])
@@ -294,6 +315,8 @@ def tex(text: object) -> str:
 def write_report(folders: Sequence[Path], path: Path) -> list[Path]:
     """Write a Markdown page on the results in the output folders of sweeps, beside it the same tables in
     LaTeX and, where matplotlib is installed, figures. The files that were written."""
+    import pandas as pd
+
     results = store.gather(folders)
     if results.empty:
         raise ZooError(f"No result in {', '.join(map(str, folders))}: pass the --output folder of `dcp-zoo benchmark`.")
@@ -306,11 +329,14 @@ def write_report(folders: Sequence[Path], path: Path) -> list[Path]:
     figures: dict[Path, Any] = {}
     for (model, weights), rows in with_labels(results).groupby(["model", "weights"]):
         tables = []
+        others = published(rows)
+        both = pd.concat([rows, others])
         for protocol, (heading, make) in SECTIONS.items():
             if (rows.protocol == protocol).any():
-                tables.append((heading, make(rows)))
+                tables.append((heading, make(both)))
         for value, heading in PROBABILITIES.items():
             tables.append((heading, few_shot_tables(rows, value)))
+        tables.append(("Published figures", sources(others)))
         names = []
         for name, figure in figures_of(rows).items():
             names.append(f"{name}{len(sections) + 1}")
