@@ -215,16 +215,6 @@ def predictor_rate(way: str) -> float:
     return found["bare loop", 1] / found[way, 1]
 
 
-def predictor_plan(core_hour: float) -> str:
-    """A billion images by these figures: with Ray Data's cost for the miniature, and the command's for the
-    ViT."""
-    lines = []
-    for model, way in (("dcp_mini", "ray"), ("dcp_vitb16", "command")):
-        hours = predictor_costs(model).seconds_per_image[way, 1] * 1e9 / 3600
-        lines.append([model, way, f"{hours:,.0f}", f"{hours / 1000:.0f}", f"{hours * core_hour:,.0f}"])
-    return as_table(["model", "way", "core-hours", "hours on 1,000 cores", "price, dollars"], lines)
-
-
 def commands() -> str:
     """The page with the help of every command; its examples, which are dim on the terminal, become code
     blocks."""

@@ -30,7 +30,6 @@ from doc_tables import (  # noqa: F401 - for the pages' expressions
     methods_table,
     models_table,
     names,
-    predictor_plan,
     predictor_rate,
     real_clip_summary,
     speed,

@@ -68,13 +68,9 @@ def finished(trial: Trial, settings: Settings) -> bool:
 
 
 def _read_checked(path: Path, trial: Trial, settings: Settings) -> Values:
-    """The content of a trial's file; ZooError if it was made under other conditions, or does not have
-    all of them."""
+    """The content of a trial's file; ZooError if it was made under other conditions."""
     content = _read_json(path)
     conditions = settings.conditions(trial)
-    if not content.keys() >= conditions.keys():
-        problem = f"{path} is of an earlier version, which did not keep what it was tested on, and made by"
-        raise ZooError(f"{problem}: choose another --output. `dcp-zoo report` still reads it, beside new results.")
     before = content | content["made_by"]
     now = conditions | conditions["made_by"]
     differ = []
