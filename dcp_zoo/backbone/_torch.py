@@ -120,8 +120,9 @@ class WeightCache:
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
     """32 hex digits for weights by name, the same on every device. It sums, as a hash of all bytes takes ten
-    times as long. The first half is the sum of all 64-bit words (bytes, where their number is odd). The second is a hash of names, and of sums by row and by column: it changes if
-    tensors, rows or columns change places."""
+    times as long. The first half is the sum of all 64-bit words (bytes, where their number is odd). The
+    second is a hash of names, and of sums by row and by column: it changes if tensors, rows or columns
+    change places."""
     total = 0
     digest = sha256()
     for name, tensor in sorted(state.items()):
