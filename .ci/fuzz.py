@@ -37,7 +37,7 @@ from dcp_zoo.data.images import check_complete, load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.errors import ZooError
 from dcp_zoo.zoo import build
-from dcp_zoo.zoo.registry import get_spec
+from dcp_zoo.zoo.specs import get_spec
 
 HANG, MAX_MB = 30.0, 1500
 FORMATS = {

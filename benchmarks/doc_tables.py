@@ -19,7 +19,8 @@ from dcp_zoo.cli.options import recipe_help
 from dcp_zoo.heads.config import NO_CLASSIFIER, read_config
 from dcp_zoo.rejection import REFUSED
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.zoo.registry import MODELS, WEIGHTS, trained_heads
+from dcp_zoo.zoo.registry import WEIGHTS, trained_heads
+from dcp_zoo.zoo.specs import MODELS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

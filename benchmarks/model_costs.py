@@ -17,7 +17,7 @@ from typing import Any
 
 from growing import GrowingTable
 
-from dcp_zoo.zoo.registry import MODELS
+from dcp_zoo.zoo.specs import MODELS
 
 COLUMNS = "model core_ms_per_image peak_mb".split()
 BATCH = 8

@@ -24,7 +24,8 @@ from published import OPEN_LICENSES, frontier
 
 import dcp_zoo
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
-from dcp_zoo.zoo.registry import MODELS, WEIGHTS
+from dcp_zoo.zoo.registry import WEIGHTS
+from dcp_zoo.zoo.specs import MODELS
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"

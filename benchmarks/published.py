@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dcp_zoo.zoo.registry import MODELS, ModelSpec
+from dcp_zoo.zoo.specs import MODELS, ModelSpec
 
 OPEN_LICENSES = ("mit", "apache-2.0")  # which allow every use
 RESULTS = Path(__file__).parent / "results" / "published.csv"

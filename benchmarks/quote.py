@@ -42,7 +42,7 @@ from sets import REPORTING
 from dcp_zoo.benchmark import report
 from dcp_zoo.heads.config import COUPLINGS
 from dcp_zoo.training.methods import METHODS  # noqa: F401 - for the pages' expressions
-from dcp_zoo.zoo.registry import MODELS
+from dcp_zoo.zoo.specs import MODELS
 
 ROOT = Path(__file__).parents[1]
 QUOTES = ROOT / "benchmarks" / "quotes.yaml"

@@ -37,7 +37,7 @@ from dcp_zoo.training.methods.table import GROUP
 from dcp_zoo.training.methods.text_probe import TextProbeRecipe
 from dcp_zoo.training.methods.zero_shot import fit as zero_shot
 from dcp_zoo.training.task import Task
-from dcp_zoo.zoo.registry import get_spec
+from dcp_zoo.zoo.specs import get_spec
 
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 DATASETS = "caltech101,eurosat,dtd"  # a gigabyte together; oxford_flowers, oxford_pets and ucf101 are the next larger

@@ -99,7 +99,7 @@ def cache_clip(cache: Path, name: str) -> None:
     from safetensors.torch import save_file
 
     from dcp_zoo import create_model
-    from dcp_zoo.zoo.registry import get_spec
+    from dcp_zoo.zoo.specs import get_spec
 
     weights = create_model(name).encoder.clip.state_dict()
     spec = get_spec(name)

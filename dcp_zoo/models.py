@@ -3,7 +3,7 @@
 checkers find each function in `models.pyi`, which `hub/model_stubs.py` writes."""
 
 from dcp_zoo.zoo.dcp import model_entrypoint
-from dcp_zoo.zoo.registry import MODELS
+from dcp_zoo.zoo.specs import MODELS
 
 __all__ = list(MODELS)  # pyright: ignore[reportUnsupportedDunderAll]
 globals().update({name: model_entrypoint(name) for name in MODELS})

@@ -10,7 +10,7 @@ import ast
 from pathlib import Path
 
 import dcp_zoo
-from dcp_zoo.zoo.registry import MODELS
+from dcp_zoo.zoo.specs import MODELS
 
 PACKAGE = Path(dcp_zoo.__file__).parent
 FACTORY = PACKAGE / "zoo" / "factory.py"

@@ -15,10 +15,10 @@ from dcp_zoo.cli.options import Command
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import write_file
 from dcp_zoo.hub import CLIP_WEIGHTS_NAMES, explained
-from dcp_zoo.zoo import registry
+from dcp_zoo.zoo import specs
 
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
-MODELS_FILE = Path(registry.__file__).with_name("models.yaml")
+MODELS_FILE = Path(specs.__file__).with_name("models.yaml")
 REPO = re.compile(r"^  clip_repo: (?!null\n)(\S+)\n(?:  clip_revision: (\S+)\n)?", re.MULTILINE)
 
 

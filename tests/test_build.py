@@ -27,7 +27,7 @@ from dcp_zoo.release.publish import Release, refusals
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.run import plan
 from dcp_zoo.training.task import Task
-from dcp_zoo.zoo import registry
+from dcp_zoo.zoo import registry, specs
 
 NAMES = ["red", "green", "blue", "grey"]
 DEAD = Archive("http://127.0.0.1:9/images.tar")
@@ -63,9 +63,9 @@ def small(tmp_path, manifest, monkeypatch) -> Iterator[Path]:
         counts = COUNTS.get(name, (8, 4, 4))
         DATASETS[name] = replace(full[name], num_classes=len(NAMES), counts=counts, archives=(DEAD,))
         trees.write_tree(tmp_path / "DATA", name, draw)
-    mini = registry.MODELS["dcp_mini"]  # every step has all images, so that the loss falls
+    mini = specs.MODELS["dcp_mini"]  # every step has all images, so that the loss falls
     short = replace(mini, recipe=mini.recipe | {"epochs": 4, "batch_size": 4})
-    monkeypatch.setitem(registry.MODELS, "dcp_mini", short)
+    monkeypatch.setitem(specs.MODELS, "dcp_mini", short)
     yield tmp_path
     monkeypatch.undo()
     DATASETS.clear()

@@ -25,8 +25,9 @@ from dcp_zoo.cli import app, console, main
 from dcp_zoo.cli.benchmark import split_commas
 from dcp_zoo.cli.options import class_list, head_name, parse_changes
 from dcp_zoo.training.methods import METHODS
-from dcp_zoo.zoo.registry import MODELS, WEIGHTS, get_head
+from dcp_zoo.zoo.registry import WEIGHTS, get_head
 from dcp_zoo.zoo.resolve import name_of
+from dcp_zoo.zoo.specs import MODELS
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from dcp_zoo import create_model, predict
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.errors import ZooError
-from dcp_zoo.zoo.registry import DEFAULT_HEAD
+from dcp_zoo.zoo.specs import DEFAULT_HEAD
 
 OTHER_HEAD = "dcp_mini.pacs_photo-16shot"  # of whose classes the six photographs show none
 

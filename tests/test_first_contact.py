@@ -23,7 +23,7 @@ import dcp_zoo
 from dcp_zoo import FewShotClassifier, ZooError, create_model, hub
 from dcp_zoo.files import sha256_of
 from dcp_zoo.zoo.build import build_open_clip, plain_clip
-from dcp_zoo.zoo.registry import ModelSpec, get_spec
+from dcp_zoo.zoo.specs import ModelSpec, get_spec
 
 EXPORTED = "dcp_pe_b16"  # a tower of timm; an export takes seconds, and those of open_clip are in test_export.py
 SMALL_TIMM = {"depth": 3, "embed_dim": 64, "num_heads": 2}

@@ -34,7 +34,7 @@ from dcp_zoo import Predictor, ZooError, hub
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.files import sha256_of
 from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME
-from dcp_zoo.zoo import registry
+from dcp_zoo.zoo import registry, specs
 from dcp_zoo.zoo.build import plain_clip
 
 MINI = "dcp_mini.caltech101-16shot"
@@ -42,7 +42,7 @@ OTHER = next(name for name, head in registry.trained_heads().items() if head.sta
 MINI_REPO = f"dcp-zoo/{MINI}"
 BUNDLED = registry.WEIGHTS / MINI
 HEAD_REPO = "dcp-zoo/dcp_vitb16.imagenet-16shot"
-CLIP_REPO = registry.MODELS["dcp_vitb16"].clip_repo
+CLIP_REPO = specs.MODELS["dcp_vitb16"].clip_repo
 
 
 def checkpoint_files(folder: Path) -> dict[str, Path]:
@@ -75,7 +75,7 @@ def narrow(server, tmp_path_factory) -> Iterator[dcp_zoo.DCP]:
     folder = tmp_path_factory.mktemp("narrow")
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.MODELS, "dcp_vitb16", replace(registry.MODELS["dcp_vitb16"], clip_revision=None))
+        patch.setitem(specs.MODELS, "dcp_vitb16", replace(specs.MODELS["dcp_vitb16"], clip_revision=None))
         patch.setitem(CONFIGS, "ViT-B-16", SMALL)
         model = dcp_zoo.create_model("dcp_vitb16").eval()
         for tensor in model.state_dict().values():
@@ -92,15 +92,15 @@ def narrow(server, tmp_path_factory) -> Iterator[dcp_zoo.DCP]:
 
 def set_row(monkeypatch, **changes: Any) -> str:
     """The name of a model whose row in models.yaml has these changes."""
-    row = registry.MODELS["dcp_datacomp_b16"]
-    monkeypatch.setitem(registry.MODELS, row.name, replace(row, **{"clip_revision": None} | changes))
+    row = specs.MODELS["dcp_datacomp_b16"]
+    monkeypatch.setitem(specs.MODELS, row.name, replace(row, **{"clip_revision": None} | changes))
     return row.name
 
 
 @pytest.fixture
 def moved(narrow, client, tmp_path) -> tuple[str, list[str]]:
     """A repo with weights of a CLIP, which were replaced by others, and its two commits."""
-    repo, commits = registry.MODELS["dcp_datacomp_b16"].clip_repo, []
+    repo, commits = specs.MODELS["dcp_datacomp_b16"].clip_repo, []
     for factor in (1, 2):
         weights = {name: factor * t for name, t in narrow.encoder.clip.state_dict().items()}
         save_file(weights, tmp_path / hub.CLIP_WEIGHTS_NAME)
@@ -112,8 +112,8 @@ def moved(narrow, client, tmp_path) -> tuple[str, list[str]]:
 def client(server, tmp_path, monkeypatch) -> UploadHub:
     """The client of this process uses `server`, starts with an empty cache, and has no weights of CLIP
     pinned, as `server` has other commits than the Hub."""
-    for name, row in registry.MODELS.items():
-        monkeypatch.setitem(registry.MODELS, name, replace(row, clip_revision=None))
+    for name, row in specs.MODELS.items():
+        monkeypatch.setitem(specs.MODELS, name, replace(row, clip_revision=None))
     use_endpoint(monkeypatch, server.url, tmp_path / "cache")
     monkeypatch.delenv("DCP_ZOO_HUB_ORG", raising=False)
     return server
@@ -161,7 +161,7 @@ def test_a_published_head(narrow, client, tmp_path, caplog):
 DOWNLOAD = """
 import sys, json, open_clip, torch, dcp_zoo
 from dataclasses import replace
-from dcp_zoo.zoo.registry import MODELS
+from dcp_zoo.zoo.specs import MODELS
 MODELS |= {name: replace(spec, clip_revision=None) for name, spec in MODELS.items()}
 open_clip.factory._MODEL_CONFIGS["ViT-B-16"] = json.loads(sys.argv[3])
 model = dcp_zoo.create_model("dcp_vitb16", pretrained="imagenet-16shot").eval()

@@ -22,7 +22,7 @@ from dcp_zoo.data.unreadable import MOVE, damaged, refuse
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.config import WEIGHTS_NAME
 from dcp_zoo.heads.file import read_tensors
-from dcp_zoo.zoo.registry import MODELS
+from dcp_zoo.zoo.specs import MODELS
 
 
 def test_load_image_of_every_mode(tmp_path):

@@ -22,7 +22,7 @@ from dcp_zoo.heads.config import DCPConfig
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo import build as zoo_build
-from dcp_zoo.zoo.registry import MODELS, SIZES, open_clip_spec
+from dcp_zoo.zoo.specs import MODELS, SIZES, open_clip_spec
 
 
 @pytest.mark.parametrize("spec", [spec for spec in MODELS.values() if spec.clip], ids=lambda spec: spec.name)

@@ -24,7 +24,8 @@ from dcp_zoo.files import sha256_of
 from dcp_zoo.heads.config import PHRASE, WEIGHTS_NAME
 from dcp_zoo.training.recipes import Recipe
 from dcp_zoo.zoo import registry
-from dcp_zoo.zoo.registry import MODELS, SIZES, all_heads, get_head, trained_heads
+from dcp_zoo.zoo.registry import all_heads, get_head, trained_heads
+from dcp_zoo.zoo.specs import MODELS, SIZES
 
 
 def test_lists_and_sizes():

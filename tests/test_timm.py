@@ -36,7 +36,8 @@ from dcp_zoo import DCP, ZooError, models
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.zoo.factory import DROP_RATES
-from dcp_zoo.zoo.registry import MODELS, all_heads, trained_heads
+from dcp_zoo.zoo.registry import all_heads, trained_heads
+from dcp_zoo.zoo.specs import MODELS
 
 DEFAULT = "dcp_mini.caltech101-16shot"
 HEADS = (next(name for name in trained_heads() if name != DEFAULT), DEFAULT)  # both bundled

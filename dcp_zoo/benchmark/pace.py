@@ -21,7 +21,7 @@ from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.training.loop import build_optimizer
 from dcp_zoo.training.recipes import batch_sizes, default_recipe
 from dcp_zoo.zoo.build import plain_clip
-from dcp_zoo.zoo.registry import get_spec
+from dcp_zoo.zoo.specs import get_spec
 
 
 class Pace(NamedTuple):

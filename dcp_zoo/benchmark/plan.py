@@ -19,7 +19,8 @@ from dcp_zoo.fields import Values
 from dcp_zoo.files import file_name, sha256_of, text_sha256
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import BaseRecipe, check_seed
-from dcp_zoo.zoo.registry import SHOTS, get_spec
+from dcp_zoo.zoo.registry import SHOTS
+from dcp_zoo.zoo.specs import get_spec
 
 SAVED_HEADS = "heads"  # folder of the heads that a sweep saves
 FOLDER = "folder"  # the dataset whose images are those of any folder

@@ -19,8 +19,9 @@ from dcp_zoo.fields import Values
 from dcp_zoo.tables import split_list
 from dcp_zoo.training.methods.table import DCP_METHOD, METHODS
 from dcp_zoo.training.recipes import BaseRecipe, Recipe
-from dcp_zoo.zoo.registry import SIZES, list_models, trained_heads
+from dcp_zoo.zoo.registry import list_models, trained_heads
 from dcp_zoo.zoo.resolve import parse_name
+from dcp_zoo.zoo.specs import SIZES
 
 Text = str | None
 File = Path | None

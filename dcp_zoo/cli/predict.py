@@ -27,8 +27,8 @@ from dcp_zoo.files import printable
 from dcp_zoo.heads.config import read_config
 from dcp_zoo.progress import no_progress
 from dcp_zoo.tables import NONE
-from dcp_zoo.zoo.registry import DEFAULT_HEAD, MINIATURE_NOTE
 from dcp_zoo.zoo.resolve import head_folder
+from dcp_zoo.zoo.specs import DEFAULT_HEAD, MINIATURE_NOTE
 
 if TYPE_CHECKING:
     from dcp_zoo.answers import Row

@@ -21,8 +21,9 @@ from dcp_zoo.promises import trust_note
 from dcp_zoo.tables import quoted
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo import registry
-from dcp_zoo.zoo.registry import MODELS, SIZES, HeadEntry, ModelSpec, all_heads, get_head, get_spec
+from dcp_zoo.zoo.registry import HeadEntry, all_heads, get_head
 from dcp_zoo.zoo.resolve import local_heads, parse_name, trained_here
+from dcp_zoo.zoo.specs import MODELS, SIZES, ModelSpec, get_spec
 
 PEOPLE = (  # what they ask of a model or a head: what it is, how good, of what and when
     "head,status,method,model,CLIP,weights,CLIP weights,classes,texts,accuracy,dataset,images,trained,rejection,trust,"

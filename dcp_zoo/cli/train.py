@@ -19,8 +19,9 @@ from dcp_zoo.promises import trust_note
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.folder import check_free
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS
-from dcp_zoo.zoo.registry import MINIATURE_NOTE, HeadEntry, get_head, get_spec, is_model
+from dcp_zoo.zoo.registry import HeadEntry, get_head, is_model
 from dcp_zoo.zoo.resolve import name_of
+from dcp_zoo.zoo.specs import MINIATURE_NOTE, get_spec
 
 if TYPE_CHECKING:
     from dcp_zoo.training.evaluation import Evaluation

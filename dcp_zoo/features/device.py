@@ -9,7 +9,7 @@ import torch
 from dcp_zoo.errors import as_zoo_error, check_choice
 from dcp_zoo.features import AUTO, MANY, PRECISIONS
 from dcp_zoo.threads import available_cores
-from dcp_zoo.zoo.registry import MODELS, OPEN_CLIP
+from dcp_zoo.zoo.specs import MODELS, OPEN_CLIP
 
 
 def pick_device(name: str = "auto") -> torch.device:

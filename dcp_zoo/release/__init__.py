@@ -20,8 +20,9 @@ from dcp_zoo.heads.head import Head
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained
 from dcp_zoo.promises import trust_note
 from dcp_zoo.release.onnx import export, take_any_size
-from dcp_zoo.zoo.registry import MODELS, get_head, newest
+from dcp_zoo.zoo.registry import get_head, newest
 from dcp_zoo.zoo.resolve import parse_name
+from dcp_zoo.zoo.specs import MODELS
 
 CARD_NAME = "README.md"
 MODES = {  # of an accuracy, and their names in a card

@@ -10,7 +10,7 @@ from dcp_zoo.errors import check_range
 from dcp_zoo.features import MANY
 from dcp_zoo.fields import Checked, Values, changed, check, count, option, problems
 from dcp_zoo.heads.config import PHRASE, DCPConfig
-from dcp_zoo.zoo.registry import get_spec
+from dcp_zoo.zoo.specs import get_spec
 
 TEXT_PROBE = "text-probe"
 # what hyperparameters were chosen on; cross-validation is on the training images

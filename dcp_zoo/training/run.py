@@ -56,7 +56,7 @@ from dcp_zoo.training.recipes import PROBE_REFUSED, BaseRecipe, check_seed
 from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, no_log, remove_state
 from dcp_zoo.training.task import Callback, ProbeInputs, Task
 from dcp_zoo.zoo.build import check_encoders, load_encoders, plain_clip
-from dcp_zoo.zoo.registry import SIZES
+from dcp_zoo.zoo.specs import SIZES
 
 BEFORE_REFIT = "before_refit"  # folder of the training whose head is measured
 Reader = Callable[[Sequence[Item], str, bool], ImageLoader]  # see `Run.images`; in a sweep, what trials share

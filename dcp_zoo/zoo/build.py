@@ -31,8 +31,9 @@ from dcp_zoo.heads.file import read_tensors
 from dcp_zoo.heads.head import Head
 from dcp_zoo.heads.kinds import CacheHead, LinearHead, PromptHead
 from dcp_zoo.hub import fetch_clip, origin
-from dcp_zoo.zoo.registry import OPEN_CLIP, ModelSpec, clip_cfg, described
+from dcp_zoo.zoo.registry import clip_cfg
 from dcp_zoo.zoo.resolve import Source, resolve
+from dcp_zoo.zoo.specs import OPEN_CLIP, ModelSpec, described
 
 logger = logging.getLogger(__name__)
 KINDS: Values = {kind.kind: kind for kind in (LinearHead, PromptHead, CacheHead, DCP)}

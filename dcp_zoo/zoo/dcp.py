@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import without
-from dcp_zoo.zoo.registry import CLIP_TAG, MODELS, all_heads, clip_cfg, get_spec
+from dcp_zoo.zoo.registry import CLIP_TAG, all_heads, clip_cfg
+from dcp_zoo.zoo.specs import MODELS, get_spec
 
 if TYPE_CHECKING:
     from torch import nn

@@ -26,8 +26,9 @@ from dcp_zoo.heads.config import is_checkpoint, without
 from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head import Head
 from dcp_zoo.zoo.build import build_head
-from dcp_zoo.zoo.registry import CLIP_TAG, ModelSpec, is_model
+from dcp_zoo.zoo.registry import CLIP_TAG, is_model
 from dcp_zoo.zoo.resolve import get_pretrained_cfg, resolve
+from dcp_zoo.zoo.specs import ModelSpec
 
 DROP_RATES = (
     "drop_rate",

@@ -11,8 +11,9 @@ from dcp_zoo.backbone.preprocessing import preprocessing_in
 from dcp_zoo.errors import ZooError, ZooWarning, nearest_hint, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import CONFIG_NAME, HeadConfig, checkpoint_folder, is_checkpoint, read_config
-from dcp_zoo.zoo import registry
-from dcp_zoo.zoo.registry import CLIP_TAG, OPEN_CLIP, HeadEntry, ModelSpec, get_head, get_spec
+from dcp_zoo.zoo import registry, specs
+from dcp_zoo.zoo.registry import CLIP_TAG, HeadEntry, get_head
+from dcp_zoo.zoo.specs import OPEN_CLIP, ModelSpec, get_spec
 
 FRESH = (False, CLIP_TAG)  # what `pretrained` is for fresh prompts
 SCHEMES = "hf-hub:org/repo[@revision], local-dir:path, open_clip:ARCH/TAG"
@@ -44,18 +45,18 @@ def parse_name(name: str) -> Name:
     path = place if is_local else name
     if registry.is_model(name) and not is_local:
         model, _, tag = name.partition(".")
-        known = registry.has_head(name) if tag else model in registry.MODELS  # a folder may be called small
+        known = registry.has_head(name) if tag else model in specs.MODELS  # a folder may be called small
         if known or not is_checkpoint(path):
-            return Name("zoo", registry.SIZES.get(model, model), tag)
+            return Name("zoo", specs.SIZES.get(model, model), tag)
     if is_checkpoint(path) or os.path.isdir(path):  # noqa: PTH112  Path would raise for long names
         return Name("local-dir", str(checkpoint_folder(path)))
     folders = [str(config.parent) for config in Path(path).parent.glob(f"*/{CONFIG_NAME}")]
     if is_local:
         hint = nearest_hint(path, folders)
         raise ZooError(f"{path} is not a checkpoint: it has no {CONFIG_NAME}.{hint} Pass a folder written by training.")
-    hint = registry.open_clip_hint(name)
+    hint = specs.open_clip_hint(name)
     if not hint:
-        hint = nearest_hint(name, [*folders, *registry.trained_heads(), *registry.MODELS])
+        hint = nearest_hint(name, [*folders, *registry.trained_heads(), *specs.MODELS])
     raise ZooError(
         f"{name!r} is neither a checkpoint folder nor a head of the zoo.{hint} "
         f"All: dcp-zoo list, dcp_zoo.list_models(). Other sources: {SCHEMES}."
@@ -196,7 +197,7 @@ def local_heads() -> list[str]:
 def name_of(folder: Path) -> str:
     """A name by which the checkpoint in a folder is loaded."""
     name = str(folder)
-    is_taken = name in registry.MODELS or (registry.has_head(name) and get_head(name).status != "planned")
+    is_taken = name in specs.MODELS or (registry.has_head(name) and get_head(name).status != "planned")
     return f"local-dir:{name}" if is_taken else name
 
 

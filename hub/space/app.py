@@ -33,7 +33,7 @@ from dcp_zoo.features.groups import with_own_groups
 from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.heads import loaded
 from dcp_zoo.serve import LOCAL_HOSTS, listen
-from dcp_zoo.zoo.registry import DEFAULT_HEAD, MINIATURE_NOTE
+from dcp_zoo.zoo.specs import DEFAULT_HEAD, MINIATURE_NOTE
 
 program = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 HOST = "0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1"

@@ -20,7 +20,7 @@ from dcp_zoo.training.loop import Loss, Schedule, descend
 from dcp_zoo.training.recipes import BaseRecipe, Recipe, TrainingRecipe, batch_sizes, changed, count, default_recipe
 from dcp_zoo.training.state import TrainingState
 from dcp_zoo.training.task import Task
-from dcp_zoo.zoo.registry import get_spec
+from dcp_zoo.zoo.specs import get_spec
 
 T = TypeVar("T")
 ABLE = Abilities()
