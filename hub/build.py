@@ -1,6 +1,6 @@
-"""Fill the zoo: train heads in a sweep, check them, publish those that pass, and pin them. A build resumes
+"""Fill the zoo: train heads in a sweep, check them, publish each that passes, and pin them. A build resumes
 from the store of `dcp-zoo benchmark`, the checkpoints in OUTPUT/heads, and HEAD.json in OUTPUT/refused and
-OUTPUT/published.
+OUTPUT/published; a dataset whose heads are all published is not read again. On a hosted GPU: `fill.ipynb`.
 
     python hub/build.py --models dcp_vitb16 --data-root DATA --output BUILD --dry-run
     python hub/build.py --preset smoke --data-root DATA --output BUILD
@@ -12,18 +12,20 @@ card and the manifest beside the accuracy of the head of the same model, dataset
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import build_state
 from rich.markup import escape
+from rich.table import Table
 from typer import Option, Typer
 
 from dcp_zoo.benchmark import Settings, Trial, pace, plan_trials, store
 from dcp_zoo.benchmark.plan import SAVED_HEADS, read_split
-from dcp_zoo.benchmark.sweep import sweep
+from dcp_zoo.benchmark.sweep import Event, sweep
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.benchmark import (
@@ -40,7 +42,7 @@ from dcp_zoo.cli.benchmark import (
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.data import DATASETS, DatasetSpec, list_datasets
 from dcp_zoo.data import download as downloads
-from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.errors import ZooError, attempted, check_choice
 from dcp_zoo.files import check_writable, write_file
 from dcp_zoo.release.publish import BASELINE, HEADS, Release, prepare, publish, refusals
 from dcp_zoo.threads import use_threads
@@ -97,41 +99,88 @@ def other_figures(head: HeadState, trials: Sequence[Trial], results: Mapping[str
     return found
 
 
+def remaining(output: Path, trials: Sequence[Trial]) -> list[Trial]:
+    """The trials of the datasets that have a head to publish or a trial to run."""
+    done = store.done(output)
+    datasets = {head.trial.dataset for head in states(output, trials) if head.state != "published"}
+    datasets |= {trial.dataset for trial in trials if trial.key not in done}
+    return [trial for trial in trials if trial.dataset in datasets]
+
+
 def build_heads(
-    trials: Sequence[Trial], settings: Settings, org: str | None, *, log: Callable[[str], object], **backend: Any
+    trials: Sequence[Trial],
+    settings: Settings,
+    org: str | None,
+    state_repo: str | None = None,
+    *,
+    log: Callable[[str], object],
+    run: Callable[..., Iterable[Event]],
+    show: Callable[..., Iterable[Event]],
 ) -> None:
-    """Train, check and, with `org` on the Hub, publish the heads of the trials that are not published yet.
-    `log` receives a line for every head; `backend` is `run` and `show` of `sweep`."""
-    sweep(trials, replace(settings, save_heads=METHOD), **backend)
-    output, results = settings.output, store.results(settings.output)
-    plain_trials = [trial for trial in trials if (trial.method, trial.protocol) == (BASELINE, HEADS)]
-    zero_shot = {(trial.model, trial.dataset): trial.key for trial in plain_trials}
-    for head in states(output, trials):
-        trial, plain = head.trial, zero_shot[head.trial.model, head.trial.dataset]
-        if head.state not in ("trained", "refused"):  # a refused head is checked again: its reason may be gone
-            continue
-        if plain not in results:
-            log(f"{head.name}: waits for zero-shot CLIP on {trial.dataset}, which failed")
-            continue
-        note = read_split(trial.dataset, settings.data_root).note
-        try:
-            others = other_figures(head, trials, results)
-            repo = f"{org or HUB_ORG}/{head.name}"
-            release = prepare(output / SAVED_HEADS / head.name, repo, others=others)
-            reasons = refusals(results[trial.key], results[plain], release, note)
-            if release.head is None:
-                reasons.append("it is not one of the zoo's heads, by dataset, shots and seed")
-        except ZooError as error:  # the checkpoint does not load
-            reasons = [str(error)]
-        if reasons:
-            store.write_json(output / "refused" / f"{head.name}.json", {"reasons": reasons})
-            log(f"{head.name}: refused, {'; '.join(reasons)}")
-            continue
-        (output / "refused" / f"{head.name}.json").unlink(missing_ok=True)
-        if org:  # if the process dies before the record is written, the upload is repeated and makes no new commit
-            record = {"repo_id": repo, "entry": manifest_entry(release, publish(release))}
-            store.write_json(output / "published" / f"{head.name}.json", record)
-            log(f"{head.name}: published as {repo}")
+    """Train, check and, with `org` on the Hub, publish the heads of the trials that are not published yet:
+    each as soon as all that its card says is measured. `log` receives a line for every head; `run` and `show`
+    are those of `sweep`; the repository `state_repo` of the Hub keeps the output folder."""
+    settings = replace(settings, save_heads=METHOD)
+    checked = set[str]()
+
+    def check(running: Iterable[Trial]) -> None:
+        """Check the heads that wait for none of the running trials."""
+        waiting = {(trial.model, trial.dataset, trial.shots, trial.seed) for trial in running}
+        for head in states(settings.output, trials):
+            trial = head.trial
+            needs = {(trial.model, trial.dataset, *draw) for draw in ((trial.shots, trial.seed), (0, 0))}
+            # a refused head is checked again: its reason may be gone
+            if head.state in ("trained", "refused") and head.name not in checked and not needs & waiting:
+                checked.add(head.name)
+                release_head(head, trials, settings, org, log)
+        if state_repo:
+            build_state.save(state_repo, settings.output)
+
+    def checking(todo: Sequence[Trial], settings: Settings) -> Iterator[Event]:
+        running = {trial.key: trial for trial in todo}
+        check(running.values())
+        for event in run(todo, settings):
+            yield event
+            del running[event.trial.key]
+            check(running.values())
+
+    sweep(trials, settings, run=checking, show=show)
+
+
+def release_head(
+    head: HeadState, trials: Sequence[Trial], settings: Settings, org: str | None, log: Callable[[str], object]
+) -> None:
+    """Publish a trained head that passes, or write why it does not."""
+    output, trial = settings.output, head.trial
+    results = store.results(output)
+    (plain,) = {
+        other.key
+        for other in trials
+        if (other.method, other.protocol) == (BASELINE, HEADS)
+        and (other.model, other.dataset) == (trial.model, trial.dataset)
+    }
+    if plain not in results:
+        log(f"{head.name}: waits for zero-shot CLIP on {trial.dataset}, which failed")
+        return
+    note = read_split(trial.dataset, settings.data_root).note
+    try:
+        others = other_figures(head, trials, results)
+        repo = f"{org or HUB_ORG}/{head.name}"
+        release = prepare(output / SAVED_HEADS / head.name, repo, others=others)
+        reasons = refusals(results[trial.key], results[plain], release, note)
+        if release.head is None:
+            reasons.append("it is not one of the zoo's heads, by dataset, shots and seed")
+    except ZooError as error:  # the checkpoint does not load
+        reasons = [str(error)]
+    if reasons:
+        store.write_json(output / "refused" / f"{head.name}.json", {"reasons": reasons})
+        log(f"{head.name}: refused, {'; '.join(reasons)}")
+        return
+    (output / "refused" / f"{head.name}.json").unlink(missing_ok=True)
+    if org:  # if the process dies before the record is written, the upload is repeated and makes no new commit
+        record = {"repo_id": repo, "entry": manifest_entry(release, publish(release))}
+        store.write_json(output / "published" / f"{head.name}.json", record)
+        log(f"{head.name}: published as {repo}")
 
 
 def manifest_entry(release: Release, revision: str) -> dict[str, Any]:
@@ -155,14 +204,15 @@ def pin(entries: dict[str, dict[str, Any]]) -> bool:
 def build_trials(
     protocols: list[str], models: list[str], datasets: list[str], shots: list[int], seeds: list[int]
 ) -> list[Trial]:
-    """Those of all protocols; of the others with the most shots, and on datasets that have other styles."""
+    """Those of all protocols, one dataset after the other; of the others with the most shots, and on datasets
+    that have other styles."""
     planned = []
     for protocol in (HEADS, *(other for other in OTHERS if other in protocols)):
         asked = shots if protocol == HEADS or not shots else [max(shots)]
         able = [name for name in datasets if protocol != "domain-shift" or DATASETS[name].shifts]
         if able:
             planned += plan_trials(protocol, models, [METHOD, BASELINE], able, asked, seeds)
-    return planned
+    return sorted(planned, key=lambda trial: datasets.index(trial.dataset))
 
 
 @app.command(cls=opt.Command)
@@ -178,6 +228,9 @@ def build(
     datasets: list[str] = several(help="Default: all 11."),
     shots: list[str] = several(help="Training images per class. Default: 1,2,4,8,16."),
     seeds: list[str] = several(help="Seeds. Default: 1,2,3."),
+    state_repo: str | None = Option(
+        None, "--state", help="Private repository that keeps OUTPUT, if the disk may be lost: ORG/NAME."
+    ),
     agree: opt.Agree = False,
     device: opt.Device = "auto",
     precision: opt.Precision = "float32",
@@ -212,9 +265,12 @@ def build(
         numbers(chosen["shots"], "--shots"),
         numbers(chosen["seeds"], "--seeds"),
     )
-    names = dict.fromkeys(name for trial in trials for name in (trial.dataset, *trial.targets))
-    missing = downloads.missing([*names], data_root or Path(os.devnull))
     settings = Settings(output_dir or Path(os.devnull), data_root, device, precision)
+    if state_repo and output_dir and not output_dir.exists():
+        build_state.restore(state_repo, output_dir)
+    left = remaining(settings.output, trials)
+    names = dict.fromkeys(name for trial in left for name in (trial.dataset, *trial.targets))
+    missing = downloads.missing([*names], data_root or Path(os.devnull))
     if dry_run:
         show_build_plan(trials, missing, settings)
         return
@@ -223,8 +279,8 @@ def build(
     run = backend(ray, per_trial)
     use_threads()
     absent = download_all(missing, data_root, agree)
-    ready = [trial for trial in trials if trial.dataset not in absent]
-    build_heads(ready, settings, org, log=log, run=run, show=show_events)
+    ready = [trial for trial in left if trial.dataset not in absent]
+    build_heads(ready, settings, org, state_repo, log=log, run=run, show=show_events)
     heads = states(settings.output, trials)
     entries = {head.name: head.entry for head in heads if head.entry}
     if entries and pin(entries):
@@ -240,12 +296,36 @@ def build(
 
 def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], settings: Settings) -> None:
     heads, results = states(settings.output, trials), store.results(settings.output)
-    for _, of_protocol in groupby(trials, lambda trial: trial.protocol):
+    for _, of_protocol in groupby(sorted(trials, key=protocol_order), protocol_order):
         output.print(grid_table([*of_protocol], results))
     show_states(heads)
     left = [trial for trial in trials if trial.key not in results]
     for line in pace.costs(left, missing, settings, [head.trial.model for head in heads]):
         output.print(line, soft_wrap=True)
+    output.print(timetable(left, settings))
+
+
+def protocol_order(trial: Trial) -> int:
+    return [HEADS, *OTHERS].index(trial.protocol)
+
+
+def timetable(trials: Sequence[Trial], settings: Settings) -> Table:
+    """After how many hours each dataset is done, by the measured paces; without the time of downloads, and of
+    models that cannot be measured."""
+    table = Table("dataset", "heads", "hours", "done after", title="Hours, without downloads")
+    total = 0.0
+    for dataset, group in groupby(trials, lambda trial: trial.dataset):
+        of_dataset = [*group]
+        hours = 0.0
+        for model in dict.fromkeys(trial.model for trial in of_dataset):
+            measured = attempted(pace.pace, model, settings.device, settings.precision)
+            if isinstance(measured, pace.Pace):
+                of_model = [trial for trial in of_dataset if trial.model == model]
+                hours += pace.estimated_seconds(of_model, measured, settings.data_root) / 3600
+        total += hours
+        heads = sum((trial.method, trial.protocol) == (METHOD, HEADS) for trial in of_dataset)
+        table.add_row(dataset, str(heads), f"{hours:.1f}", f"{total:.1f}")
+    return table
 
 
 def show_states(heads: Sequence[HeadState]) -> None:

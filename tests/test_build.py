@@ -1,8 +1,13 @@
-"""`hub/build.py` from nothing to a full registry, on small data and a Hub that takes uploads; and what it
-refuses."""
+"""`hub/build.py` from nothing to a full registry, on small data and a Hub that takes uploads; what it refuses; and
+`hub/fill.ipynb`."""
 
 import json
+import multiprocessing
+import os
 import re
+import shlex
+import shutil
+import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,16 +17,19 @@ import build
 import pytest
 import real_table
 import submit
+import torch
 import trees
 from helpers import process_unchanged
 from PIL import Image
 from shared import CommandLine
+from upload_hub import TOKEN
 
 import dcp_zoo
 from dcp_zoo import ZooError
 from dcp_zoo.benchmark import Settings, Trial, pace, store
 from dcp_zoo.benchmark.sweep import TrialImages
 from dcp_zoo.data import DATASETS, list_datasets, packaged
+from dcp_zoo.data.download import downloadable
 from dcp_zoo.data.packaged import Archive
 from dcp_zoo.release.publish import Release, refusals
 from dcp_zoo.training.methods import METHODS, fit_head
@@ -70,6 +78,8 @@ def small(tmp_path, manifest, monkeypatch) -> Iterator[Path]:
     monkeypatch.undo()
     DATASETS.clear()
     DATASETS.update(full)  # in their order
+    registry.all_heads.cache_clear()
+    registry.trained_heads.cache_clear()
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
@@ -183,6 +193,133 @@ def test_a_build_survives_stops_and_a_busy_hub(small, uploads, run, monkeypatch,
     index = json.loads(uploads.files("our-org/dcp-zoo-index")["heads.json"])
     for entry in (manifest[name], index[name]):
         assert {"base-to-new, base", "base-to-new, new", "top1_stored"} <= entry["metrics"].keys()
+
+
+CELLS = [
+    "".join(cell["source"])
+    for cell in json.loads(Path(build.__file__).with_name("fill.ipynb").read_text())["cells"]
+    if cell["cell_type"] == "code"
+]
+SHELL = re.compile(r"^(\s*)[!%](.*)$", re.MULTILINE)
+
+
+class Notebook:
+    """Runs the cells of `hub/fill.ipynb` in this process: its commands by their scripts, and not what prepares a
+    new machine. `choices` replaces what the reader may choose."""
+
+    def __init__(self, monkeypatch, capsys, drive: str, **choices: object) -> None:
+        scripts = {"hub/build.py": build.app, "benchmarks/real_table.py": real_table.app}
+        self.programs = {name: CommandLine(monkeypatch, capsys, script) for name, script in scripts.items()}
+        self.choices = choices
+        self.outputs: list[str] = []
+        answers = iter(["our-org", drive])
+        monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
+        monkeypatch.setattr("getpass.getpass", lambda prompt: TOKEN)
+
+    def shell(self, line: str) -> None:
+        program, script, *arguments = shlex.split(line)
+        if program == "python":
+            code, out, err = self.programs[script](*arguments)
+            self.outputs.append(f"exit code {code}: {out} {err}")
+        else:
+            assert program in ("git", "cd", "pip")
+
+    def run(self, cells: list[str] = CELLS) -> list[str]:
+        """The outputs of the commands, in order."""
+        names = {"shell": self.shell}
+        for cell in cells:
+            exec(SHELL.sub(r"\1shell(f'''\2''')", cell), names)
+            names |= self.choices
+        return self.outputs
+
+
+def lost_at(dataset: str, notebook: Notebook) -> None:
+    """Run a notebook, in a process of its own, until the head of a dataset is trained; then it is killed."""
+    write = store.write_json
+
+    def stop(path: Path, content: object) -> None:
+        if path.parent.name == "results" and path.name.startswith(f"few-shot.dcp_mini.{dataset}-1shot"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, content)
+
+    store.write_json = stop
+    notebook.run()
+
+
+@pytest.mark.scripts
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a forked process cannot compute on a GPU")
+@pytest.mark.parametrize("drive", ["", "drive"])
+def test_the_notebook_goes_on_where_a_lost_machine_stopped(small, uploads, monkeypatch, capsys, drive):
+    """With its state on the Hub, after the disk was lost, or on a drive. A dataset whose heads are published is not
+    read again, and no head is trained or published twice."""
+    monkeypatch.chdir(small)
+    monkeypatch.setattr(pace, "pace", lambda *args: PACE)
+    monkeypatch.setattr(METHODS, "entries", dict(METHODS.entries))  # to which the table adds one
+    choices = {"models": "dcp_mini", "shots": "1", "datasets": ["caltech101", "fgvc_aircraft"]}
+    choices["compared"] = "fgvc_aircraft"
+    lost = Notebook(monkeypatch, capsys, drive, **choices)
+    process = multiprocessing.get_context("fork").Process(target=lost_at, args=("fgvc_aircraft", lost))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    heads = [f"our-org/dcp_mini.{name}-1shot" for name in ("caltech101", "fgvc_aircraft")]
+    assert heads[0] in uploads.published()
+    assert heads[1] not in uploads.published()
+
+    shutil.rmtree(small / "BUILD", ignore_errors=True)
+    shutil.rmtree(small / "DATA/caltech-101")
+    plan, first, second, table = Notebook(monkeypatch, capsys, drive, **choices).run()
+    assert "1 published, 1 planned." in plan
+    hours = plan.partition("Hours, without downloads")[2]
+    assert "fgvc_aircraft" in hours
+    assert "caltech101" not in hours
+    assert "done" not in first
+    assert "done 1/1 few-shot.dcp_mini.fgvc_aircraft-1shot-seed1.dcp" in second
+    assert f"published as {heads[1]}" in second
+    assert all(title in table for title in real_table.TITLES.values())
+    assert "for 3 trials" in table  # DCP and zero-shot CLIP are measured
+    assert [output[:11] for output in (plan, first, second, table)] == ["exit code 0"] * 4
+    published = uploads.published()
+    assert [published.pop(head) for head in heads] == [1, 1]
+    assert published.pop("our-org/dcp-zoo-index") == 2
+    assert [*published] == ([] if drive else ["our-org/dcp-zoo-build"])
+    if not drive:
+        kept = uploads.repos["our-org/dcp-zoo-build"]
+        assert kept.private
+        assert {name.split("/")[0] for name in uploads.files("our-org/dcp-zoo-build")} == {"published", "results"}
+
+
+def test_the_notebook_says_what_the_gpu_will_manage(small, uploads, monkeypatch, capsys):
+    """In the order in which it builds, and trains nothing."""
+    monkeypatch.chdir(small)
+    monkeypatch.setattr(pace, "pace", lambda *args: pace.Pace(*(1000 * seconds for seconds in PACE)))
+    choices = {"models": "dcp_mini", "shots": "4,1", "datasets": ["fgvc_aircraft", "caltech101"]}
+    (plan,) = Notebook(monkeypatch, capsys, "", **choices).run(CELLS[:-2])
+    rows = re.findall(r"│ (\w+) +│ (\d) +│ ([\d.]+) +│ ([\d.]+) +│", plan.partition("Hours, without downloads")[2])
+    assert [row[:2] for row in rows] == [("fgvc_aircraft", "2"), ("caltech101", "2")]
+    # four epochs of batches of 4, of 16 and of 4 images, are 16 + 4 steps of 180 s; an image takes 10 s: four to test
+    # on, which each of two heads reads again, and those to train on, plain, mirrored, and by the head's prompts
+    seconds = (16 + 4) * (100 + 4 * 20) + 10 * (4 + 2 * 4 + 3 * (16 + 4))
+    assert rows[0][2] == rows[0][3] == f"{seconds / 3600:.1f}"
+    assert float(rows[1][3]) == pytest.approx(2 * seconds / 3600, abs=0.1)
+    assert not (small / "BUILD").exists()
+    assert uploads.published() == {}
+
+
+def test_the_notebook_fills_the_zoo_with_all_that_downloads_by_itself():
+    names: dict[str, object] = {}
+    (cell,) = (cell for cell in CELLS if "datasets = [" in cell)
+    exec(cell, names)
+    datasets = names["datasets"]
+    assert sorted(datasets) == sorted({*list_datasets()} & {*downloadable()})
+    assert {*names["compared"].split(",")} <= {*datasets[:3]}
+    trials = build.build_trials(
+        [], names["models"].split(","), datasets, [int(k) for k in names["shots"].split(",")], [1]
+    )
+    heads = [trial.head for trial in trials if trial.method == build.METHOD]
+    assert heads[:2] == ["dcp_vitb16.caltech101-16shot", "dcp_vitb16.caltech101-4shot"]
+    assert len(heads) == len({*heads}) == 2 * 2 * len(datasets)
+    assert {*heads} <= {*registry.all_heads()}
 
 
 @pytest.mark.scripts

@@ -223,6 +223,11 @@ class Answers(BaseHTTPRequestHandler):
         private = self.repo(repo_id).private
         return {"id": repo_id, "modelId": repo_id, "sha": oid, "private": private, "siblings": siblings, "tags": []}
 
+    def tree(self, repo_id: str, revision: str) -> Any:
+        """The files of a commit, as for the download of all of them."""
+        _, files = self.revision(repo_id, revision)
+        return [{"type": "file", "path": name, "size": len(data), "oid": git_oid(data)} for name, data in files.items()]
+
     def search(self) -> Any:
         """The repositories with all tags of `filter`, as by GET /api/models with full and cardData; private
         ones only for those who are logged in. Tags are what a card says, by the kind of its fields."""
@@ -277,6 +282,7 @@ ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("POST", f"/api/models/{REPO}/commit/{REVISION}", Answers.commit),
     ("GET", f"/api/models/{REPO}", Answers.info),
     ("GET", f"/api/models/{REPO}/revision/{REVISION}", Answers.info),
+    ("GET", f"/api/models/{REPO}/tree/{REVISION}", Answers.tree),
     ("GET HEAD", f"/{REPO}/resolve/{REVISION}/(.+)", Answers.resolve),
 ]
 

@@ -4,6 +4,7 @@ space."""
 import http.client
 import urllib.request
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ class Pace(NamedTuple):
     per_class: float  # of a step, for each class
 
 
+@cache
 def pace(model: str, device: str = "auto", precision: str = "float32") -> Pace:
     """The pace of a model with random weights, measured in seconds: nothing but some tokenizers is
     downloaded."""
