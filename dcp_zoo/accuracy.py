@@ -8,6 +8,19 @@ from typing import NamedTuple
 from dcp_zoo.errors import shorten
 
 
+def wilson(p: float, n: float) -> tuple[float, float]:
+    """The 95 % Wilson interval in percent of a share p of n images.
+
+    >>> [round(end, 1) for end in wilson(0.9, 10)]
+    [59.6, 98.2]
+    """
+    z = NormalDist().inv_cdf(0.975)
+    half = z * math.sqrt(p * (1 - p) / n + (z / n / 2) ** 2)
+    centre = p + z**2 / n / 2
+    scale = 100 / (1 + z**2 / n)
+    return scale * (centre - half), scale * (centre + half)
+
+
 class Accuracy(NamedTuple):
     """How many of the images of a class are classified correctly.
 
@@ -32,13 +45,7 @@ class Accuracy(NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % Wilson interval in percent: what the accuracy on many more images of this kind may be."""
-        z = NormalDist().inv_cdf(0.975)
-        p = self.correct / self.images
-        n = self.independent or self.images
-        half = z * math.sqrt(p * (1 - p) / n + (z / n / 2) ** 2)
-        centre = p + z**2 / n / 2
-        scale = 100 / (1 + z**2 / n)
-        return scale * (centre - half), scale * (centre + half)
+        return wilson(self.correct / self.images, self.independent or self.images)
 
     def __str__(self) -> str:
         """What holds on one side first: heads are seldom worse than their interval, and often better."""

@@ -34,10 +34,12 @@ def in_distribution_score(logits: np.ndarray, distances: np.ndarray) -> np.ndarr
 
 
 class Prediction(NamedTuple):
-    """A class and its probability."""
+    """A class, its probability, and of the most probable class of a head that can tell, whether it is one of
+    those of which at most 5 % are wrong."""
 
     name: str
     probability: float
+    trusted: bool | None = None
 
 
 def most_probable(probabilities: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -60,7 +62,7 @@ def best(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> li
 def top_classes(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[list[Values]]:
     """`best`, as it is written: {"class": name, "probability": from 0 to 1, rounded}."""
     ranked = best(probabilities, classnames, top_k)
-    return [[{"class": name, "probability": round(p, 6)} for name, p in row] for row in ranked]
+    return [[{"class": name, "probability": round(p, 6)} for name, p, _ in row] for row in ranked]
 
 
 class Promises(NamedTuple):

@@ -115,7 +115,7 @@ def test_train_evaluate_predict(folder, pictures, fitted, tmp_path):
     ((expected, _),) = dcp_zoo.predict(model, pictures[0][5], top_k=5)
     assert expected.name == "red"
     ((best, other),) = dcp_zoo.predict(str(tmp_path / "head"), pictures[0][5], top_k=5)
-    assert best == (expected.name, pytest.approx(expected.probability, abs=1e-3))
+    assert best == (expected.name, pytest.approx(expected.probability, abs=1e-3), None)
     assert best.probability + other.probability == pytest.approx(1, abs=1e-5)
     stopped = FewShotClassifier(method="dcp", recipe=recipe, callbacks=[lambda model, epoch: epoch.epoch == 2])
     assert len(stopped.fit(*pictures).history_) == 2

@@ -58,12 +58,12 @@ def by_predictor(folder, paths: list[str], classes: int) -> list[list[tuple[str,
     return [[(columns[f"class{end}"][i], columns[f"probability{end}"][i]) for end in ends] for i in range(len(paths))]
 
 
-def check_ranked(answers: list[list[tuple[str, float]]], names: list[str], expected: np.ndarray, close: float) -> None:
+def check_ranked(answers: list[list[tuple]], names: list[str], expected: np.ndarray, close: float) -> None:
     """Fails unless each image has these classes, the most probable first, with these probabilities."""
     for answer, probabilities in zip(answers, expected, strict=True):
         order = np.argsort(-probabilities)
-        assert [name for name, _ in answer] == [names[i] for i in order]
-        assert [probability for _, probability in answer] == pytest.approx(probabilities[order], abs=close)
+        assert [name for name, *_ in answer] == [names[i] for i in order]
+        assert [probability for _, probability, *_ in answer] == pytest.approx(probabilities[order], abs=close)
 
 
 @pytest.mark.filterwarnings("ignore:Repeated class names")

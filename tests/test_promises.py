@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import noisy_picture
 
-from dcp_zoo import FewShotClassifier, Predictor, ZooError
+from dcp_zoo import FewShotClassifier, Predictor, ZooError, predict
 from dcp_zoo.heads.config import read_config
 from dcp_zoo.probe.model import HeldOut
 from dcp_zoo.probe.threshold import promises_of
@@ -103,6 +103,9 @@ def test_all_doors_promise_the_same(small_model, tmp_path, run):
     rows = json.loads(run.ok("predict", *asked, "--head", folder, "--sets", "0.9", "--json"))
     assert [row["set"] for row in rows] == expected
     assert [row["trusted"] for row in rows] == columns["trusted"].tolist()
+    answers = predict(folder, asked, reject=True)
+    assert [answer is not None and answer[0].trusted for answer in answers] == columns["trusted"].tolist()
+    assert [answer[0].trusted for answer in predict(folder, asked)] == columns["trusted"].tolist()
     lines = run.ok("predict", *asked[-2:], "--head", folder, "--sets", "0.9", "--top-k", "1").splitlines()
     assert lines[0].split()[-2:] == ["trusted", "set"]
     assert lines[2].split()[-1] == "no"
@@ -113,4 +116,5 @@ def test_all_doors_promise_the_same(small_model, tmp_path, run):
     with pytest.raises(ZooError, match="on 20 images or more"):
         few.predict_set(asked)
     assert trust_note(few.model_.info) == ""
+    assert predict(few.model_, asked[0])[0][0].trusted is None
     assert "omit --together" in run.refused("predict", *asked, "--head", folder, "--sets", "0.9", "--together")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dcp_zoo.answers import Prediction, best
+from dcp_zoo.answers import Prediction, Promises, best
 from dcp_zoo.api.inputs import (
     ClassNames,
     Groups,
@@ -209,6 +209,7 @@ def predict(
     Args:
         model, device, precision, progress: see `evaluate`.
         images: one image, a sequence of images, or a folder; see `train`.
+        top_k: how many. The first one says whether it can be `trusted`, as of `Predictor`.
         reject: return None for images that belong to none of the classes: True, or the share of right images
             that may be refused as well.
         together: refine each prediction with the other images; those that are rejected have no influence.
@@ -221,8 +222,12 @@ def predict(
     with lent(model, device) as head:
         outputs, broken = outputs_of(head, items, batch_size, precision, progress, reject, errors, features=together)
         names = head.classnames
+        least = Promises.of(head.promises).trusted
     rejected = np.zeros(len(items), bool) if outputs.rejected is None else outputs.rejected
     predictions: list[Any] = best(refined(outputs, ~rejected & together), names, top_k)
+    if outputs.unlike is not None and least is not None and not together:  # which is of each image alone
+        for row, is_trusted in zip(predictions, outputs.trusted(least).tolist(), strict=True):
+            row[0] = row[0]._replace(trusted=is_trusted)
     for i in np.flatnonzero(rejected).tolist():
         predictions[i] = None
     for i, error in broken.items():

@@ -80,14 +80,14 @@ def search(
     """
     if (not text) == (like is None):
         raise ZooError('Say what to find: a text such as "red mug on a table", a photo, or --to-label.')
-    _check_new(output, folder)
-    items = _items(find_images([str(folder)]))
+    check_new(output, folder)
+    items = as_items(find_images([str(folder)]))
     clip = plain_clip(model).to(pick_device(device))
     if like is None:
         wanted = clip.zero_shot_classifier([str(text)])[0].float().cpu().numpy()
         features = comparable(items, clip, progress).first_parts(1).rows()[0].numpy()  # CLIP's embeddings
     else:
-        photo = comparable(_items([str(like)]), clip, keep=False)
+        photo = comparable(as_items([str(like)]), clip, keep=False)
         if photo.errors:
             raise photo.errors[0]
         wanted = photo.joined[0].numpy()
@@ -98,7 +98,7 @@ def search(
         raise ZooError(f"No image of {folder} can be read.")
     matches = [Match(items[i].path, round(float(similarity[i]), 4)) for i in best[:count]]
     if output is not None:
-        _write(Path(output), text or f"Like {like}", matches, Match._fields, matches)
+        write_found(Path(output), text or f"Like {like}", matches, Match._fields, matches)
     return matches
 
 
@@ -143,7 +143,7 @@ def suggest(
             `class` waits for what a person sees.
         model, device, progress: see `inspect`; the model is that of features without a head.
     """
-    _check_new(output, images)
+    check_new(output, images)
     paths = find_images([str(images)])
     paths = paths[:: math.ceil(len(paths) / MOST)]
     labelled = listed_images(labels, images)
@@ -153,16 +153,16 @@ def suggest(
         suggestions = [Suggestion(file) for file in files]
     else:
         with lent(head, device) as trained:
-            new = {item.path for item in not_trained_on(_items(paths), trained.info)}
+            new = {item.path for item in not_trained_on(as_items(paths), trained.info)}
             labelled += [path for path in paths if path not in new]
             files = _worth_a_label(paths, labelled, trained.frozen, count, progress)
-            best = [row[0] for row in predict(trained, files) if isinstance(row, list)] if files else []
+            best = [row[0][:2] for row in predict(trained, files) if isinstance(row, list)] if files else []
         suggestions = [Suggestion(file, *guess) for file, guess in zip(files, best, strict=True)]
     if not suggestions:
         raise ZooError(f"No image of {images} is left to label: all have a label, are black, or cannot be read.")
     if output is not None:
         rows = [[row.file, "", row.guess, row.probability] for row in suggestions]
-        _write(Path(output), f"{len(rows)} images to label", suggestions, TO_LABEL, rows)
+        write_found(Path(output), f"{len(rows)} images to label", suggestions, TO_LABEL, rows)
     return suggestions
 
 
@@ -170,22 +170,22 @@ def _worth_a_label(
     paths: Sequence[str], labelled: Sequence[str], clip: FrozenCLIP, count: int, progress: Progress
 ) -> list[str]:
     """At most `count` of the images that can be read and are not black, see `spread`."""
-    table = comparable(_items(paths), clip, progress)
+    table = comparable(as_items(paths), clip, progress)
     assert table.facts is not None
     brightest = np.percentile(table.facts[:, : GREY**2].numpy(), 99, 1)  # NaN of an image that cannot be read
     usable = np.flatnonzero(brightest >= 255 * BLACK)
     of_labelled = table.joined[:0]
     if labelled:
-        of_labelled = comparable(_items(labelled), clip, progress).joined
+        of_labelled = comparable(as_items(labelled), clip, progress).joined
         of_labelled = of_labelled[~of_labelled[:, 0].isnan()]
     return [paths[usable[i]] for i in spread(table.joined[usable], of_labelled, count)]
 
 
-def _items(paths: Iterable[str]) -> list[Item]:
+def as_items(paths: Iterable[str]) -> list[Item]:
     return [Item(path, path, 0) for path in paths]
 
 
-def _check_new(output: str | Path | None, images: str | Path) -> None:
+def check_new(output: str | Path | None, images: str | Path) -> None:
     """Raise ZooError for an output folder that exists, is among the images, or cannot be written."""
     if output is not None:
         output = Path(output)
@@ -194,7 +194,7 @@ def _check_new(output: str | Path | None, images: str | Path) -> None:
         check_outside(output, images)
 
 
-def _write(
+def write_found(
     output: Path, title: str, images: Sequence[Match | Suggestion], columns: Sequence[str], rows: Iterable[Sequence]
 ) -> None:
     """Write a page of pictures and a table."""

@@ -37,7 +37,10 @@ def main(
     found = find_images([str(photos)])
     chosen = found[:: max(1, len(found) // IMAGES)][:IMAGES]
     model = create_model(HEAD, True).eval()
-    expected = table([dict(row) for row in predict(model, chosen, top_k=model.num_classes)], model.classnames)
+    expected = table(
+        [{name: share for name, share, _ in row} for row in predict(model, chosen, top_k=model.num_classes)],
+        model.classnames,
+    )
     with TemporaryDirectory() as temporary:
         repo = export_hub(model, Path(temporary, "repo"))
         script = Path(temporary, "pipeline.mjs")  # which finds node_modules beside it

@@ -152,7 +152,7 @@ def captions(model: Head, photos: Photos, reject: bool) -> list[tuple[str, str]]
         if isinstance(row, ZooError):
             shown.append((path, str(row).replace(path, Path(path).name)))
         else:
-            said = [f"{name.replace('_', ' ')} {100 * share:.0f} %" for name, share in row or ()]
+            said = [f"{name.replace('_', ' ')} {100 * share:.0f} %" for name, share, _ in row or ()]
             shown.append((path, ", ".join(said) or "none of these"))
     return shown
 
