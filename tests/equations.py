@@ -233,6 +233,36 @@ def clap_logits(given: Task, unit: bool) -> Tensor:
     return cosine(clip, val, F.normalize(w, dim=-1)).detach()
 
 
+def taskres(given: Task) -> Tensor:
+    """Three epochs of one batch by Adam on what is added to the raw text features."""
+    clip, (x, val, _, y) = given.clip, plain_features(given)
+    with torch.no_grad():
+        raw = clip.clip.encode_text(tokens(clip, fill(TEMPLATE)))
+    residual = torch.zeros_like(raw).requires_grad_()
+
+    def logits(images: Tensor) -> Tensor:
+        return cosine(clip, images, F.normalize(raw + 0.5 * residual, dim=-1))
+
+    optimizer = torch.optim.Adam([residual], 0.1, weight_decay=5e-4)
+    descend(optimizer, lambda: F.cross_entropy(logits(x), y), [1e-5, 0.1, 0.075])
+    return logits(val).detach()
+
+
+def clip_adapter(given: Task) -> Tensor:
+    """Three epochs of one batch by SGD; of image features that are twice as long as they should be."""
+    clip, (x, val, texts, y) = given.clip, plain_features(given)
+    width = x.shape[1]
+    layers = [nn.Linear(width, width // 4, bias=False), nn.ReLU(), nn.Linear(width // 4, width, bias=False), nn.ReLU()]
+    network = nn.Sequential(*layers)
+
+    def logits(images: Tensor) -> Tensor:
+        return cosine(clip, F.normalize(0.3 * network(2 * images) + 0.7 * 2 * images, dim=-1), texts)
+
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+    descend(optimizer, lambda: F.cross_entropy(logits(x), y), [1e-5, 0.05, 0.0375])
+    return logits(val).detach()
+
+
 def prolip(given: Task) -> Tensor:
     """Steps alternate between the views."""
     clip, (_, _, texts, _) = given.clip, plain_features(given)
@@ -330,7 +360,11 @@ def words(clip: FrozenCLIP, phrase: str) -> Tensor:
 
 
 def trained_prompts(
-    given: Task, trained: list[Tensor], encode: Callable[[Tensor], tuple[Tensor, Tensor]], loss_of=None
+    given: Task,
+    trained: list[Tensor],
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+    loss_of=None,
+    averaged: bool = False,
 ) -> Tensor:
     """Three epochs of one batch by SGD, the first at the warm-up's learning rate."""
     x, y, logits = pixels(given.images), given.images.labels, partial(cosine, given.clip)
@@ -345,7 +379,7 @@ def trained_prompts(
     for rate, weight in zip((1e-5, 0.05, 0.0375), gauss, strict=True):
         descend(optimizer, loss, [rate])
         averages = [a + weight / sum(gauss) * p.detach() for a, p in zip(averages, trained, strict=True)]
-    if loss_of:  # PromptSRC takes the average over the epochs
+    if averaged:
         for p, average in zip(trained, averages, strict=True):
             p.data = average
     return logits(*encode(pixels(given.val))).detach()
@@ -355,6 +389,18 @@ def coop(given: Task) -> Tensor:
     prompts, clip = random_prompts(1, 3, 64), given.clip
     return trained_prompts(
         given, prompts, lambda x: (encode_image(clip, x), encode_text(clip, fill("X X X {}."), prompts))
+    )
+
+
+def kgcoop(given: Task) -> Tensor:
+    """The mean of one minus the cosine between the text with prompts and without."""
+    clip, prompts = given.clip, [words(given.clip, "a photo of a")]
+    frozen = encode_text(clip, fill(TEMPLATE)).detach()
+    return trained_prompts(
+        given,
+        prompts,
+        lambda x: (encode_image(clip, x), encode_text(clip, fill("a photo of a {}."), prompts)),
+        lambda x, features, texts: 8 * (1 - F.cosine_similarity(texts, frozen)).mean(),
     )
 
 
@@ -407,4 +453,4 @@ def prompt_src(given: Task, depth: int) -> Tensor:
         kl = (p * (p.log() - cosine(clip, features, texts).log_softmax(-1))).sum() / p.numel()
         return kl + 25 * (texts - frozen_texts).abs().mean() + 10 * (features - frozen).abs().mean()
 
-    return trained_prompts(given, [*text, *vision], encode, regularised)
+    return trained_prompts(given, [*text, *vision], encode, regularised, averaged=True)

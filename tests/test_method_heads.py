@@ -19,6 +19,7 @@ import dcp_zoo
 from dcp_zoo.data import Split
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.config import COUPLINGS, WEIGHTS_NAME, read_config
+from dcp_zoo.prediction.onnx import OnnxClassifier
 from dcp_zoo.release.onnx import export
 from dcp_zoo.training.folder import STATE_NAME
 from dcp_zoo.training.methods import METHODS, fit_head, table
@@ -30,7 +31,7 @@ from dcp_zoo.zoo.resolve import Source
 
 pytestmark = FEW_STEPS
 
-NONLINEAR = ["tip-adapter", "tip-adapter-f", "proker"]
+CACHED = ["tip-adapter", "tip-adapter-f", "proker"]
 FAST = {"epochs": 2, "steps": 2}
 
 
@@ -73,7 +74,7 @@ def test_every_method_is_a_head(method, changes, clip, photos, tmp_path):
         expected = head(x)
         assert close(loaded(x), expected)
         assert close(logits_of(loaded, given.val), expected)
-        if method not in NONLINEAR:
+        if method not in CACHED:
             assert close(loaded.fuse()(x), expected)
             assert close(loaded.get_classifier()(loaded.forward_features(x)), expected)
     (check_new_classes if METHODS[method].abilities.transfers else check_closed)(method, head, test)
@@ -87,7 +88,9 @@ def check_new_classes(method, head, test) -> None:
     torch.testing.assert_close(after[:, :3].flip(-1), before, rtol=1e-4, atol=1e-4)
     head.set_classnames(NAMES, "art of a {}")
     changed = not torch.allclose(logits_of(head, test), before, atol=1e-3)
-    assert changed == (method not in ("coop", "ivlp", "maple", "promptsrc", "dcp"))  # their prompts are the template
+    assert changed == (
+        method not in ("coop", "kgcoop", "ivlp", "maple", "promptsrc", "dcp")
+    )  # their prompts are the template
 
 
 def check_closed(method, head, test) -> None:
@@ -96,6 +99,25 @@ def check_closed(method, head, test) -> None:
         head.set_classnames(["cat"])
     head.set_classnames(NAMES[:0:-1])
     torch.testing.assert_close(logits_of(head, test), before[:, [2, 1]])
+
+
+@pytest.mark.scripts
+def test_a_head_with_an_adapter_is_exported(clip, photos, tmp_path):
+    given = small("clip-adapter", clip, photos)
+    head, x = fit_head("clip-adapter", given), pixels(given.val)
+    exported = OnnxClassifier(export(head, tmp_path / "head.onnx"))
+    assert close(torch.from_numpy(exported(x.numpy())), head(x), 1e-4)
+
+
+def test_a_head_with_an_adapter_is_not_linear(clip, photos):
+    """It cannot be explained or followed by a text probe; a fine-tuned layer takes the place of both."""
+    given = small("clip-adapter", clip, photos)
+    head, x = fit_head("clip-adapter", given), pixels(given.val)
+    with pytest.raises(ZooError, match="A head of clip-adapter changes features.*cannot be explained or followed"):
+        head.linear()
+    head.reset_classifier(2)
+    with torch.no_grad():
+        assert close(head.fuse()(x), head(x))
 
 
 def test_a_head_that_keeps_its_images_is_not_linear(clip, photos, tmp_path):

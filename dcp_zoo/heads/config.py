@@ -61,14 +61,14 @@ class DCPConfig(Checked):
 class Abilities(Checked):
     """What the heads of a method can do: one record, of the method and of each head's `config.json`."""
 
-    linear: bool = option(True, "its logits are a linear function of image features: it can be fused and exported")
+    linear: bool = option(True, "its logits are a linear function of image features, as explanations need it")
     fitted: bool = option(False, "its classifier is fitted to features of training images: no text probe can follow")
     coupled: bool = option(False, "the prompts of both towers rewrite each other")
     transfers: bool = option(True, "it can classify into classes that it was not trained on")
 
 
 FORMAT_VERSION = 4  # the only one that is read
-HEADS = ("linear", "prompts", "cache", "dcp")  # kinds of heads, see `dcp_zoo.zoo.build.KINDS`
+HEADS = ("linear", "adapter", "prompts", "cache", "dcp")  # kinds of heads, see `dcp_zoo.zoo.build.KINDS`
 COUNT = {"min": 0}
 PERCENT = {"min": 0, "max": 100}
 PROBABILITY = {"min": 0, "max": 1}

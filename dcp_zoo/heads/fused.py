@@ -43,6 +43,7 @@ class FusedClassifier(nn.Module):
         distance: of images from those of training, of a head that can reject or has a gate.
         text, gate: of a head with a gate, see `gated`: the logits of the text as a linear function, and the
             gate (3,).
+        adapter: of an `AdapterHead`.
     """
 
     weight: Tensor  # (C, F), with a gate (2C, F): the text's logits come last
@@ -55,9 +56,15 @@ class FusedClassifier(nn.Module):
 
     @torch.no_grad()
     def __init__(
-        self, linear: Linear, distance: Distance | None = None, text: Linear | None = None, gate: Tensor | None = None
+        self,
+        linear: Linear,
+        distance: Distance | None = None,
+        text: Linear | None = None,
+        gate: Tensor | None = None,
+        adapter: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.adapter = copy.deepcopy(adapter or nn.Identity())
         weight, bias = linear
         tensors = {"weight": weight, "bias": bias}
         if text is not None and gate is not None:
@@ -71,7 +78,7 @@ class FusedClassifier(nn.Module):
             self.register_buffer(name, tensor.detach().clone())
 
     def forward(self, features: Tensor) -> Tensor:
-        logits = features.to(self.weight.dtype) @ self.weight.T + self.bias
+        logits = self.adapter(features.to(self.weight.dtype)) @ self.weight.T + self.bias
         if not hasattr(self, "gate"):
             return logits
         own, text = logits.chunk(2, 1)

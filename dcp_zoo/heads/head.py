@@ -673,7 +673,7 @@ class Head(nn.Module, ABC):
             return nn.Identity()
         if self.fc is not None:
             return self.fc
-        if self.gated_probe is not None:
+        if self.gated_probe is not None or not self.abilities.linear:
             return self._fused_classifier()
         weight, bias = self.linear()
         return layer_of(weight.clone(), bias.clone() if bias.any() else None)

@@ -1,7 +1,12 @@
-"""The kinds of heads besides `DCP`: a stored classifier, one that keeps the features of its training images
-beside, and learned prompts that do not rewrite each other.
+"""The kinds of heads besides `DCP`: a stored classifier, one that changes features first, one that keeps those
+of its training images beside, and learned prompts that do not rewrite each other.
 
 A `LinearHead` stores its classifier: z = f W^T + b                     (B, C)
+
+An `AdapterHead` is CLIP-Adapter's (Gao et al., IJCV 2024). With the zero-shot classifier, ratio r and learned
+matrices D (H, E) and U (E, H), H = E / 4:
+
+    z = f' W^T / |f'| + b    with f' = r relu(relu(f D^T) U^T) + (1 - r) f  (B, C)
 
 A `CacheHead` is Tip-Adapter's (Zhang et al., ECCV 2022): zero-shot CLIP plus the labels of similar training
 images. With the zero-shot classifier W (C, E), keys K (n, E), the normalised features of the training
@@ -22,7 +27,7 @@ the sequence, with new ones before each of the first blocks. With image features
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +39,15 @@ from dcp_zoo.backbone.towers.text import TextChunks, prompted_text
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import HeadConfig, own_names
+from dcp_zoo.heads.fused import FusedClassifier
 from dcp_zoo.heads.head import Head
 
 CACHED = ("keys", "values", "alpha", "beta")  # tensors of a `CacheHead`, besides its weight
+
+NONLINEAR = (
+    "A head of {} {}, and its logits are no linear function of features: it cannot be {} or followed by a text probe. "
+    "Use a head of gda or text-probe, for example."
+)
 
 
 class LinearHead(Head):
@@ -136,6 +147,48 @@ class LinearHead(Head):
         super()._load_trained(state)
 
 
+class Adapter(nn.Module):
+    """f (B, E) -> f' / |f'| (B, E), see the module."""
+
+    ratio: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, width // 4, bias=False)
+        self.up = nn.Linear(width // 4, width, bias=False)
+        self.register_buffer("ratio", torch.zeros(()))
+
+    def forward(self, features: Tensor) -> Tensor:
+        changed = self.up(self.down(features).relu()).relu()
+        return F.normalize(self.ratio * changed + (1 - self.ratio) * features, dim=-1)
+
+
+class AdapterHead(LinearHead):
+    """See the module; its arguments are those of `LinearHead`. Only its adapter, at first random, requires
+    gradients, in training."""
+
+    kind = "adapter"
+    trained = ("weight", "bias", "adapter.")
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.adapter = Adapter(self.encoder.num_features).requires_grad_(False)
+
+    def classify(self, features: Tensor) -> Tensor:
+        if self.fc is not None:
+            return super().classify(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(self.adapter(features.to(self.weight.dtype)), self.weight, self.bias)
+
+    def _fused_classifier(self) -> FusedClassifier:
+        if self.fc is not None:
+            return super()._fused_classifier()
+        return FusedClassifier((self.weight, self.bias), adapter=self.adapter)
+
+    def own_linear(self) -> Linear:
+        raise ZooError(NONLINEAR.format(self.method, "changes features by a network", "explained"))
+
+
 class CacheHead(LinearHead):
     """See the module. Only the keys require gradients, in training.
 
@@ -183,10 +236,7 @@ class CacheHead(LinearHead):
         return (-beta * (1 - features @ self.keys.T)).exp() @ self.values
 
     def own_linear(self) -> Linear:
-        raise ZooError(
-            f"A head of {self.method} keeps its training images, and its logits are no linear function of features: it "
-            "cannot be fused, exported or followed by a text probe. Use a head of gda or text-probe, for example."
-        )
+        raise ZooError(NONLINEAR.format(self.method, "keeps its training images", "fused, exported"))
 
     def _classify_into(self, names: list[str], texts: Texts | None) -> None:
         """Among its own classes."""

@@ -135,7 +135,8 @@ def build_optimizer(recipe: TrainingRecipe, parameters: Iterable[Tensor]) -> tor
     """The recipe's optimizer."""
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    return torch.optim.AdamW(parameters, recipe.lr, weight_decay=recipe.weight_decay)
+    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, recipe.lr, weight_decay=recipe.weight_decay)
 
 
 def mixed_seed(*numbers: int) -> int:

@@ -101,11 +101,11 @@ class TrainingRecipe(BaseRecipe):
 
     is_trained = True
     augment: str = changed(BaseRecipe, "augment", "crop-flip")
-    optimizer: str = option("sgd", "the optimizer", choices=("sgd", "adamw"))
+    optimizer: str = option("sgd", "the optimizer", choices=("sgd", "adamw", "adam"))
     lr: float = option(0.0035, "peak learning rate, reached in epoch 1 and followed by a cosine towards 0")
     warmup_lr: float = option(1e-5, "learning rate of epoch 0")
     momentum: float = option(0.9, "momentum of sgd")
-    weight_decay: float = option(5e-4, "L2 penalty of sgd, decoupled weight decay of adamw")
+    weight_decay: float = option(5e-4, "L2 penalty of sgd and adam, decoupled weight decay of adamw")
     batch_size: int = count(4, "images per step, at most")
     drop_last: bool = option(True, "drop an incomplete batch of an epoch; false: batches of near-equal size, no drop")
     epochs: int | None = count(20, "length of the schedule; null: as many as the number of classes and images needs")

@@ -5,7 +5,7 @@ Shapes: n or B images, C classes, E embedding.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.features import MIRRORED, PLAIN, Batch, ImageLoader, Views, crop_views
 from dcp_zoo.heads.config import Abilities
 from dcp_zoo.heads.head import Head
-from dcp_zoo.training.loop import Loss, Schedule, descend
+from dcp_zoo.training.loop import Loss, Schedule, build_optimizer, descend
 from dcp_zoo.training.recipes import BaseRecipe, Recipe, TrainingRecipe, batch_sizes, changed, count, default_recipe
 from dcp_zoo.training.state import TrainingState
 from dcp_zoo.training.task import Task
@@ -36,6 +36,15 @@ class CropsRecipe(BaseRecipe):
 
     augment: str = changed(BaseRecipe, "augment", "crop-flip")
     augment_epochs: int = count(10, CROPS)
+
+
+@dataclass(frozen=True)
+class RowsRecipe(TrainingRecipe):
+    """For methods that `train_on_rows`."""
+
+    is_trained = False
+    batch_size: int = changed(TrainingRecipe, "batch_size", 256)
+    augment_epochs: int = count(20, CROPS)
 
 
 def plain(task: Task) -> Views:
@@ -142,3 +151,26 @@ def minimise(
     """Gradient descent without a state that is saved; returns the loss of every step."""
     state = TrainingState().begin(optimizer, task.precision)
     return descend(state, loss, batches, lr_at, steps, task.progress)
+
+
+def train_on_rows(task: Task, trained: Sequence[Tensor], loss: Loss) -> None:
+    """Train these tensors on the features of all views of the training images, one row each, by a
+    `RowsRecipe`: an epoch has as many batches as there are of images, of rows at random."""
+    recipe: RowsRecipe = task.recipe
+    views = task.train.rows(*augmented(task))  # (V, n, E)
+    rows = views.flatten(0, 1)  # (V n, E)
+    labels = task.train.labels.repeat(len(views))
+    per_epoch = len(batch_sizes(len(task.train), recipe.batch_size, recipe.drop_last))
+    batches = random_rows(rows, labels, recipe.batch_size, per_epoch, task.seed)
+    optimizer = build_optimizer(recipe, trained)
+    steps = recipe.num_epochs * per_epoch
+    minimise(task, loss, optimizer, batches, lambda step: recipe.lr_at(step // per_epoch), steps)
+
+
+def random_rows(rows: Tensor, labels: Tensor, size: int, per_epoch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """An endless stream of batches of rows and their labels, no row twice in an epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(rows), generator=generator)
+        for batch in order[: size * per_epoch].split(size):
+            yield rows[batch], labels[batch]

@@ -13,7 +13,6 @@ of each image, or for the miniature both views, in as many batches as there are 
 used.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,22 +22,18 @@ from torch.nn import functional as F
 from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.probe.estimates import class_means
-from dcp_zoo.training.loop import build_optimizer
-from dcp_zoo.training.methods.base import CLOSED, CROPS, Method, augmented, minimise
-from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes, changed, count, option
+from dcp_zoo.training.methods.base import CLOSED, Method, RowsRecipe, augmented, train_on_rows
+from dcp_zoo.training.recipes import TrainingRecipe, changed, option
 from dcp_zoo.training.task import Task
 
 
 @dataclass(frozen=True)
-class CLAPRecipe(TrainingRecipe):
+class CLAPRecipe(RowsRecipe):
     """That of the authors' code: SGD with momentum 0.9, and a cosine after one epoch at 1e-5."""
 
-    is_trained = False
     lr: float = changed(TrainingRecipe, "lr", 0.1)
     weight_decay: float = changed(TrainingRecipe, "weight_decay", 0.0)
-    batch_size: int = changed(TrainingRecipe, "batch_size", 256)
     epochs: int | None = changed(TrainingRecipe, "epochs", 300)
-    augment_epochs: int = count(20, CROPS)
     unit: bool = option(
         True, "start from normalised text features; false: from the text tower's raw output, as the authors' code"
     )
@@ -66,21 +61,8 @@ def fit(task: Task) -> LinearHead:
     probabilities = torch.cat([classify(chunk.to(start)).softmax(-1).cpu() for chunk in rows.split(1000)])
     own = probabilities.gather(1, labels[:, None])  # (V n, 1) of each row's own class
     strength = class_means(own, labels, len(names))[:, 0].to(start)  # (C,), the a_c
-    per_epoch = len(batch_sizes(len(task.train), recipe.batch_size, recipe.drop_last))
-    batches = random_rows(rows, labels, recipe.batch_size, per_epoch, task.seed)
-    optimizer = build_optimizer(recipe, [prototypes.requires_grad_()])
-    steps = recipe.num_epochs * per_epoch
-    minimise(task, loss, optimizer, batches, lambda step: recipe.lr_at(step // per_epoch), steps)
+    train_on_rows(task, [prototypes.requires_grad_()], loss)
     return task.text_head(F.normalize(prototypes.detach(), dim=-1))
-
-
-def random_rows(rows: Tensor, labels: Tensor, size: int, per_epoch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """An endless stream of batches of rows and their labels, no row twice in an epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(rows), generator=generator)
-        for batch in order[: size * per_epoch].split(size):
-            yield rows[batch], labels[batch]
 
 
 PAPER = "Silva-Rodriguez et al., A Closer Look at the Few-Shot Adaptation of Large Vision-Language Models, CVPR 2024"

@@ -1,0 +1,103 @@
+"""Small changes on top of a frozen CLIP, trained on its features: of those of the text by TaskRes, of those of
+the image by CLIP-Adapter.
+
+Rows are twenty random crops of each image, or for the miniature both views, in as many batches as there are
+of images; the authors' code draws new crops in every epoch. The last epoch is used.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dcp_zoo.backbone.classes import check_classnames, class_texts
+from dcp_zoo.fields import option
+from dcp_zoo.heads.config import Abilities
+from dcp_zoo.heads.kinds import AdapterHead, LinearHead
+from dcp_zoo.training.methods.base import CLOSED, Method, RowsRecipe, augmented, train_on_rows
+from dcp_zoo.training.methods.prompts import CoOpRecipe
+from dcp_zoo.training.recipes import TrainingRecipe, changed
+from dcp_zoo.training.task import Task
+
+# ------------------------------------------------------------------------------------------------------------ TaskRes
+
+
+@dataclass(frozen=True)
+class TaskResRecipe(RowsRecipe):
+    """That of the authors' scripts, but for Flowers, where `scale` is 1."""
+
+    optimizer: str = changed(TrainingRecipe, "optimizer", "adam")
+    lr: float = changed(TrainingRecipe, "lr", 2e-3)
+    epochs: int | None = changed(TrainingRecipe, "epochs", 200)
+    scale: float = option(0.5, "alpha, of the residuals")
+
+    @classmethod
+    def for_task(cls, model: str, dataset: str, shots: int, protocol: str) -> "TaskResRecipe":
+        return cls(epochs=100 if shots < 5 else 200, lr=2e-4 if dataset == "imagenet" else 2e-3)
+
+
+def fit_taskres(task: Task) -> LinearHead:
+    """TaskRes: a learned residual x of each class on its text features.
+
+    With image features f (B, E), text features t (C, E) as the tower gives them, not normalised (the mean over
+    the sentences of a class), residuals x (C, E), at first 0, and s = exp(logit_scale):
+
+        w_c      = t_c + alpha x_c
+        logits_c = s f w_c^T / |w_c|                                         (B,)
+    """
+    sentences, counts = class_texts(check_classnames(task.classnames), task.texts)
+    raw = task.clip.encode_sentences(sentences, "{}")
+    text = torch.stack([of_class.mean(0) for of_class in raw.split(counts or [1] * len(raw))])
+    residuals = torch.zeros_like(text, requires_grad=True)
+
+    def moved() -> Tensor:
+        return F.normalize(text + task.recipe.scale * residuals, dim=-1)
+
+    def loss(features: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(task.clip.logits(features, moved()), labels)
+
+    train_on_rows(task, [residuals], loss)
+    return task.text_head(moved().detach())
+
+
+# ------------------------------------------------------------------------------------------------------- CLIP-Adapter
+
+
+@dataclass(frozen=True)
+class CLIPAdapterRecipe(RowsRecipe):
+    """The ratio and width of the authors' code, and the schedule of CoOp, by whose commands it runs."""
+
+    lr: float = changed(TrainingRecipe, "lr", 0.002)
+    batch_size: int = changed(TrainingRecipe, "batch_size", 32)
+    epochs: int | None = changed(CoOpRecipe, "epochs", 200)
+    ratio: float = option(0.2, "share of the adapter's output in the image features", min=0, max=1)
+
+    @classmethod
+    def for_task(cls, model: str, dataset: str, shots: int, protocol: str) -> "CLIPAdapterRecipe":
+        return cls(epochs=CoOpRecipe.for_task(model, dataset, shots, protocol).epochs)
+
+
+def fit_clip_adapter(task: Task) -> AdapterHead:
+    """CLIP-Adapter: a learned network on the image features, blended with these.
+
+    The equations are those of `AdapterHead`; D and U are trained by cross-entropy. The authors' code gives the
+    network features that are not normalised: the length of f scales both terms of f', and changes no logits.
+    """
+    head = AdapterHead(task.clip, task.classnames, *task.clip.scaled(task.text), texts=task.texts).to(task.clip.device)
+    head.adapter.ratio.fill_(task.recipe.ratio)
+
+    def loss(features: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(head.classify(features).float(), labels)
+
+    train_on_rows(task, [*head.adapter.requires_grad_().parameters()], loss)
+    return head.requires_grad_(False)
+
+
+PAPER = "Yu et al., Task Residual for Tuning Vision-Language Models, CVPR 2023"
+TASKRES = Method("taskres", "TaskRes", PAPER, fit_taskres, TaskResRecipe, CLOSED, features=augmented)
+PAPER = "Gao et al., CLIP-Adapter: Better Vision-Language Models with Feature Adapters, IJCV 2024"
+ABLE = Abilities(linear=False, fitted=True)
+CLIP_ADAPTER = Method(
+    "clip-adapter", "CLIP-Adapter", PAPER, fit_clip_adapter, CLIPAdapterRecipe, ABLE, features=augmented
+)
