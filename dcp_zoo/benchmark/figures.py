@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 WIDTH = 3.2  # inches of a panel
 HEIGHT = 2.6
 COLUMNS = 4  # panels side by side, at most
+LETTER = 0.075  # inches of the legend, in width
+LINE = 0.2  # in height
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -26,7 +28,10 @@ def accuracy_figure(panels: "Mapping[str, pd.DataFrame]") -> Figure:
     colours = {label: f"C{number}" for number, label in enumerate(labels)}
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
-    figure = new_figure(WIDTH * columns, HEIGHT * rows + 0.5)
+    width = max(2, columns) * WIDTH
+    legend_columns = max(1, int(width / (0.5 + LETTER * max(map(len, labels)))))
+    legend_rows = -(-len(labels) // legend_columns)
+    figure = new_figure(width, HEIGHT * rows + LINE * legend_rows)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, (caption, results) in zip(axes, panels.items(), strict=False):
         draw_accuracies(axis, results, colours)
@@ -36,7 +41,7 @@ def accuracy_figure(panels: "Mapping[str, pd.DataFrame]") -> Figure:
         axis.remove()
     figure.supylabel("top-1, %")
     lines = [Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
-    figure.legend(handles=lines, loc="outside lower center", ncols=columns, fontsize="small")
+    figure.legend(handles=lines, loc="outside lower center", ncols=legend_columns, fontsize="small")
     return figure
 
 
@@ -61,7 +66,7 @@ def draw_accuracies(axis: Any, results: "pd.DataFrame", colours: Mapping[str, st
 def differences_figure(gaps: Mapping[str, tuple[float, tuple[float, float] | None]], reference: str) -> Figure:
     """A bar for each method: its mean difference from the reference in percentage points, with the
     interval."""
-    figure = new_figure(6, 0.35 * len(gaps) + 1)
+    figure = new_figure(6.4, 0.35 * len(gaps) + 1)
     axis = figure.subplots()
     for position, (mean, limits) in enumerate(gaps.values()):
         axis.barh(position, mean, color="C0")
@@ -70,5 +75,5 @@ def differences_figure(gaps: Mapping[str, tuple[float, tuple[float, float] | Non
     axis.set_yticks(range(len(gaps)), list(gaps))
     axis.invert_yaxis()
     axis.axvline(0, color="black", linewidth=0.5)
-    axis.set_xlabel(f"top-1 minus that of {reference}, percentage points, with the 95 % interval")
+    axis.set_xlabel(f"top-1 minus that of {reference}:\npercentage points, 95 % interval")
     return figure

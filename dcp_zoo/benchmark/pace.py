@@ -119,7 +119,8 @@ def costs(
     if downloaded is not None:
         disk = f"{2 * downloaded + weights + kept:.1f} GB at most, as archives stay until they are unpacked"
     of_heads = f"; {kept:.2f} GB of it for {len(heads)} {'head' if len(heads) == 1 else 'heads'}" if heads else ""
-    yield f"Disk: {disk}{of_heads}."
+    if missing or weights or heads:
+        yield f"Disk: {disk}{of_heads}."
     images = "none, all datasets are here"
     if missing:
         size = "an unknown size" if downloaded is None else f"{downloaded:.1f} GB"

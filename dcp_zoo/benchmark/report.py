@@ -248,11 +248,11 @@ def difference_cell(values: "pd.Series") -> str:
 
 def paired(results: "pd.DataFrame") -> tuple[str, "pd.DataFrame"]:
     """The label of the reference, and `differences` of every trained method from it, in the few-shot
-    protocol. The reference is DCP's own logits with stored statistics; of several DCPs the first in the
-    order of `with_labels`: without options, if there."""
+    protocol. The reference is DCP's own logits with stored statistics; of several DCPs that with the
+    shortest label, which has no option beyond those of all."""
     measured = results[results.selection != PUBLISHED]
     trained = few_shot_results(measured)[lambda rows: rows.shots > 0]
-    reference = next(iter(trained.label[trained.method == DCP_METHOD]), "")
+    reference = min(trained.label[trained.method == DCP_METHOD], key=len, default="")
     is_reference = trained.label == reference
     return reference, differences(trained[~is_reference], trained[is_reference])
 
