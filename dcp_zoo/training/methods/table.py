@@ -34,6 +34,7 @@ OWN = {  # module and object in this package, in the order of tables
     "prolip": "clip_weights:PROLIP",
     "coop": "prompts:COOP",
     "kgcoop": "text_prompts:KGCOOP",
+    "prograd": "text_prompts:PROGRAD",
     "vpt-deep": "prompts:VPT_DEEP",
     "ivlp": "prompts:IVLP",
     "maple": "prompts:MAPLE",
