@@ -392,6 +392,26 @@ def coop(given: Task) -> Tensor:
     )
 
 
+def cocoop(given: Task) -> Tensor:
+    """Each image has a text of its own, with prompts that its features shift."""
+    clip, prompts = given.clip, words(given.clip, "a photo of a")
+    random_prompts(1, 4, 64)
+    first, second = nn.Linear(64, 4), nn.Linear(4, 64)
+
+    def logits(images: Tensor) -> Tensor:
+        rows = []
+        for f in encode_image(clip, images):
+            text = encode_text(clip, fill("a photo of a {}."), [prompts + second(first(f).relu())])
+            rows.append(cosine(clip, f, text))
+        return torch.stack(rows)
+
+    trained = [prompts, *first.parameters(), *second.parameters()]
+    optimizer = torch.optim.SGD(trained, 0.05, momentum=0.9, weight_decay=5e-4)
+    loss = lambda: F.cross_entropy(logits(pixels(given.images)), given.images.labels)  # noqa: E731
+    descend(optimizer, loss, [1e-5, 0.05, 0.0375])
+    return logits(pixels(given.val)).detach()
+
+
 def kgcoop(given: Task) -> Tensor:
     """The mean of one minus the cosine between the text with prompts and without."""
     clip, prompts = given.clip, [words(given.clip, "a photo of a")]

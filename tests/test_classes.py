@@ -84,7 +84,16 @@ def test_a_class_is_the_mean_of_its_sentences(clip, photos):
 @pytest.mark.parametrize("method", METHODS)
 def test_two_copies_of_a_text_change_nothing(method, clip, photos, monkeypatch):
     """So that every method is known to read the sentences, and to train with their mean."""
-    prompted = method in ("coop", "kgcoop", "prograd", "ivlp", "maple", "promptsrc", "dcp")  # the text follows prompts
+    prompted = method in (
+        "coop",
+        "cocoop",
+        "kgcoop",
+        "prograd",
+        "ivlp",
+        "maple",
+        "promptsrc",
+        "dcp",
+    )  # the text follows prompts
     monkeypatch.setattr(promptsrc, "TEMPLATES", ("{}.",))
     changes = {"clip-lora": {"dropout": 0.0}, "maple": {"ctx_init": "a photo"}, "dcp": {"classifier": "none"}}
     options = changes.get(method, {})

@@ -31,7 +31,7 @@ from dcp_zoo.zoo.resolve import Source
 
 pytestmark = FEW_STEPS
 
-CACHED = ["tip-adapter", "tip-adapter-f", "proker"]
+UNFUSED = ["tip-adapter", "tip-adapter-f", "proker", "cocoop"]
 FAST = {"epochs": 2, "steps": 2}
 
 
@@ -74,7 +74,7 @@ def test_every_method_is_a_head(method, changes, clip, photos, tmp_path):
         expected = head(x)
         assert close(loaded(x), expected)
         assert close(logits_of(loaded, given.val), expected)
-        if method not in CACHED:
+        if method not in UNFUSED:
             assert close(loaded.fuse()(x), expected)
             assert close(loaded.get_classifier()(loaded.forward_features(x)), expected)
     (check_new_classes if METHODS[method].abilities.transfers else check_closed)(method, head, test)
@@ -89,7 +89,7 @@ def check_new_classes(method, head, test) -> None:
     head.set_classnames(NAMES, "art of a {}")
     changed = not torch.allclose(logits_of(head, test), before, atol=1e-3)
     assert changed == (
-        method not in ("coop", "kgcoop", "prograd", "ivlp", "maple", "promptsrc", "dcp")
+        method not in ("coop", "cocoop", "kgcoop", "prograd", "ivlp", "maple", "promptsrc", "dcp")
     )  # their prompts are the template
 
 
@@ -120,13 +120,13 @@ def test_a_head_with_an_adapter_is_not_linear(clip, photos):
         assert close(head.fuse()(x), head(x))
 
 
-def test_a_head_that_keeps_its_images_is_not_linear(clip, photos, tmp_path):
+@pytest.mark.parametrize(("method", "why"), [("tip-adapter", "keeps its training"), ("cocoop", "encodes its names")])
+def test_a_head_that_is_more_than_a_classifier_is_not_linear(method, why, clip, photos, tmp_path):
     """It predicts, but cannot be fused, exported or followed by a text probe."""
-    method = "tip-adapter"
     given = small(method, clip, photos)
     head, x = fit_head(method, given), pixels(given.val)
     for refused in (head.fuse, head.linear, lambda: export(head, tmp_path / "x.onnx")):
-        with pytest.raises(ZooError, match=f"A head of {method} keeps its training images.*cannot be fused, exported"):
+        with pytest.raises(ZooError, match=f"A head of {method} {why} .*cannot be fused, exported"):
             refused()
     with pytest.raises(ZooError, match=f"A head of {method} is fitted to features.*omit the classifier"):
         fit_head(method, small(method, clip, photos, classifier="text-probe"))

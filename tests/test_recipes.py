@@ -78,6 +78,7 @@ PUBLISHED = [
     ("maple", {"protocol": "base-to-new"}, {"n_ctx": 2, "depth": 9, "lr": 0.0035, "batch_size": 4, "epochs": 5}),
     ("maple", {"protocol": "cross-dataset"}, {"lr": 0.0026, "epochs": 2, "depth": 3}),
     ("tip-adapter-f", {}, {"lr": 1e-3, "eps": 1e-4, "batch_size": 256, "epochs": 20, "augment": "crop-flip"}),
+    ("cocoop", {}, {"optimizer": "sgd", "lr": 0.002, "batch_size": 1, "epochs": 10, "n_ctx": 4}),
     *(("prograd", {"shots": k}, SGD_32 | {"epochs": n, "projection": 1}) for k, n in ((1, 50), (4, 100), (8, 200))),
     ("kgcoop", {"shots": 4}, {"lr": 0.002, "batch_size": 128, "epochs": 100, "n_ctx": 4, "text_weight": 8.0}),
     *(("taskres", {"shots": k}, {"optimizer": "adam", "lr": 2e-3, "epochs": n}) for k, n in ((4, 100), (8, 200))),
@@ -111,7 +112,7 @@ def test_a_recipe_explains_its_fields_reaches_workers_and_fits_the_miniature(met
     assert METHODS[method].reference
     assert all(part.metadata["help"] for part in fields(kind))
     assert pickle.loads(pickle.dumps(big)) == big
-    if method in ("coop", "kgcoop", "prograd", "vpt-deep", "ivlp", "maple", "promptsrc"):
+    if method in ("coop", "cocoop", "kgcoop", "prograd", "vpt-deep", "ivlp", "maple", "promptsrc"):
         for name in ("optimizer", "warmup_lr", "weight_decay", "batch_size", "epochs", "augment"):
             assert getattr(mini, name) == getattr(default_recipe("dcp_mini"), name)
     elif method != "dcp":

@@ -313,13 +313,22 @@ def test_other_image_towers_are_refused_with_the_reason(monkeypatch, vision, mes
 
 
 RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+RN50 = RESNET | {"layers": [3, 4, 6, 3], "width": 64}
 
 
 @FEW_STEPS
-@pytest.mark.parametrize(("method", "kind"), [("promptsrc", "siglip"), ("2sfs", "siglip"), ("coop", "resnet")])
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        *(("promptsrc", "siglip"), ("2sfs", "siglip"), ("cocoop", "siglip")),
+        *(("coop", "resnet"), ("cocoop", "resnet"), ("prograd", "resnet"), ("clip-adapter", "resnet")),
+        ("coop", "rn50"),
+    ],
+)
 def test_other_methods_train_on_towers_that_are_not_clips(method, kind, monkeypatch):
     """Prompts in the text alone do so on any image tower."""
     monkeypatch.setitem(KINDS, "resnet", (RESNET, CAUSAL, None))
+    monkeypatch.setitem(KINDS, "rn50", (RN50, CAUSAL, None))
     clip, tokenizer = build_clip(kind)
     plain = FrozenCLIP(clip, tokenizer, CFG)
     pictures = [np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8) for i in range(3)]

@@ -68,7 +68,7 @@ class Abilities(Checked):
 
 
 FORMAT_VERSION = 4  # the only one that is read
-HEADS = ("linear", "adapter", "prompts", "cache", "dcp")  # kinds of heads, see `dcp_zoo.zoo.build.KINDS`
+HEADS = ("linear", "adapter", "prompts", "conditional", "cache", "dcp")  # kinds of heads, see `dcp_zoo.zoo.build.KINDS`
 COUNT = {"min": 0}
 PERCENT = {"min": 0, "max": 100}
 PROBABILITY = {"min": 0, "max": 1}

@@ -1,5 +1,5 @@
 """The kinds of heads besides `DCP`: a stored classifier, one that changes features first, one that keeps those
-of its training images beside, and learned prompts that do not rewrite each other.
+of its training images beside, learned prompts that do not rewrite each other, and some that depend on the image.
 
 A `LinearHead` stores its classifier: z = f W^T + b                     (B, C)
 
@@ -23,6 +23,11 @@ the sequence, with new ones before each of the first blocks. With image features
 (C, E):
 
     z = exp(logit_scale) f t^T                                          (B, C)
+
+A `ConditionalHead` is CoCoOp's (Zhou et al., CVPR 2022), whose text has prompts p + h for an image with features
+f (E,), so that its names are encoded anew for every image:
+
+    h = A_2 relu(A_1 f + a_1) + a_2    with A_1 (E / 16, E), A_2 (Dt, E / 16)
 """
 
 import copy
@@ -257,7 +262,7 @@ class PromptHead(Head):
     """
 
     kind = "prompts"
-    trained = ("text_prompts.", "vision_prompts.")
+    trained: ClassVar[tuple[str, ...]] = ("text_prompts.", "vision_prompts.")
     name_tokens: TextChunks | None
 
     def __init__(
@@ -290,7 +295,7 @@ class PromptHead(Head):
             return [torch.zeros_like(shapes[name]) for name in names]
 
         block = config["dcp"]
-        prompts = [prompts_of(tower) for tower in cls.trained]
+        prompts = [prompts_of(tower) for tower in PromptHead.trained]
         head = cls(clip, own_names(config), *prompts, texts=block["texts"], rest=block["rest"])
         return head.requires_grad_(False)
 
@@ -329,3 +334,31 @@ class PromptHead(Head):
 
     def method_config(self) -> tuple[Values, Values]:
         return {}, {"head": self.kind, "rest": self.rest}
+
+
+class ConditionalHead(PromptHead):
+    """See the module; its arguments are those of `PromptHead`, with one set of prompts, in the text."""
+
+    kind = "conditional"
+    trained = (*PromptHead.trained, "shift.")
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        width = self.encoder.num_features
+        layers = [nn.Linear(width, width // 16), nn.ReLU(), nn.Linear(width // 16, self.encoder.text_tower.width)]
+        self.shift = nn.Sequential(*layers).to(self.device)
+
+    def classify(self, features: Tensor) -> Tensor:
+        if self.fc is not None:
+            return super().classify(features)
+        assert self.name_tokens is not None
+        features = features.to(self.text_prompts[0].dtype)
+        rows = []
+        for image, shift in zip(features.split(1), self.shift(features).split(1), strict=True):
+            prompts = [self.text_prompts[0] + shift]
+            text = prompted_text(self.encoder.text_tower, self.name_tokens, prompts, self._checkpointed)
+            rows.append(self.encoder.logits(image, text))
+        return torch.cat(rows)
+
+    def own_linear(self) -> Linear:
+        raise ZooError(NONLINEAR.format(self.method, "encodes its names anew for every image", "fused, exported"))

@@ -29,14 +29,14 @@ from dcp_zoo.heads.config import WEIGHTS_NAME, Abilities, DCPConfig
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.file import read_tensors
 from dcp_zoo.heads.head import Head
-from dcp_zoo.heads.kinds import AdapterHead, CacheHead, LinearHead, PromptHead
+from dcp_zoo.heads.kinds import AdapterHead, CacheHead, ConditionalHead, LinearHead, PromptHead
 from dcp_zoo.hub import fetch_clip, origin
 from dcp_zoo.zoo.registry import clip_cfg
 from dcp_zoo.zoo.resolve import Source, resolve
 from dcp_zoo.zoo.specs import OPEN_CLIP, ModelSpec, described
 
 logger = logging.getLogger(__name__)
-KINDS: Values = {kind.kind: kind for kind in (LinearHead, AdapterHead, PromptHead, CacheHead, DCP)}
+KINDS: Values = {kind.kind: kind for kind in (LinearHead, AdapterHead, PromptHead, ConditionalHead, CacheHead, DCP)}
 
 
 # --- heads ---

@@ -33,6 +33,7 @@ OWN = {  # module and object in this package, in the order of tables
     "clip-adapter": "adapters:CLIP_ADAPTER",
     "prolip": "clip_weights:PROLIP",
     "coop": "prompts:COOP",
+    "cocoop": "text_prompts:COCOOP",
     "kgcoop": "text_prompts:KGCOOP",
     "prograd": "text_prompts:PROGRAD",
     "vpt-deep": "prompts:VPT_DEEP",

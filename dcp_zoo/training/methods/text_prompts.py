@@ -1,4 +1,5 @@
-"""Successors of CoOp, which also learn prompts in the text alone, for any image tower: KgCoOp and ProGrad.
+"""Successors of CoOp, which also learn prompts in the text alone, for any image tower: CoCoOp, KgCoOp
+and ProGrad.
 
 With image features f (B, E), text features t (C, E) with prompts and t' of zero-shot CLIP, all normalised, and
 s = exp(logit_scale).
@@ -11,26 +12,55 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.backbone.inputs import Inputs
-from dcp_zoo.heads.config import PHRASE
-from dcp_zoo.heads.kinds import PromptHead
+from dcp_zoo.heads.config import PHRASE, Abilities
+from dcp_zoo.heads.kinds import ConditionalHead, PromptHead
 from dcp_zoo.training.loop import train
 from dcp_zoo.training.methods.base import Method
 from dcp_zoo.training.methods.prompts import CoOpRecipe, IndependentRecipe, new_head, random_prompts, start_from
 from dcp_zoo.training.recipes import TrainingRecipe, changed, count, option
 from dcp_zoo.training.task import Task
 
+# ------------------------------------------------------------------------------------------------------------- CoCoOp
+
+
+@dataclass(frozen=True)
+class CoCoOpRecipe(TrainingRecipe):
+    """The authors' for ViT-B/16, the same in all of their protocols."""
+
+    lr: float = changed(TrainingRecipe, "lr", 0.002)
+    batch_size: int = changed(TrainingRecipe, "batch_size", 1)
+    epochs: int | None = changed(TrainingRecipe, "epochs", 10)
+    n_ctx: int = count(4, "prompt tokens")
+    ctx_init: str = changed(IndependentRecipe, "ctx_init", PHRASE)
+
+
+def fit_cocoop(task: Task) -> ConditionalHead:
+    """CoCoOp: CoOp whose prompts are shifted by a network that reads the image's features.
+
+    Text: `[SOS] p_1 + h .. p_M + h rest-of-phrase name . [EOT]`, with p at first the phrase's first words and the
+    shift h of `ConditionalHead`. Images: plain CLIP.
+    """
+    prompts, rest = phrase_prompts(task)
+    head = ConditionalHead(task.clip, task.classnames, prompts, texts=task.texts, rest=rest)
+    train(task, head, task.feature_loader())
+    return head.requires_grad_(False)
+
+
+def phrase_prompts(task: Task) -> tuple[list[Tensor], str]:
+    """The prompts before training, and what follows them of the phrase."""
+    prompts = random_prompts(1, task.recipe.n_ctx, task.clip.text_tower.width)
+    return start_from(task.clip, prompts, task.recipe.ctx_init)
+
+
 # ------------------------------------------------------------------------------------------------------------- KgCoOp
 
 
 @dataclass(frozen=True)
-class KgCoOpRecipe(TrainingRecipe):
+class KgCoOpRecipe(CoCoOpRecipe):
     """The authors' for ViT-B/16, the same in all of their protocols."""
 
-    lr: float = changed(TrainingRecipe, "lr", 0.002)
     batch_size: int = changed(TrainingRecipe, "batch_size", 128)
     epochs: int | None = changed(TrainingRecipe, "epochs", 100)
-    n_ctx: int = count(4, "prompt tokens")
-    ctx_init: str = changed(IndependentRecipe, "ctx_init", PHRASE)
     text_weight: float = option(8.0, "weight of the distance between prompted and zero-shot text features")
 
 
@@ -44,7 +74,7 @@ def fit_kgcoop(task: Task) -> PromptHead:
     """
     recipe: KgCoOpRecipe = task.recipe
     clip = task.clip
-    prompts, rest = start_from(clip, random_prompts(1, recipe.n_ctx, clip.text_tower.width), recipe.ctx_init)
+    prompts, rest = phrase_prompts(task)
     head = new_head(task, prompts, (), rest)
     zero_shot = task.text
 
@@ -99,6 +129,9 @@ def fit_prograd(task: Task) -> PromptHead:
     train(task, head, task.feature_loader(), loss_of=loss_of)
     return head.requires_grad_(False)
 
+
+PAPER = "Zhou et al., Conditional Prompt Learning for Vision-Language Models, CVPR 2022"
+COCOOP = Method("cocoop", "CoCoOp", PAPER, fit_cocoop, CoCoOpRecipe, Abilities(linear=False, fitted=True))
 
 PAPER = "Yao et al., Visual-Language Prompt Tuning with Knowledge-guided Context Optimization, CVPR 2023"
 KGCOOP = Method("kgcoop", "KgCoOp", PAPER, fit_kgcoop, KgCoOpRecipe)
