@@ -16,7 +16,7 @@ from helpers import FEW_STEPS
 from PIL import Image
 from shared import CFG, COLORS, GOLDEN, build_tiny_clip
 from test_baselines import logits_of
-from test_method_heads import NONLINEAR, small
+from test_method_heads import small
 from test_tower_kinds import build_clip
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -104,7 +104,7 @@ METHODS_THERE = [
 
 @pytest.mark.parametrize("method", METHODS_THERE)
 def test_methods(method, clip, photos, device):
-    classifier = "none" if method in NONLINEAR or METHODS[method].abilities.fitted else "text-probe"
+    classifier = "none" if METHODS[method].abilities.fitted else "text-probe"
     given = small(method, clip.to(device), photos, classifier=classifier)
     few = {"epochs": 1, "batch_size": 9}  # of two steps those of weights
     given.recipe = given.recipe.updated({name: n for name, n in few.items() if hasattr(given.recipe, name)})
