@@ -548,6 +548,25 @@ def worth() -> str:
     return as_table([*header, "heads with more than 5 % wrong", "the same without groceries"], lines)
 
 
+def spot_check() -> str:
+    """What the labels of a few images say of a head on other images of its set, and of another: means over
+    heads of each kind, over sets."""
+    rows = results("spot_check")
+    rows["asked about"] = (rows["set"] == rows["asked_about"]).map({True: "the same source", False: "another style"})
+    columns = ["coverage", "width", "random_width", "saved"]
+    of_sets = rows.groupby(["asked about", "labels", "set", "asked_about"])[columns]
+    means = of_sets.mean().groupby(["asked about", "labels"]).mean().sort_index(ascending=[False, True])
+    least = rows.groupby(["asked about", "labels"])["coverage"].min()
+    lines = [
+        [images, f"{labels}", f"{row['coverage']:.1f}", f"{least[images, labels]:.1f}"]
+        + [f"{row[name] / 2:.1f}" for name in ("width", "random_width")]
+        + [f"{row['saved']:.2f}"]
+        for (images, labels), row in means.iterrows()
+    ]
+    header = ["the folder is of", "labels", "interval holds, %", "of the worst head", "half its width, points"]
+    return as_table([*header, "of random labels", "random labels for one"], lines)
+
+
 def copies(part: Any = REPORTING) -> str:
     """How many copies of photographs are found, by how they were altered: of all sets, and in the worst."""
     rows = results("copies").query("set in @part and copy != 'alone'")

@@ -15,6 +15,7 @@ from .heads.inside import prompt_words as prompt_words
 from .inspection.inspection import inspect as inspect
 from .inspection.search import search as search
 from .inspection.search import suggest as suggest
+from .inspection.spot_check import spot_check as spot_check
 from .prediction import Predictor as Predictor
 from .prediction.onnx import OnnxClassifier as OnnxClassifier
 from .release import push_to_hub as push_to_hub

@@ -13,6 +13,7 @@ from dcp_zoo.files import read_plain
 # what stands in tables in place of a class
 NONE = "none of these"
 LEAVE_OUT = "leave out"
+STRATUM = "stratum"  # a column of the labels file of `eval --label`
 INSPECTION_PAGE = "inspection.html"
 INSPECTION_TABLE = "inspection.csv"
 _FORMULA = r"'*[=+\-@\t\r]"  # with which a spreadsheet's formula may begin, also after the mark of `inert`

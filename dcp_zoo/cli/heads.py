@@ -1,10 +1,9 @@
-"""`dcp-zoo eval`: a trained head is measured on images, or two are compared."""
+"""`dcp-zoo eval`: a trained head is measured on images, by the labels of all or of a few, or two are compared."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,20 +15,21 @@ from dcp_zoo.cli.console import from_here, log, output, plain_table, progress_ba
 from dcp_zoo.data import Item, Split, find_spec, is_user_data, load_labelled, training_split
 from dcp_zoo.data.splits import not_trained_on, split_images
 from dcp_zoo.data.unreadable import MOVE, all_named
-from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.errors import ZooError, as_zoo_error, shorten
 from dcp_zoo.features import AUTO
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_output, printable
 from dcp_zoo.rejection import REFUSED
+from dcp_zoo.tables import STRATUM, read_csv
 from dcp_zoo.threads import use_threads
 
 if TYPE_CHECKING:
     from dcp_zoo.heads.head import Head
-    from dcp_zoo.training.comparison import Comparison
     from dcp_zoo.training.evaluation import Evaluation
 
 MOST = 10  # rows of each table
 TEST = "test top-1"  # the accuracy on images that a head has not seen
+LABEL = "Of PHOTOS without labels: choose so many to look at, to know the accuracy on all."
 UNKNOWN = "{} does not say which images it was trained on: if these are among them, the accuracy is too high."
 
 
@@ -39,6 +39,8 @@ def evaluate(
     labels: opt.Labels = None,
     data_root: opt.DataRoot = None,
     claim: bool = Option(False, "--claim", help="Compare with the accuracies that its card or checkpoint states."),
+    label: int | None = Option(None, min=2, help=LABEL),
+    output_dir: Path | None = Option(None, "--output", help="With --label: new folder for a page and a table."),
     device: opt.Device = "auto",
     precision: opt.Precision = AUTO,
     report: opt.Report = None,
@@ -52,11 +54,14 @@ def evaluate(
     protocol. With --claim the exit code is 1 if an accuracy differs from the stated one by more than 0.05
     percentage points. Of your own images, those that the head was trained on are left out, wherever they are
     and whatever they are called. With a second --head, it says which is better on images that neither was
-    trained on, and what each costs.
+    trained on, and what each costs. Of a folder without labels, --label chooses a few images to look at; with
+    the table that a person has filled in, eval says what the head is worth on the whole folder.
 
     [dim]dcp-zoo eval --head dcp_mini.caltech101-16shot --data-root DATA[/]
     [dim]dcp-zoo eval MY_PHOTOS --head my_head --report mistakes.html[/]
     [dim]dcp-zoo eval MY_PHOTOS --head my_head --head other_head[/]
+    [dim]dcp-zoo eval NEW_PHOTOS --head my_head --label 30 --output check[/]
+    [dim]dcp-zoo eval NEW_PHOTOS --head my_head --labels check/found.csv[/]
     [dim]dcp-zoo eval --head dcp_mini.caltech101-16shot --data-root DATA --claim[/]
     """
     if claim and as_json:
@@ -69,11 +74,15 @@ def evaluate(
     dataset, data_root = opt.data_source(photos, data_root, labels)
     if report:
         check_output(report, overwrite, "--report")
-    from dcp_zoo.features.cache import shared_features
+    use_threads()
+    if label or (labels and is_spot_check(labels[0])):
+        if len(heads) == 2 or claim or report or photos is None or dataset != "folder":
+            raise ZooError("--label, and its table, are for one head and a folder, without --claim or --report.")
+        check_folder(photos, names[0], label, labels, output_dir, device, precision, as_json)
+        return
     from dcp_zoo.prediction.heads import loaded
     from dcp_zoo.release import claimed
 
-    use_threads()
     models = [loaded(name, device) for name in names]
     head = heads[0]
     model = models[0]
@@ -84,33 +93,15 @@ def evaluate(
     if images.note:
         log(printable(images.note))
     shown = str(data_root) if dataset == "folder" else dataset
-    test, title = test_images(images, model, head, claim)
-    for other, other_model in zip(heads[1:], models[1:], strict=True):
-        known = {item.key for item in test_images(images, other_model, other, claim)[0]}
-        test = [item for item in test if item.key in known]
-        if not test:
-            raise ZooError(f"Each of these images is one that {head} or {other} was trained on: pass other images.")
-    measurements = []
-    with shared_features() if len(heads) == 2 else nullcontext():  # two heads often read the same CLIP
-        for each, each_model in zip(heads, models, strict=True):
-            if is_cross_dataset and set(images.classnames) != set(each_model.classnames):
-                log(
-                    f"Note: {each} was trained on {each_model.num_classes} classes, and is tested with the "
-                    f"{len(images.classnames)} class names of {shown}, as in the cross-dataset protocol."
-                )
-                each_model.set_classnames(images.classnames, find_spec(dataset).template)
-            measurements.append(measured(each_model, test, images.classnames, precision, claim))
-    metrics, evaluation, conditions = measurements[0]
+    tests = [test_images(images, each, name, claim) for each, name in zip(models, heads, strict=True)]
+    if is_cross_dataset:
+        for each, name in zip(models, heads, strict=True):
+            read_classes(images, each, name)
     if len(heads) == 2:
-        from dcp_zoo.features.groups import with_own_groups
-        from dcp_zoo.training.comparison import Comparison
-
-        if dataset == "folder":
-            evaluation = replace(evaluation, items=with_own_groups(evaluation.items))
-        compared = Comparison(evaluation, measurements[1][1])
-        precisions = [each["precision"] for _, _, each in measurements]
-        show_comparison(heads, models, compared, precisions, shown, as_json)
+        compare_heads(heads, models, images, [items for items, _ in tests], precision, shown, as_json)
         return
+    test, title = tests[0]
+    metrics, evaluation, conditions = measured(model, test, images.classnames, precision, claim)
     if report:
         from dcp_zoo.training.mistakes import write_mistakes  # after torch, which is slow
 
@@ -124,6 +115,16 @@ def evaluate(
     show_evaluation(evaluation, title)
     if claim:
         compare(claims, metrics)
+
+
+def read_classes(images: Split, model: "Head", head: str) -> None:
+    """Let a head classify into the classes of a dataset, if these are others than its own."""
+    if set(images.classnames) != set(model.classnames):
+        log(
+            f"Note: {head} was trained on {model.num_classes} classes, and is tested with the "
+            f"{len(images.classnames)} class names of {images.name}, as in the cross-dataset protocol."
+        )
+        model.set_classnames(images.classnames, find_spec(images.name).template)
 
 
 def measured(
@@ -149,27 +150,41 @@ def measured(
     return metrics, evaluation, {"stats": model.stats, "precision": precision, "batch_size": batch_size}
 
 
-def show_comparison(
+def compare_heads(
     heads: Sequence[str],
     models: Sequence["Head"],
-    compared: "Comparison",
-    precisions: Sequence[str],
+    images: Split,
+    tests: Sequence[Sequence[Item]],
+    precision: str,
     shown: str,
     as_json: bool,
 ) -> None:
-    """Print which of two heads is better on the same images, and the size and cost of both."""
+    """Print which of two heads is better on those of the test images of the first that are also some of the
+    second, and the size and cost of both."""
     from dcp_zoo.data.groups import in_groups  # after NumPy, which is slow
+    from dcp_zoo.features.cache import shared_features
     from dcp_zoo.features.device import seconds_per_image
+    from dcp_zoo.features.groups import with_own_groups
+    from dcp_zoo.training.comparison import Comparison
 
+    known = {item.key for item in tests[1]}
+    test = [item for item in tests[0] if item.key in known]
+    if not test:
+        raise ZooError(f"Each of these images is one that {heads[0]} or {heads[1]} was trained on: pass other images.")
+    with shared_features():  # two heads often read the same CLIP
+        measurements = [measured(model, test, images.classnames, precision, claim=False) for model in models]
+    evaluations = [evaluation for _, evaluation, _ in measurements]
+    if images.name == "folder":
+        evaluations[0] = replace(evaluations[0], items=with_own_groups(evaluations[0].items))
+    compared = Comparison(*evaluations)
     rows = list[Values]()
-    evaluations = (compared.first, compared.second)
-    for head, model, evaluation, precision in zip(heads, models, evaluations, precisions, strict=True):
+    for head, model, (_, evaluation, conditions) in zip(heads, models, measurements, strict=True):
         size = model.pretrained_cfg["input_size"]
         row: Values = {
             "head": head,
             "top1": round(evaluation.accuracy.percent, 2),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "seconds_per_image": seconds_per_image(model, size, model.device, precision),
+            "seconds_per_image": seconds_per_image(model, size, model.device, conditions["precision"]),
         }
         rows.append(row)
     only_first, only_second = compared.wins
@@ -186,8 +201,8 @@ def show_comparison(
         }
         print(json.dumps({"heads": rows} | values))
         return
-    images = in_groups(compared.first.items) or f"{len(compared.first):,} images"
-    output.print(f"{images}, of {shown}, that neither head was trained on, as far as they say:", markup=False)
+    counted = in_groups(compared.first.items) or f"{len(compared.first):,} images"
+    output.print(f"{counted}, of {shown}, that neither head was trained on, as far as they say:", markup=False)
     cells = [
         (
             f"{letter}: {row['head']}",
@@ -205,6 +220,55 @@ def show_comparison(
         soft_wrap=True,
     )
     output.print(f"[bold]{compared.verdict}[/]")
+
+
+def is_spot_check(table: Path) -> bool:
+    """Whether a labels file is a table that --label wrote."""
+    with as_zoo_error(f"Cannot read {table} ({{}}).", OSError, ValueError):
+        return STRATUM in read_csv(table)[0]
+
+
+def check_folder(
+    photos: str,
+    head: str,
+    label: int | None,
+    labels: Sequence[Path] | None,
+    output_dir: Path | None,
+    device: str,
+    precision: str,
+    as_json: bool,
+) -> None:
+    """Choose images of a folder to label, or print what their labels say of all."""
+    from dcp_zoo.inspection.search import PAGE, TABLE
+    from dcp_zoo.inspection.spot_check import spot_check
+
+    found = spot_check(
+        photos,
+        head,
+        label=label,
+        labels=labels[0] if labels else None,
+        output=output_dir,
+        device=device,
+        precision=precision,
+        progress=progress_bar,
+    )
+    told = found.accuracy
+    if as_json:
+        print(json.dumps(asdict(found)))
+    elif told is None:
+        for row in found.to_label:
+            output.print(f"{row.note}  {row.file}", markup=False, soft_wrap=True)
+        if output_dir:
+            table = output_dir / TABLE
+            log(f"Look at {output_dir / PAGE}, fill in the column class of {table}, and add --labels {table}.")
+    else:
+        least = f"at least {math.floor(told.low)} % (97.5 % sure)"
+        output.print(f"[bold]top-1 on all {found.images:,} images: {least}: {told}[/]")
+        show_refused(found.refused)
+        rows = [(each.name, f"{each.allowed:.0f} %", str(each.failed), each.verdict) for each in found.promises]
+        if rows:
+            output.print(plain_table(("promised", "at most", "here", ""), rows))
+        output.print(f"About {found.more_labels:,} more labels would halve the interval.")
 
 
 def as_values(evaluation: "Evaluation") -> Values:
@@ -269,9 +333,7 @@ def show_evaluation(evaluation: "Evaluation", title: str = TEST) -> None:
     output.print(f"[bold]{title}: {evaluation.accuracy}[/]")
     if evaluation.balanced is not None:
         output.print(f"balanced: {evaluation.balanced:.1f} %, the mean of the classes' accuracies")
-    rejected = evaluation.info.get("refused")
-    if rejected is not None:
-        output.print(f"--reject refuses {rejected:.1f} % of these images, where {100 * REFUSED:g} % is promised")
+    show_refused(evaluation.info.get("refused"))
     if not evaluation.mistakes:
         return
     classes = sorted(evaluation.per_class, key=lambda row: row.percent)
@@ -291,6 +353,12 @@ def show_evaluation(evaluation: "Evaluation", title: str = TEST) -> None:
     ]
     output.print(Columns(tables, padding=(0, 4)))  # below each other where the terminal is narrow
     output.print(plain_table(("most confident mistakes", "true class", "predicted", "probability"), mistakes))
+
+
+def show_refused(percent: float | None) -> None:
+    """Print how many images are refused, of a head that can."""
+    if percent is not None:
+        output.print(f"--reject refuses {percent:.1f} % of these images, where {100 * REFUSED:g} % is promised")
 
 
 def compare(claims: Mapping[str, float], metrics: Mapping[str, float]) -> None:
