@@ -76,6 +76,18 @@ def test_the_accuracy_of_a_text_probe_costs_no_further_heads(run, flowers, monke
     assert heads[0].text_probe.held_out is None, "it is not kept with the head"
 
 
+def test_the_smallest_classes_have_their_recall_told(run, flowers, small_model):
+    """By images that were left out, or by those of a test part; not where classes are about as large."""
+    quick = ["--model", small_model, "--overwrite"]
+    assert "smallest classes" not in run("train", flowers, *quick, "--method", "ss-text")[2]
+    for path in flowers.glob("tulip/[2-9].jpg"):
+        path.unlink()
+    err = run("train", flowers, *quick)[2]
+    assert re.search(r"smallest classes: tulip 2 images, recall (0|50|100) %", " ".join(err.split())), err
+    err = run("train", flowers, *quick, "--method", "ss-text", "--test", 0.5)[2]
+    assert re.search(r"smallest classes: tulip 1 image, recall (0|100) %", " ".join(err.split())), err
+
+
 def test_one_image_per_class_trains_and_is_not_measured(run, flowers):
     for path in flowers.glob("*/[1-9].jpg"):
         path.unlink()

@@ -24,10 +24,10 @@ CLOSE = 2e-4  # probabilities in float32
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> tuple[list[str], list[str]]:
-    """The paths of 24 pictures, six of each class, and their labels."""
+    """The paths of 24 pictures, seven of each class but the last, and their labels."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
-    labels = [*COLORS] * 6
+    labels = [*COLORS] * 3 + [*COLORS][:3] * 4
     paths = [noisy_picture(folder / f"{i}.png", COLORS[label], rng) for i, label in enumerate(labels)]
     return paths, labels
 

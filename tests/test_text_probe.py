@@ -11,6 +11,7 @@ from importlib import import_module
 from statistics import NormalDist
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from helpers import behind_the_gate, close, copied, loud
@@ -36,7 +37,7 @@ from dcp_zoo.heads.head import load_head
 from dcp_zoo.heads.kinds import PromptHead
 from dcp_zoo.probe import ReadingFeatures, fit_on_features, folds
 from dcp_zoo.probe.candidates import Configuration, TrainingSet, fit_candidates
-from dcp_zoo.probe.stacking import prior_weights
+from dcp_zoo.probe.stacking import class_bias, cross_validate, prior_weights
 from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.task import ProbeInputs
 from dcp_zoo.zoo.factory import create_model, create_transform
@@ -453,6 +454,60 @@ def test_a_group_counts_as_one_image(few_candidates):
     assert both[0][1]["thresholds"] == pytest.approx(both[1][1]["thresholds"], abs=0.1)
     without = fit_on_features(NAMES, labels[copies], [ReadingFeatures(views[:, copies], text)])[0]
     assert not close(without(F.linear(views[0], *text), views[0], without.classes), wanted, 0.05)
+
+
+def test_classes_of_fewer_images_have_a_bias_and_of_equal_size_none():
+    """The minimum of its equation, by SciPy; a class of which no image was left out has none."""
+    rng = torch.Generator().manual_seed(0)
+    sizes, held_out = torch.tensor([20.0, 5.0, 2.0, 1.0]), [20, 5, 2, 0]
+    labels = torch.arange(4).repeat_interleave(torch.tensor(held_out))
+    logits = 2 * torch.randn(len(labels), 4, generator=rng) + 3 * torch.eye(4)[labels] - torch.arange(4)
+    widths = np.log(20 / sizes[1:3].numpy())
+
+    def loss(b: np.ndarray) -> float:
+        losses = F.cross_entropy(logits.double() + torch.tensor([0, *b, 0]), labels, reduction="none").numpy()
+        return sum(2 * losses[labels == c].mean() for c in range(3)) + ((b / widths) ** 2).sum() / 2
+
+    each = torch.ones(len(labels), dtype=torch.double)
+    found = class_bias(logits, labels, each, sizes.double())
+    assert found[1:3].tolist() == pytest.approx(minimize(loss, np.zeros(2)).x, abs=1e-3)
+    assert (found[0], found[3], found[2] > 0.5) == (0, 0, True)
+    assert not class_bias(logits, labels, each, torch.full((4,), 7.0).double()).any()
+    thirds = torch.bincount(torch.arange(4).repeat_interleave(3), torch.full((12,), 1 / 3)).double()
+    thirds[0] = 1  # an image, beside groups of three
+    assert not class_bias(logits, labels, each, thirds).any()
+
+
+def test_a_class_of_two_images_is_found_beside_larger_ones(few_candidates):
+    """Its bias is in the probe, and in what is said of images that were left out: of each without itself."""
+    views, labels, text = in_a_cone([82, 120, 120], 12)
+    used = torch.cat([torch.arange(2), torch.arange(82, 112), torch.arange(202, 232)])
+    other = torch.ones(len(labels), dtype=torch.bool)
+    other[used] = False
+    given = ReadingFeatures(views[:, used], text)
+    probe = fit_on_features(NAMES, labels[used], [given], describes=False)[0]
+    images = TrainingSet(views[:, used], [12], labels[used], text, torch.ones(len(used)))
+    validation = cross_validate(images, folds.folds(labels[used]))
+    said, _, bias = validation.logits()
+    assert (bias[0] > 0.3, bias[1:].tolist()) == (True, [0, 0])
+
+    def recalls() -> list[float]:
+        right = (probe(F.linear(views[0], *text), views[0], NAMES).argmax(1) == labels)[other]
+        return [right[labels[other] == c].float().mean().item() for c in range(3)]
+
+    found = recalls()
+    probe.bias[0] -= bias[0]
+    before = recalls()
+    assert found[0] > before[0] + 0.05
+    assert sum(found) > sum(before)
+    parts = [torch.isin(validation.positions, part) for part in validation.folds]
+    raw = torch.cat(
+        [validation.fits.logits(i, validation.weights_without[i], part)[0] for i, part in enumerate(validation.folds)]
+    )
+    for part in parts:
+        weights, sizes = (~part).double(), torch.tensor([2.0, 30, 30]).double()
+        expected = class_bias(raw, labels[used][validation.positions], weights, sizes)
+        assert close((said - raw)[part], expected.expand(int(part.sum()), 3), 1e-5)
 
 
 @pytest.mark.parametrize("counts", [[1, 0, 6], [8, 8, 8], [700, 0, 1400]])

@@ -6,7 +6,8 @@ Image features f are normalised groups, the first CLIP's embedding; others know 
 tower has before it, intermediate features of the tower, and features of other encoders. With the method's
 logits z (B, C),
 
-    logits = t z + f R^T + b          t, R (C, F), b (C,): weighted means over many candidates
+    logits = t z + f R^T + b          t, R (C, F), b (C,): weighted means over many candidates; to b is added
+                                      what classes of fewer images lack
 
 - `candidates`: softmax regressions and Gaussian classes that read some of the groups and start at a share of
   the text.

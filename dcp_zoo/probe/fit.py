@@ -8,7 +8,8 @@
 3. Each candidate's weight follows from its losses on held-out images, see `stacking`.
 4. The probe is the weighted mean of the candidates, fitted to all images. Unless text explains these well,
    it is underconfident, the more so the fewer they are: its logits are multiplied by an inverse temperature
-   of up to 1 + `SHARPER` (1 + 1 / images per class).
+   of up to 1 + `SHARPER` (1 + 1 / images per class). Classes with fewer images than the largest have a
+   `class_bias`, see `stacking`.
 5. The scores of 20 or more held-out images set a `threshold`. Images that were added as corrections do not
    count where there are 20 others: they are the hard ones, and would lower it. `like_accepted` says how many
    images would pass if their class, and every second one, was unknown, `others_accepted` how many everyday
@@ -32,7 +33,7 @@ from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.probe.candidates import CandidateWeights, Fits, TrainingSet, fit_candidates
-from dcp_zoo.probe.folds import FOLDS, folds, shares
+from dcp_zoo.probe.folds import folds, shares
 from dcp_zoo.probe.model import BEYOND, HeldOut, TextProbe, gated
 from dcp_zoo.probe.stacking import CrossValidation, cross_validate, misfit_of_text, prior_weights
 from dcp_zoo.probe.threshold import LIKE_EXAMPLES, THRESHOLD_IMAGES, average, quantile, share_above, thresholds_of
@@ -116,9 +117,11 @@ def fit_on_features(
         "text_strength": round(text_share / inverse_temperature, 3),
     }
     if validation:
-        info |= _set_threshold(probe, validation, inverse_temperature, typical, examples)
+        logits, text_logits, bias = validation.logits(inverse_temperature)
+        probe.bias += bias
+        info |= _set_threshold(probe, validation, logits, text_logits, typical, examples)
     if describes and "thresholds" in info:
-        scores = _scores_of_unknown(probe, plain, scale, sharpened)
+        scores = _scores_of_unknown(probe, plain, scale, sharpened, bias)
         if scores:
             info["like_accepted"] = share_above(info["thresholds"], np.concatenate(scores))
     return probe, info
@@ -166,7 +169,8 @@ def _fill(probe: TextProbe, fits: Sequence[Fits], weights: CandidateWeights) -> 
 def _set_threshold(
     probe: TextProbe,
     validation: CrossValidation,
-    inverse_temperature: float,
+    logits: Tensor,
+    text_logits: Tensor,
     typical: Tensor | None,
     examples: Tensor | None,
 ) -> Values:
@@ -177,7 +181,6 @@ def _set_threshold(
     images = validation.fits.images
     positions = validation.positions
     weights = images.weights[positions]
-    logits, text_logits = validation.logits(inverse_temperature)
     distances = validation.distances()
     method_logits = images.text_logits[positions]
     if len(positions) < THRESHOLD_IMAGES or not distances.mean() > 0:
@@ -203,10 +206,7 @@ def _set_threshold(
         info["examples"] = len(examples)
     rejected = torch.zeros_like(counted)
     like_examples = torch.zeros_like(counted)
-    parts = validation.folds
-    if len(parts) == 1:
-        parts = [positions[i::FOLDS] for i in range(FOLDS)]
-    for fold in parts:
+    for fold in validation.parts:
         in_fold = torch.isin(positions, fold)
         others = counted & ~in_fold
         if others.sum() > 1:
@@ -224,7 +224,7 @@ def margin_of(closer: Tensor) -> float:
 
 
 def _scores_of_unknown(
-    probe: TextProbe, images: TrainingSet, scale: Tensor, weights: CandidateWeights
+    probe: TextProbe, images: TrainingSet, scale: Tensor, weights: CandidateWeights, bias: Tensor
 ) -> list[np.ndarray]:
     """The scores of images whose classes a head does not know: by a fit without every second class and, if
     images are not many, one without the others."""
@@ -238,6 +238,6 @@ def _scores_of_unknown(
         classes = fits.has_images[0]
         logits, text_logits = fits.logits(0, weights, unknown)
         distances = fits.distances(0, unknown) / probe.spread
-        logits = gated(logits[:, classes], text_logits[:, classes], distances, probe.gate)
+        logits = gated((logits + bias)[:, classes], text_logits[:, classes], distances, probe.gate)
         scores.append(in_distribution_score(logits.numpy(), distances.numpy()))
     return scores

@@ -15,6 +15,15 @@ The accuracy of the whole, stacked probe is estimated from the same folds: what 
 by the losses on the other folds. Of few images these losses are of candidates that were fitted without both
 folds: otherwise the images of the fold to be judged have a say in its weights, which on noise is enough for
 an accuracy above chance.
+
+Images of a class that has few give it far lower logits when they are left out than when they are fitted to,
+however much the class counts. To the logits z of the stacked probe a bias b (C,) is added, which minimises
+
+    sum_i w_i cross-entropy(z_i + b) + sum_c (b_c / s_c)^2 / 2      s_c = log(N / n_c)
+
+over the held-out images i, with n_c images of class c, N of the largest. The w_i give each class the weight
+of the one with the fewest held out. A class of N images, or of none that are held out, has no bias: where
+sizes are equal, nothing is added. Chosen on the sets for choosing, see `benchmarks/notes.md`.
 """
 
 import math
@@ -36,6 +45,8 @@ from dcp_zoo.probe.candidates import (
     configurations_of,
     fit_candidates,
 )
+from dcp_zoo.probe.estimates import minimum
+from dcp_zoo.probe.folds import FOLDS
 from dcp_zoo.probe.model import PENALTIES
 
 COUNTED = 16  # images, within a configuration
@@ -99,12 +110,26 @@ class CrossValidation:
         sums = {name: torch.stack([each[name] for each in losses]).sum(0) for name in losses[0]}
         return stacking_weights(sums, count, images.intermediate)
 
-    def logits(self, inverse_temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    @property
+    def parts(self) -> Sequence[Tensor]:
+        """The folds, or parts of a single one: what judges one of them comes from the others."""
+        return self.folds if len(self.folds) > 1 else [self.positions[i::FOLDS] for i in range(FOLDS)]
+
+    def logits(self, inverse_temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (m, C) of the images of all folds by the probes without each, and the text logits that
-        these start at, both times the inverse temperature."""
+        these start at, both times the inverse temperature; and the `class_bias` (C,) by all images, where the
+        logits of each part have the one by the others."""
         pairs = [self.fits.logits(fold, self.weights_without[fold], out) for fold, out in enumerate(self.folds)]
         logits, text_logits = (inverse_temperature * torch.cat(each) for each in zip(*pairs, strict=True))
-        return logits, text_logits
+        images = self.fits.images
+        counts = images.weights.double()
+        sizes = torch.bincount(images.labels, counts, logits.shape[1])
+        labels = images.labels[self.positions]
+        weights = counts[self.positions]
+        is_out = [torch.isin(self.positions, part) for part in self.parts]
+        biases = torch.stack([class_bias(logits, labels, weights * ~out, sizes) for out in is_out])
+        added = torch.stack(is_out, 1).float() @ biases
+        return logits + added, text_logits, class_bias(logits, labels, weights, sizes)
 
     def distances(self, rows: Tensor | None = None) -> Tensor:
         """`Fits.distances` (m,) of the images of all folds."""
@@ -124,6 +149,23 @@ def cross_validate(images: TrainingSet, folds: Sequence[Tensor], is_judged: bool
             kept[fit, folds[number]] = False
     fits = fit_candidates(images, kept, images.scales(kept), configurations_of(images))
     return CrossValidation(folds, left_out, by_pairs, fits)
+
+
+def class_bias(logits: Tensor, labels: Tensor, weights: Tensor, sizes: Tensor) -> Tensor:
+    """The bias b (C,) by logits (m, C) of held-out images, their labels (m,), how much each counts (m,), and
+    how many images each class has (C,)."""
+    held_out = torch.bincount(labels, weights, len(sizes))
+    widths = (sizes.max() / sizes).log().round(decimals=4).masked_fill(held_out == 0, 0)  # sums of shares are inexact
+    if not widths.any():
+        return torch.zeros(len(sizes))
+    weights = weights * (held_out[held_out > 0].min() / held_out)[labels]
+    logits = logits.double()
+
+    def loss(units: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits + widths * units, labels, reduction="none")
+        return weights @ losses + units.square().sum() / 2
+
+    return (widths * minimum(loss, torch.zeros_like(widths), steps=50)).float()
 
 
 def stacking_weights(

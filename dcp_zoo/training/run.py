@@ -360,6 +360,7 @@ def _fit_and_measure(
             _warn_of_shared_groups(subset.train, task.images, test)
     if evaluation:
         outcome = {"metrics": metrics, **evaluation.info}
+        _tell_smallest(subset, evaluation, options.log)
     if needs_images:
         groups = task.images.groups.unique().numel()
         if groups < len(task.images):
@@ -370,6 +371,23 @@ def _fit_and_measure(
         outcome["clip_note"] = clip.note
     head.info = {**info, **head.info, "trained": f"{date.today()}", "train_seconds": seconds, **outcome}
     return head, metrics, evaluation
+
+
+def _tell_smallest(subset: Split, evaluation: Evaluation, log: Log) -> None:
+    """Log the recall of the smallest classes, if they have at most half of the images of the largest."""
+    sizes = Counter(item.label for item in subset.train)
+    least = min(sizes.values())
+    if 2 * least > max(sizes.values()):
+        return
+    matrix = evaluation.confusion_matrix
+    recalls = 100 * matrix.diagonal() / matrix.sum(1)
+    told = [
+        f"{name} {least} image{'s' * (least > 1)}, recall {recalls[label]:.0f} %"
+        for label, name in enumerate(subset.classnames)
+        if sizes[label] == least and matrix[label].any()
+    ]
+    if told:
+        log(f"smallest classes: {shorten(told)}")
 
 
 def learnt_from(subset: Split) -> list[Item]:
