@@ -567,6 +567,22 @@ def spot_check() -> str:
     return as_table([*header, "of random labels", "random labels for one"], lines)
 
 
+def sizes() -> str:
+    """Balanced accuracy, and recall of a class of two images, beside larger ones with and without the bias, and
+    against as few: means over draws, and over the sets."""
+    rows = results("sizes").query("set in @REPORTING")
+    cells = [(others, bias) for others in ("classes of 40", "one class of 40") for bias in ("without", "with")]
+    cells.append(("one class of 2", "with"))
+    means = rows.groupby(["set", "others", "bias"], sort=False)[["balanced", "recall"]].mean()
+    overall = means.groupby(["others", "bias"]).mean()
+    lines = []
+    for name in [*rows["set"].unique(), "**mean**"]:
+        found = [overall.loc[cell] if name == "**mean**" else means.loc[(name, *cell)] for cell in cells]
+        lines.append([name, *(f"{row['balanced']:.1f} / {row['recall']:.0f}" for row in found)])
+    header = ["dataset", "beside classes of 40, without", "with", 'against one "other" of 40, without', "with"]
+    return as_table([*header, 'against an "other" of 2'], lines)
+
+
 def copies(part: Any = REPORTING) -> str:
     """How many copies of photographs are found, by how they were altered: of all sets, and in the worst."""
     rows = results("copies").query("set in @part and copy != 'alone'")
