@@ -55,11 +55,14 @@ def test_a_head_of_own_images_is_trained_on_all_of_them_in_the_end(run, flowers,
         assert "After the accuracy is measured, the head is trained on all images and saved" in err
         details = json.loads(run.ok("info", "MY_PHOTOS_head", "--json"))
         assert (details["class_images"], details["test_images"]) == ({"rose": 6, "tulip": 6}, tested)
+        assert "test top-1, measured before training on all images: at least" in out
+        assert ("measured before" in run.ok("info", "MY_PHOTOS_head")) == (tested == 4)
     err = run.refused("eval", "MY_PHOTOS", "--head", "MY_PHOTOS_head")
     assert "trained on these images. dcp-zoo info MY_PHOTOS_head shows its accuracy" in err
     for number, args in enumerate((["MY_PHOTOS", "--no-refit"], ["MY_PHOTOS", "--shots", 2])):
-        code, _, err = run("train", *args, "--method", "ss-text", "--output", f"head{number}")
+        code, out, err = run("train", *args, "--method", "ss-text", "--output", f"head{number}")
         assert (code, err.count(" on dcp_mini: "), "trained on all" in err) == (0, 1, False), err
+        assert "measured before" not in out
     for part in ("train", "test"):
         shutil.copytree("MY_PHOTOS", Path("PARTS", part))
     run.ok("train", "PARTS", "--method", "ss-text", "--refit", "--output", "whole")

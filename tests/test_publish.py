@@ -19,6 +19,7 @@ from dcp_zoo import release as cards
 from dcp_zoo.data import DATASETS
 from dcp_zoo.data.packaged import classnames, sample_images
 from dcp_zoo.data.splits import split_sha256
+from dcp_zoo.heads.config import accuracy_text
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.release import publish
 from dcp_zoo.zoo import registry
@@ -192,6 +193,7 @@ def test_the_card(folder):
     assert "coupling `bidirectional`, the paper's" in text
     assert "| DCP alone | with the text probe, stored statistics |" in text
     assert f"| {alone} | {stored} | {batch} |" in text
+    assert f"As it is loaded: {accuracy_text(config)}." in text
     assert f"**top-1 is {alone} % by DCP alone and {stored} % with the text probe**" in text
     size = f"{(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB"
     for part in ("## Intended use and limits", config["split_sha256"], f"| lr | {config['recipe']['lr']} |", size):

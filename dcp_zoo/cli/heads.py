@@ -25,6 +25,7 @@ from dcp_zoo.threads import use_threads
 
 if TYPE_CHECKING:
     from dcp_zoo.heads.head import Head
+    from dcp_zoo.inspection.spot_check import SpotCheck
     from dcp_zoo.training.evaluation import Evaluation
 
 MOST = 10  # rows of each table
@@ -78,7 +79,12 @@ def evaluate(
     if label or (labels and is_spot_check(labels[0])):
         if len(heads) == 2 or claim or report or photos is None or dataset != "folder":
             raise ZooError("--label, and its table, are for one head and a folder, without --claim or --report.")
-        check_folder(photos, names[0], label, labels, output_dir, device, precision, as_json)
+        from dcp_zoo.inspection.spot_check import spot_check
+
+        table = labels[0] if labels else None
+        options: Values = {"device": device, "precision": precision, "progress": progress_bar}
+        found = spot_check(photos, names[0], label=label, labels=table, output=output_dir, **options)
+        show_spot_check(found, output_dir, as_json)
         return
     from dcp_zoo.prediction.heads import loaded
     from dcp_zoo.release import claimed
@@ -228,40 +234,20 @@ def is_spot_check(table: Path) -> bool:
         return STRATUM in read_csv(table)[0]
 
 
-def check_folder(
-    photos: str,
-    head: str,
-    label: int | None,
-    labels: Sequence[Path] | None,
-    output_dir: Path | None,
-    device: str,
-    precision: str,
-    as_json: bool,
-) -> None:
-    """Choose images of a folder to label, or print what their labels say of all."""
+def show_spot_check(found: "SpotCheck", output_dir: Path | None, as_json: bool) -> None:
+    """Print which images of a folder to label, or what their labels say of all."""
     from dcp_zoo.inspection.search import PAGE, TABLE
-    from dcp_zoo.inspection.spot_check import spot_check
 
-    found = spot_check(
-        photos,
-        head,
-        label=label,
-        labels=labels[0] if labels else None,
-        output=output_dir,
-        device=device,
-        precision=precision,
-        progress=progress_bar,
-    )
     told = found.accuracy
     if as_json:
         print(json.dumps(asdict(found)))
-    elif told is None:
-        for row in found.to_label:
-            output.print(f"{row.note}  {row.file}", markup=False, soft_wrap=True)
-        if output_dir:
-            table = output_dir / TABLE
-            log(f"Look at {output_dir / PAGE}, fill in the column class of {table}, and add --labels {table}.")
-    else:
+        return
+    for row in found.to_label:
+        output.print(f"{row.note}  {row.file}", markup=False, soft_wrap=True)
+    if found.to_label and output_dir:
+        table = output_dir / TABLE
+        log(f"Look at {output_dir / PAGE}, fill in the column class of {table}, and add --labels {table}.")
+    if told:
         least = f"at least {math.floor(told.low)} % (97.5 % sure)"
         output.print(f"[bold]top-1 on all {found.images:,} images: {least}: {told}[/]")
         show_refused(found.refused)

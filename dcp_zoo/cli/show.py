@@ -8,7 +8,6 @@ from rich.markup import escape
 from rich.table import Table
 from typer import Argument, Option
 
-from dcp_zoo.accuracy import Accuracy
 from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.cli.console import output, plain_table, rejection_note
 from dcp_zoo.cli.options import AsJson, as_text
@@ -16,7 +15,7 @@ from dcp_zoo.data import DATASETS
 from dcp_zoo.data.splits import shorten
 from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.fields import Values
-from dcp_zoo.heads.config import CONFIG_NAME, alone_and_probed, read_config, weights_file
+from dcp_zoo.heads.config import CONFIG_NAME, accuracy_text, alone_and_probed, read_config, weights_file
 from dcp_zoo.promises import trust_note
 from dcp_zoo.tables import quoted
 from dcp_zoo.training.recipes import default_recipe
@@ -246,18 +245,3 @@ def for_people(details: Values) -> Values:
     elif "shots" in details:
         shown["images"] = f"{details['shots']} per class"
     return {name: shown[name] for name in PEOPLE if shown.get(name)}
-
-
-def accuracy_text(details: Values) -> str:
-    """Such as "90.0 % (9 of 10; 95 % interval 60 to 98) with the text probe; 85.0 % without"."""
-    metrics = details.get("metrics")
-    if not isinstance(metrics, dict):
-        return metrics or ""
-    top1 = metrics.get("top1_stored", next(iter(metrics.values())))
-    images = details.get("test_images")
-    text = f"{top1:.1f} %"
-    if images:
-        correct = round(top1 * images / 100)
-        text = str(Accuracy("", correct, images, details.get("independent_images"), details.get("untested", ())))
-    alone, with_probe = alone_and_probed(metrics)
-    return text if with_probe is None else f"{text} with the text probe; {alone:.1f} % without"

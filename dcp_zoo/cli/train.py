@@ -9,12 +9,13 @@ from typer import Option
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import advise, log, output, progress_bar, rejection_note, resumable
-from dcp_zoo.cli.heads import show_evaluation
+from dcp_zoo.cli.heads import TEST, show_evaluation
 from dcp_zoo.data import is_user_data, load_for_training
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.unreadable import all_named
 from dcp_zoo.errors import ZooError
 from dcp_zoo.files import check_output, check_outside, check_writable
+from dcp_zoo.heads.config import REFITTED
 from dcp_zoo.promises import trust_note
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.folder import check_free
@@ -146,7 +147,7 @@ def train(
 
             write_mistakes(evaluation, report, f"{output_dir} on {run.split.name}")
             log(f"Wrote {report}")
-        show_evaluation(evaluation)
+        show_evaluation(evaluation, f"{TEST}, {REFITTED}" if refit else TEST)
 
     settings = RunOptions(overwrite=overwrite, progress=progress_bar, log=log, show=show)
     images = split.all_items if dataset == "folder" else []

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
+from dcp_zoo.accuracy import Accuracy
 from dcp_zoo.backbone.preprocessing import Preprocessing
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.fields import Checked, Values, check, count, option, problems
@@ -30,6 +31,7 @@ NO_CLASSIFIER = "no_classifier"  # results of a head with its stored statistics,
 MEASURED = ("metrics", "test_images", "independent_images", "balanced_top1", "untested", "refused")
 ACCEPTED = ("like_accepted", "others_accepted")  # false acceptance of images of no class, in `ProbeInfo`
 PROMISES = "promises"  # in `ProbeInfo`
+REFITTED = "measured before training on all images"
 
 
 @dataclass(frozen=True)
@@ -214,3 +216,21 @@ def alone_and_probed(metrics: Mapping[str, float]) -> tuple[float | None, float 
     stored = metrics.get("top1_stored")
     alone = metrics.get(f"top1_{NO_CLASSIFIER}")
     return (stored, None) if alone is None else (alone, stored)
+
+
+def accuracy_text(info: Mapping[str, Any]) -> str:
+    """Such as "at least 59 % (97.5 % sure): 90.0 % (9 of 10; 95 % interval 59 to 99) with the text probe; 85.0 %
+    without", and whether it was trained on the tested images afterwards."""
+    metrics = info.get("metrics")
+    if not isinstance(metrics, dict):
+        return metrics or ""
+    top1 = metrics.get("top1_stored", next(iter(metrics.values())))
+    images = info.get("test_images")
+    text = f"{top1:.1f} %"
+    if images:
+        correct = round(top1 * images / 100)
+        text = str(Accuracy("", correct, images, info.get("independent_images"), info.get("untested", ())))
+    alone, with_probe = alone_and_probed(metrics)
+    if with_probe is not None:
+        text += f" with the text probe; {alone:.1f} % without"
+    return f"{text}; {REFITTED}" if info.get("test_share") == 0 else text

@@ -15,7 +15,7 @@ from dcp_zoo.data.splits import split_sha256
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_empty, write_file
-from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME
+from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME, accuracy_text
 from dcp_zoo.heads.head import Head
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained
 from dcp_zoo.promises import trust_note
@@ -66,6 +66,7 @@ def make_card(
         onnx=onnx,
         others=others or {},
         trust=trust_note(info),
+        told=accuracy_text(info),
         dataset=dataset,
         part_note=DATASETS[dataset].part_note if dataset in DATASETS else "",
         whose=COUPLINGS.get(options.get("coupling", "")),
