@@ -81,6 +81,7 @@ NAMES: dict[str, Mapping[str, Any]] = {  # options of each; those of the papers 
     f"proker{VALIDATED}": {},
     "ss-text": {},
     "clap": {},
+    "clip-adapter": {},
 }
 WITHOUT_TEXT = (NEAREST, "linear-probe", "linear-probe, C = 100", CHOSEN_C, "gda, without text")
 app = typer.Typer()

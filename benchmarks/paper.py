@@ -73,7 +73,7 @@ CHANGES: tuple[Mapping[str, Any], ...] = (
 COUPLED = "weights set images_per_class seed method changes top1 test_images trained_parameters cpu_seconds".split()
 PROMPTED: Sequence[tuple[str, Mapping[str, Any]]] = (  # the most telling first
     *(("dcp", {"coupling": coupling}) for coupling in ("bidirectional", "self", "none")),
-    *(("zero-shot", {}), ("ivlp", {}), ("vpt-deep", {}), ("coop", {})),
+    *((method, {}) for method in ("zero-shot", "ivlp", "vpt-deep", "coop", "kgcoop", "prograd", "cocoop")),
     *(("dcp", {"coupling": coupling}) for coupling in ("text_to_vision", "vision_to_text")),
     ("ivlp", {"n_ctx": 16}),  # as many prompts as DCP has
 )

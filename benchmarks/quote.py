@@ -408,7 +408,7 @@ def parts() -> str:
     return as_table(["change", *found.index.unique("set"), "difference", "draws"], lines)
 
 
-UNCOUPLED = ("zero-shot", "coop", "vpt-deep", "ivlp")  # in the order of their tables
+UNCOUPLED = ("zero-shot", "coop", "kgcoop", "prograd", "cocoop", "vpt-deep", "ivlp")  # in the order of their tables
 PAPERS_COUPLING = ("dcp", "coupling=bidirectional")
 
 

@@ -166,7 +166,7 @@ def test_what_cmpa_is_worth_is_measured_once(tmp_path, monkeypatch):
 
 E, C = 16, 3
 ABLE = {"zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "proker", "ss-text", "gda", "text-probe"}
-ABLE |= {"lp-plus-plus", "clap"}
+ABLE |= {"lp-plus-plus", "clap", "taskres", "clip-adapter"}
 
 
 @pytest.fixture

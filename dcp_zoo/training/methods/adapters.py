@@ -46,9 +46,12 @@ def fit_taskres(task: Task) -> LinearHead:
         w_c      = t_c + alpha x_c
         logits_c = s f w_c^T / |w_c|                                         (B,)
     """
-    sentences, counts = class_texts(check_classnames(task.classnames), task.texts)
-    raw = task.clip.encode_sentences(sentences, "{}")
-    text = torch.stack([of_class.mean(0) for of_class in raw.split(counts or [1] * len(raw))])
+    names = check_classnames(task.classnames)
+    sentences, counts = class_texts(names, task.texts)
+    text = task.clip.encode_sentences(names, task.texts)
+    if counts is not None:
+        raw = task.clip.encode_sentences(sentences, "{}")
+        text = torch.stack([of_class.mean(0) for of_class in raw.split(counts)])
     residuals = torch.zeros_like(text, requires_grad=True)
 
     def moved() -> Tensor:
