@@ -17,7 +17,7 @@ from PIL import Image
 onnx = pytest.importorskip("onnx", reason="the export extra is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the export extra is not installed")
 
-from dcp_zoo import ZooError, create_transform  # noqa: E402
+from dcp_zoo import ZooError, create_transform, predict  # noqa: E402
 from dcp_zoo.answers import Promises, log_softmax  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
@@ -129,6 +129,7 @@ def test_a_file_rejects_the_images_that_the_model_rejects(tiny_head, onnx_file, 
     said = json.loads(run.ok("predict", "--sample", "--head", onnx_file, "--reject", "--sets", "0.9", "--json"))
     for found in (answers, said):
         assert [(row["trusted"], row["set"]) for row in found] == expected_rows
+    assert [row[0].trusted for row in predict(tiny_head, sample_images())] == [trusted for trusted, _ in expected_rows]
     assert {is_trusted for is_trusted, _ in expected_rows} == {False, True}
     assert [not names for _, names in expected_rows] == expected  # what is unlike the classes has no set
     assert {is_trusted for (is_trusted, _), is_out in zip(expected_rows, expected, strict=True) if is_out} == {False}

@@ -140,3 +140,7 @@ def test_what_cannot_be_told_is_refused(folder, run):
     with pytest.raises(ZooError, match="is no table of eval --label"):
         spot_check("new", "head", labels="plain.csv")
     assert "Cannot read none.csv" in run.refused(*command, "--labels", "none.csv")
+    Path("empty.csv").touch()
+    assert "Cannot read empty.csv" in run.refused(*command, "--labels", "empty.csv")
+    with pytest.raises(ZooError, match="Cannot read empty.csv"):
+        spot_check("new", "head", labels="empty.csv")

@@ -231,7 +231,7 @@ def compare_heads(
 def is_spot_check(table: Path) -> bool:
     """Whether a labels file is a table that --label wrote."""
     with as_zoo_error(f"Cannot read {table} ({{}}).", OSError, ValueError):
-        return STRATUM in read_csv(table)[0]
+        return any(STRATUM in header for header in read_csv(table)[:1])
 
 
 def show_spot_check(found: "SpotCheck", output_dir: Path | None, as_json: bool) -> None:
