@@ -30,6 +30,8 @@ class Accuracy(NamedTuple):
         independent: the effective number of images, (sum m)^2 / sum m^2 for groups of m images that were
             taken together, see `dcp_zoo.data.groups`. Default: as many as the images.
         untested: classes of which there is no image.
+        at_most: of images that look like few subjects, see `dcp_zoo.features.subjects`, and are counted by
+            these, the upper end of the interval by images that each count alone.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Accuracy(NamedTuple):
     images: int
     independent: float | None = None
     untested: Sequence[str] = ()
+    at_most: float | None = None
 
     @property
     def percent(self) -> float:
@@ -45,7 +48,8 @@ class Accuracy(NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % Wilson interval in percent: what the accuracy on many more images of this kind may be."""
-        return wilson(self.correct / self.images, self.independent or self.images)
+        low, high = wilson(self.correct / self.images, self.independent or self.images)
+        return low, max(high, self.at_most or 0)
 
     def __str__(self) -> str:
         """What holds on one side first: heads are seldom worse than their interval, and often better."""
@@ -57,4 +61,7 @@ class Accuracy(NamedTuple):
         interval = f"95 % interval {at_least} to {math.ceil(high)}"
         if self.untested:
             interval += f"; both without {shorten(self.untested)}"
-        return f"at least {at_least} % (97.5 % sure): {self.percent:.1f} % ({counted}; {interval})"
+        told = f"at least {at_least} % (97.5 % sure)"
+        if self.at_most is not None:
+            told = f"{at_least} to {math.ceil(high)} % on other subjects"
+        return f"{told}: {self.percent:.1f} % ({counted}; {interval})"

@@ -86,6 +86,8 @@ def evaluate(
         found = spot_check(photos, names[0], label=label, labels=table, output=output_dir, **options)
         show_spot_check(found, output_dir, as_json)
         return
+    from dcp_zoo.features.cache import shared_features
+    from dcp_zoo.features.groups import with_own_groups
     from dcp_zoo.prediction.heads import loaded
     from dcp_zoo.release import claimed
 
@@ -107,7 +109,10 @@ def evaluate(
         compare_heads(heads, models, images, [items for items, _ in tests], precision, shown, as_json)
         return
     test, title = tests[0]
-    metrics, evaluation, conditions = measured(model, test, images.classnames, precision, claim)
+    with shared_features():
+        metrics, evaluation, conditions = measured(model, test, images.classnames, precision, claim)
+        if dataset == "folder":
+            evaluation = replace(evaluation, items=with_own_groups(evaluation.items, keep=False))
     if report:
         from dcp_zoo.training.mistakes import write_mistakes  # after torch, which is slow
 

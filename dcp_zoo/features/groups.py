@@ -6,13 +6,14 @@ import numpy as np
 
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import Item
-from dcp_zoo.data.groups import find_groups, grouped
+from dcp_zoo.data.groups import find_groups
 from dcp_zoo.features import AUTO
 from dcp_zoo.features.cache import users_cache
 from dcp_zoo.features.device import pick_precision
 from dcp_zoo.features.extract import FeatureExtractor, plain_reading
 from dcp_zoo.features.loader import ImageLoader
 from dcp_zoo.features.photos import Photos
+from dcp_zoo.features.subjects import in_subjects
 from dcp_zoo.features.table import FeatureTable
 from dcp_zoo.features.views import PLAIN, Views
 from dcp_zoo.progress import Progress, no_progress
@@ -40,9 +41,14 @@ def groups_in(images: Sequence[ImageLoader], views: Views = (PLAIN,)) -> list[li
     return find_groups(embeddings, facts)
 
 
+def grouped_in(images: ImageLoader, views: Views = (PLAIN,)) -> list[Item]:
+    """The images with their groups, or subjects, see `groups_in` and `in_subjects`."""
+    return in_subjects(images.items, lambda: groups_in([images], views), images.table)
+
+
 def with_own_groups(items: Sequence[Item], keep: bool = True) -> list[Item]:
-    """The user's own images with their groups, by the miniature's features, which are kept, see
+    """The user's own images with their groups, or subjects, by the miniature's features, which are kept, see
     `users_cache`."""
     images = ImageLoader(Photos(items, facts={}), FeatureExtractor(plain_clip("dcp_mini")))
     with users_cache(keep):
-        return grouped(items, lambda: groups_in([images]))
+        return grouped_in(images)

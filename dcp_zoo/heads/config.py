@@ -28,7 +28,7 @@ WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 NO_CLASSIFIER = "no_classifier"  # results of a head with its stored statistics, but without its text probe
 # results of the test in a head's `info`
-MEASURED = ("metrics", "test_images", "independent_images", "balanced_top1", "untested", "refused")
+MEASURED = ("metrics", "test_images", "independent_images", "at_most", "balanced_top1", "untested", "refused")
 ACCEPTED = ("like_accepted", "others_accepted")  # false acceptance of images of no class, in `ProbeInfo`
 PROMISES = "promises"  # in `ProbeInfo`
 REFITTED = "measured before training on all images"

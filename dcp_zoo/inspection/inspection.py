@@ -16,13 +16,14 @@ from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.api.inputs import Groups, Images, Labels, is_folder, labelled
 from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.data import Item, Split, load_labelled
-from dcp_zoo.data.groups import bursts, group_ids, grouped, joined, near_copies
+from dcp_zoo.data.groups import bursts, group_ids, joined, near_copies
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.splits import PARTS
 from dcp_zoo.data.unreadable import unreadable_summary
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.features.device import pick_device
 from dcp_zoo.features.groups import comparable
+from dcp_zoo.features.subjects import in_subjects, looks_few
 from dcp_zoo.features.table import FeatureTable
 from dcp_zoo.files import write_file
 from dcp_zoo.pages import templates
@@ -84,6 +85,7 @@ class Inspection:
     of_no_class: list[int]  # images that may show none of the classes, the least like them first
     copies: list[list[int]]  # images that show the same picture
     groups: Tensor  # (n,), the same for images that were taken together: no estimate is made across a group
+    few_subjects: bool  # whether the groups are guesses, as these look like few subjects
     curve: list[Point]  # the accuracy to expect with more and fewer images per class
 
     def __repr__(self) -> str:
@@ -180,7 +182,8 @@ class Inspection:
         """The page as HTML, with everything in it."""
         items = self.data.items
         parts = parts_of(self.data)
-        spanning = [group for group in self.across_classes if group not in self.copies]
+        listed = self.together if self.few_subjects else self.across_classes
+        spanning = [group for group in listed if group not in self.copies]
         groups = (self.copies + spanning)[: SHOWN // 2]
         shown = {*self.suspects[:SHOWN], *self.of_no_class[:SHOWN], *(i for group in groups for i in group[:8])}
         return (
@@ -251,7 +254,7 @@ def inspect(
     text = on_cpu(clip.scaled(clip.zero_shot_classifier(data.classnames)))
     features = ReadingFeatures(seen.rows()[:, readable], text, seen.widths[0])
     copies = near_copies(seen.joined.numpy(), facts)
-    in_groups = grouped(data.items, lambda: joined([*copies, *bursts(facts)]))
+    in_groups = in_subjects(data.items, lambda: joined([*copies, *bursts(facts)]), lambda: seen)
     groups = group_ids([item.group for item in in_groups])
     judged = out_of_fold(features, target, groups[readable])
     left_out = judged.left_out
@@ -265,6 +268,7 @@ def inspect(
         [readable[i] for i in of_no_class(judged.log_probabilities, judged.distances, target)],
         joined(copies),
         groups,
+        looks_few(in_groups),
         learning_curve(judged),
     )
 

@@ -66,12 +66,13 @@ class Bin(NamedTuple):
 @dataclass(frozen=True)
 class Evaluation(Labelled):
     """The predictions of a head on labelled images. `logits` (n, C), for its class names, are on the CPU;
-    `refused` (n,): which images the head's threshold rejects, if it has one."""
+    `refused` (n,): which images the head's threshold rejects, if it has one; `at_most`: of `Accuracy`."""
 
     classnames: Sequence[str]
     items: Sequence[Item]
     logits: Tensor
     refused: Tensor | None = None
+    at_most: float | None = None
 
     @classmethod
     def of(cls, outputs: Outputs, classnames: Sequence[str], items: Sequence[Item]) -> "Evaluation":
@@ -92,7 +93,8 @@ class Evaluation(Labelled):
     @property
     def accuracy(self) -> Accuracy:
         """Over all images."""
-        return self._accuracy("", torch.ones(len(self.items), dtype=torch.bool))._replace(untested=self.untested)
+        every = torch.ones(len(self.items), dtype=torch.bool)
+        return self._accuracy("", every)._replace(untested=self.untested, at_most=self.at_most)
 
     @property
     def untested(self) -> list[str]:
@@ -118,6 +120,8 @@ class Evaluation(Labelled):
         said: Values = {"test_images": len(self.items)}
         if self.accuracy.independent:
             said["independent_images"] = round(self.accuracy.independent, 1)
+        if self.at_most is not None:
+            said["at_most"] = round(self.at_most, 2)
         if self.balanced is not None:
             said["balanced_top1"] = self.balanced
         if self.untested:

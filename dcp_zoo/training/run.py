@@ -37,9 +37,10 @@ from dcp_zoo.features import AUTO
 from dcp_zoo.features.cache import shared_features
 from dcp_zoo.features.device import pick_device, pick_precision
 from dcp_zoo.features.extract import FeatureExtractor
-from dcp_zoo.features.groups import groups_in
+from dcp_zoo.features.groups import grouped_in, groups_in
 from dcp_zoo.features.loader import ImageLoader
 from dcp_zoo.features.photos import CACHE_BYTES, Photos
+from dcp_zoo.features.subjects import looks_few
 from dcp_zoo.features.views import PLAIN
 from dcp_zoo.fields import Values
 from dcp_zoo.files import alone_in
@@ -105,7 +106,7 @@ class Run:
             return list(images.items)
         features = METHODS[self.method].features
         reads_flips = features not in (None, plain) or self.recipe.classifier != "none"
-        items = grouped(images.items, lambda: groups_in([images], images.with_flips if reads_flips else (PLAIN,)))
+        items = grouped_in(images, images.with_flips if reads_flips else (PLAIN,))
         found_groups = in_groups(items)
         if found_groups:
             options.log(f"{found_groups}: none is on both sides of a measurement.")
@@ -334,6 +335,7 @@ def _fit_and_measure(
     method = METHODS[run.method]
     options.log(f"{method.title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
     needs_images = method.needs_images(run.recipe)
+    images = task.images
     if needs_images:
         task.images = task.images.with_items(run.grouped(task.images, options))
     if run.recipe.is_trained:
@@ -352,6 +354,8 @@ def _fit_and_measure(
     outcome = dict(known_metrics or {})
     if by_folds:
         metrics, evaluation = _by_folds(run, task, head) or ({}, None)
+        if evaluation and looks_few(task.images.items):
+            evaluation = replace(evaluation, at_most=_as_single(run, replace(task, images=images)))
     elif known_metrics is None and options.test and run.split.test:
         is_read_twice = head.stats_modes != ("stored",)  # once for each kind of statistics
         test = run.images(clip, options.progress, run.split.test, again=is_read_twice)
@@ -446,6 +450,17 @@ def _by_folds(run: Run, task: Task, head: Head) -> tuple[dict[str, float], Evalu
             found.append(outputs_by_mode(trained, images.of(out.tolist())))
     outputs = {mode: Outputs.joined([each[mode] for each in found]) for mode in found[0]}
     return measured(outputs, head.classnames, [images.items[i] for i in torch.cat(parts).tolist()])
+
+
+def _as_single(run: Run, task: Task) -> float:
+    """The upper end of the interval that `_by_folds` tells where images that look like few subjects are taken
+    for single photographs."""
+    images = task.images
+    task = replace(task, images=images.with_items(grouped(images.items, lambda: groups_in([images]))))
+    with without_warnings():
+        told = _by_folds(run, task, fit_head(run.method, task))
+    assert told
+    return told[1].accuracy.interval[1]
 
 
 def hold_out(run: Run, options: RunOptions, clip: FrozenCLIP | None = None) -> Run:

@@ -1,0 +1,86 @@
+"""Few subjects, many photographs: whether the images of a class show a few things or places, each of them
+several times, on other days, say. No test for copies sees that.
+
+The images of each class are clustered by average linkage of their cosine distances, into as many clusters as
+have the largest silhouette (Rousseeuw, Silhouettes: a Graphical Aid, 1987) of those of which none holds more
+than half of the images. The sign is the mean of these silhouettes over classes: of single photographs it is
+small. Clusters are guesses: a head that keeps them together is measured as too poor, rather than too good.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy.cluster.hierarchy import cut_tree, linkage
+from scipy.spatial.distance import pdist, squareform
+
+from dcp_zoo.data import Item
+from dcp_zoo.data.groups import group_ids, grouped
+from dcp_zoo.errors import warn
+from dcp_zoo.features.table import FeatureTable
+
+SUBJECT = "subject "  # begins the name of a group that is a cluster
+SIGN = 0.26  # least mean silhouette of many images,
+VARIES = 0.45  # and this over the root of their number more, as it varies. See `benchmarks/notes.md`
+LEAST, MOST = 4, 200  # images of a class that is looked at
+
+
+def in_subjects(
+    items: Sequence[Item], find: Callable[[], list[list[int]]], read: Callable[[], FeatureTable]
+) -> list[Item]:
+    """The items with their groups, see `grouped`; or where they look like few subjects, by CLIP's embeddings
+    in what `read` returns, with these as groups, and a warning. A group that was found counts as one image,
+    and stays together."""
+    if any(item.group for item in items):
+        return list(items)
+    alone = grouped(items, find)
+    table = read().first_parts(1)
+    embeddings = table.rows()[0].numpy()
+    ids = group_ids([item.group for item in alone]).numpy()
+    first = np.unique(ids, return_index=True)[1]
+    first = first[~np.isnan(embeddings[first, 0])]
+    labels = table.labels.numpy()[first]
+    silhouettes = []
+    names = dict[int, str]()  # by the group's id
+    for label in np.unique(labels):
+        own = first[labels == label]
+        if LEAST <= len(own) <= MOST:
+            silhouette, clusters = clustered(embeddings[own])
+            silhouettes.append(silhouette)
+            names |= {ids[i]: f"{SUBJECT}{label} {cluster}" for i, cluster in zip(own, clusters, strict=True)}
+    if not names or np.mean(silhouettes) < SIGN + VARIES / math.sqrt(len(names)):
+        return alone
+    number = len(set(names.values())) / len(silhouettes)
+    warn(
+        f"These look like about {number:.0f} subjects in each class, photographed several times each: "
+        "others may be known less often. Name the subjects (column `group`, --group-by, in Python groups=) to know."
+    )
+    return [item._replace(group=names.get(i, item.group)) for i, item in zip(ids, alone, strict=True)]
+
+
+def looks_few(items: Sequence[Item]) -> bool:
+    """Whether their groups are clusters."""
+    return any(item.group.startswith(SUBJECT) for item in items)
+
+
+def clustered(embeddings: np.ndarray) -> tuple[float, np.ndarray]:
+    """The largest silhouette, and the cluster of each of n images (n,), of 4 or more."""
+    distances = pdist(embeddings, "cosine")
+    square = squareform(distances)
+    trees = cut_tree(linkage(distances, "average"), range(2, len(embeddings))).T
+    found = [(silhouette(square, tree), tree) for tree in trees if 2 * np.bincount(tree).max() <= len(tree)]
+    return max(found, key=lambda pair: pair[0])
+
+
+def silhouette(distances: np.ndarray, clusters: np.ndarray) -> float:
+    """The mean silhouette of n images, 0 for one that is alone, by their distances (n, n)."""
+    members = np.eye(clusters.max() + 1)[clusters]  # (n, k)
+    sizes = members.sum(0)
+    rows = np.arange(len(clusters))
+    sums = distances @ members
+    own = sums[rows, clusters] / np.maximum(sizes[clusters] - 1, 1)
+    means = sums / sizes
+    means[rows, clusters] = np.inf
+    nearest = means.min(1)
+    values = (nearest - own) / np.maximum(np.maximum(nearest, own), 1e-12)
+    return float(np.where(sizes[clusters] > 1, values, 0).mean())
