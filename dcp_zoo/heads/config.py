@@ -229,7 +229,8 @@ def accuracy_text(info: Mapping[str, Any]) -> str:
     text = f"{top1:.1f} %"
     if images:
         correct = round(top1 * images / 100)
-        text = str(Accuracy("", correct, images, info.get("independent_images"), info.get("untested", ())))
+        counted = info.get("independent_images"), info.get("untested", ()), info.get("at_most")
+        text = str(Accuracy("", correct, images, *counted))
     alone, with_probe = alone_and_probed(metrics)
     if with_probe is not None:
         text += f" with the text probe; {alone:.1f} % without"
