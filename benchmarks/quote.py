@@ -583,6 +583,28 @@ def sizes() -> str:
     return as_table([*header, 'against an "other" of 2'], lines)
 
 
+def subjects() -> str:
+    """What is told where subjects are few, with the sign and without it: means over draws, sets and numbers of
+    subjects; and how often single photographs show it."""
+    rows = results("subjects")
+    single = rows[rows["photographs"] == 1]
+    few = rows[rows["photographs"] > 1].copy()
+    few["before"] = few["top1"].between(few["told_low"], few["told_high"])
+    few["now"] = few["top1"].between(few["low"], few["high"])
+    for name in ("shown", "before", "now"):
+        few[name] = 100 * few[name]
+    columns = ["shown", "top1", "told", "before", "now", "refused_without", "refused"]
+    means = few.groupby("way", sort=False)[columns].mean()
+    means.loc["all"] = few[columns].mean()
+    lines = [[way, *(f"{row[name]:.1f}" for name in columns)] for way, row in means.iterrows()]
+    alone = single[single["way"] == "single photographs"]
+    of_draws = 100 * alone["shown"] / alone["draw"]
+    lines.append(["none: single photographs", f"{of_draws.mean():.1f}", *[""] * 6])
+    lines.append(["the same without groceries", f"{of_draws[alone['set'] != 'groceries'].mean():.1f}", *[""] * 6])
+    header = ["photographs of a subject", "noticed", "right on others", "told before", "true in the interval before"]
+    return as_table([*header, "true in the range", "own images rejected before", "rejected"], lines)
+
+
 def copies(part: Any = REPORTING) -> str:
     """How many copies of photographs are found, by how they were altered: of all sets, and in the worst."""
     rows = results("copies").query("set in @part and copy != 'alone'")

@@ -310,7 +310,7 @@ def main(
     data_root: Annotated[Path, typer.Option(help="Folder with the data sets.")],
     clip: Annotated[Path, typer.Option(help="Folder with ucf101.npz.")],
     splits: Annotated[Path, typer.Option(help="Folder with split_zhou_UCF101.json.")],
-    draws: Annotated[int, typer.Option(help="Of each set, way and pattern.")] = 3,
+    draws: Annotated[int, typer.Option(help="Of each set, way and pattern.")] = 2,
     only: Annotated[list[str], typer.Option(help="These sets alone.")] = [],  # noqa: B006
 ) -> None:
     """Measure what the file of results does not have for the current weights yet."""
