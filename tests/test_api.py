@@ -305,6 +305,7 @@ def calls(folder, pictures, fitted, head, uploads, tmp_path, tiny_head, exported
         "inspect": lambda: dcp_zoo.inspect(folder),
         "search": lambda: dcp_zoo.search(folder, "something red"),
         "suggest": lambda: dcp_zoo.suggest(folder, "dcp_mini.caltech101-1shot"),
+        "spot_check": lambda: dcp_zoo.spot_check(folder, "dcp_mini.caltech101-1shot", label=3),
         "list_labelled_images": lambda: dcp_zoo.list_labelled_images(folder),
         "create_model": lambda: dcp_zoo.create_model("dcp_mini", True).eval().get_classifier(),
         "create_transform": lambda: dcp_zoo.create_transform(head)(Image.new("RGB", (9, 9))),

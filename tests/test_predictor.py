@@ -41,8 +41,10 @@ def test_a_predictor_takes_what_an_engine_has_and_never_raises_for_an_image():
     assert [*found] == ["id", *"class probability class_2 probability_2 rejected features error".split()]
     assert (found["id"] == batch["id"]).all()
     for i, row in enumerate([*expected, expected[0]]):
-        assert [found["class"][i], found["class_2"][i]] == [name for name, _ in row]
-        assert [found["probability"][i], found["probability_2"][i]] == pytest.approx([p for _, p in row], abs=1e-5)
+        assert [found["class"][i], found["class_2"][i]] == [answer.name for answer in row]
+        assert [found["probability"][i], found["probability_2"][i]] == pytest.approx(
+            [answer.probability for answer in row], abs=1e-5
+        )
     assert (found["error"] != "").tolist() == [False] * 4 + [True] * 5
     assert {*found["class"][4:], *found["class_2"][4:]} == {""}
     assert np.isnan(found["probability"][4:]).all()
