@@ -109,10 +109,10 @@ def evaluate(
         compare_heads(heads, models, images, [items for items, _ in tests], precision, shown, as_json)
         return
     test, title = tests[0]
-    with shared_features():
-        metrics, evaluation, conditions = measured(model, test, images.classnames, precision, claim)
+    with shared_features(), all_named(test, MOVE):
         if dataset == "folder":
-            evaluation = replace(evaluation, items=with_own_groups(evaluation.items, keep=False))
+            test = with_own_groups(test, keep=False)
+        metrics, evaluation, conditions = measured(model, test, images.classnames, precision, claim)
     if report:
         from dcp_zoo.training.mistakes import write_mistakes  # after torch, which is slow
 
