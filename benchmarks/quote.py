@@ -459,7 +459,9 @@ def coupling(images: int) -> str:
                 len(seeds),
             ]
         )
-    return as_table([f"prompts, {images} images", *REPORTING, "mean", "difference", "trained parameters", "CPU s", "draws"], lines)
+    return as_table(
+        [f"prompts, {images} images", *REPORTING, "mean", "difference", "trained parameters", "CPU s", "draws"], lines
+    )
 
 
 def rejection() -> str:

@@ -18,7 +18,7 @@ def wilson(p: float, n: float) -> tuple[float, float]:
     half = z * math.sqrt(p * (1 - p) / n + (z / n / 2) ** 2)
     centre = p + z**2 / n / 2
     scale = 100 / (1 + z**2 / n)
-    return scale * (centre - half), scale * (centre + half)
+    return max(0.0, scale * (centre - half)), min(100.0, scale * (centre + half))
 
 
 class Accuracy(NamedTuple):
