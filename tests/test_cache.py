@@ -42,7 +42,10 @@ def test_a_training_does_not_encode_the_everyday_pictures(image_work):
     """By which a head says what it accepts: the package has the miniature's features of them, as they are
     now. Here it is trained on some of them, which it accepts."""
     everyday = everyday_pictures()
-    head = FewShotClassifier(memory=False).fit(everyday[:24], ["a photo", "another"] * 12).model_
+    labels = ["a photo", "another"] * 12
+    head = (
+        FewShotClassifier(memory=False).fit(everyday[:24], labels, groups=range(24)).model_
+    )  # parts of few photographs
     assert image_work.encoded == 2 * 24, "the images, and their mirror images"
     transform = dcp_zoo.create_transform(head)
     scores = in_distribution(head, torch.stack([transform(picture) for picture in everyday])).numpy()
