@@ -322,8 +322,11 @@ def answers(predictor: Backend, image: Any, top_k: int = 5) -> list[dict[str, An
 
 
 def photo(path: Path, number: int = 0) -> Path:
+    """Write grey noise, the same for the same names of folder and file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.effect_noise((130, 140), 30 + number).convert("RGB").save(path)
+    rng = np.random.default_rng([*f"{path.parent.name}/{path.name}".encode(errors="replace")])
+    noise = rng.normal(128, 30 + number, (140, 130)).clip(0, 255)
+    Image.fromarray(noise.astype(np.uint8)).convert("RGB").save(path)
     return path
 
 

@@ -55,7 +55,6 @@ def test_every_form_of_an_image_gives_the_same_answer(pictures, fitted):
         fitted.predict(tensor)  # one image, or three grey ones
 
 
-@pytest.mark.filterwarnings("ignore:These look like about")  # pictures of one colour do
 def test_labels_are_checked(folder, pictures, fitted):
     paths, labels = pictures
     for args, message in (
@@ -263,7 +262,6 @@ def test_weights_of_images_in_the_text_probe(pictures):
             FewShotClassifier().fit(paths, labels, weights)
 
 
-@pytest.mark.filterwarnings("ignore:These look like about")  # pictures of one colour do
 def test_a_stopped_training_goes_on_with_the_same_images_only(pictures, small_model, tmp_path):
     """Which in memory have no names to tell them apart."""
     images, labels = [Image.open(path) for path in pictures[0]], pictures[1]

@@ -215,7 +215,6 @@ def test_ctrl_c_stops_at_once_and_says_how_to_go_on(run, flowers, monkeypatch, i
     assert (code, said) == (130, True)
 
 
-@pytest.mark.filterwarnings("ignore:These look like about")  # pictures of one colour do
 def test_file_names_that_are_not_text(run, flowers, monkeypatch):
     """They are of another system's encoding, and stay as they are; class names in it cannot be read by
     CLIP."""

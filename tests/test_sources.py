@@ -71,7 +71,6 @@ def test_a_view_that_is_not_there_is_an_error(clip, photos):
     assert given.with_flips == (PLAIN,)
 
 
-@pytest.mark.filterwarnings("ignore:These look like about")  # pictures of one colour do
 def test_no_image_is_opened_decoded_or_encoded_twice(tmp_path, run, image_work):
     """By no command and no function, from inspecting images to asking a head about others. To leave out what
     a head was trained on, `eval` reads the bytes of a file before it decodes any; pages read the pictures

@@ -21,6 +21,7 @@ from dcp_zoo.features import PLAIN, FeatureTable
 from dcp_zoo.features.subjects import clustered, in_subjects, silhouette
 
 CLASSES = {"animals": ("cat", "otter", "osprey"), "things": ("coffee", "flowers", "lake")}
+pytestmark = pytest.mark.filterwarnings("always:These look like about")
 LOOKS = "These look like about 3 subjects in each class"
 
 
