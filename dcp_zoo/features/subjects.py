@@ -52,8 +52,8 @@ def in_subjects(
         return alone
     number = len(set(names.values())) / len(silhouettes)
     warn(
-        f"These look like about {number:.0f} subjects in each class, photographed several times each: "
-        "others may be known less often. Name the subjects (column `group`, --group-by, in Python groups=) to know."
+        f"These look like about {number:.0f} subjects in each class, each photographed several times: a head may be "
+        "less accurate on others. To know, name the subjects (column `group`, --group-by, in Python groups=)."
     )
     return [item._replace(group=names.get(i, item.group)) for i, item in zip(ids, alone, strict=True)]
 
