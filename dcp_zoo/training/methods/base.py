@@ -147,10 +147,10 @@ def shuffled(images: ImageLoader, batch_size: int, seed: int, drop_last: bool = 
 
 def minimise(
     task: Task, loss: Loss, optimizer: torch.optim.Optimizer, batches: Iterable[Batch], lr_at: Schedule, steps: int
-) -> list[float]:
-    """Gradient descent without a state that is saved; returns the loss of every step."""
+) -> None:
+    """Gradient descent without a state that is saved."""
     state = TrainingState().begin(optimizer, task.precision)
-    return descend(state, loss, batches, lr_at, steps, task.progress)
+    descend(state, loss, batches, lr_at, steps, task.progress)
 
 
 def train_on_rows(task: Task, trained: Sequence[Tensor], loss: Loss) -> None:

@@ -66,15 +66,15 @@ def sentence_features(clip: FrozenCLIP, ids: Tensor) -> Tensor:
     return clip.text_tower.project(y[torch.arange(len(y), device=y.device), end_positions(text, ids)])
 
 
-def train_steps(task: Task, trained: Iterable[Tensor], loss: Loss, source: ImageLoader, steps: int) -> list[float]:
-    """AdamW with a cosine from the recipe's learning rate to `FINAL_LR`; returns the loss of every step."""
+def train_steps(task: Task, trained: Iterable[Tensor], loss: Loss, source: ImageLoader, steps: int) -> None:
+    """AdamW with a cosine from the recipe's learning rate to `FINAL_LR`."""
     recipe = task.recipe
     optimizer = torch.optim.AdamW(trained, recipe.lr, weight_decay=recipe.weight_decay)
     batches = shuffled(source, recipe.batch_size, task.seed)
-    return minimise(task, loss, optimizer, batches, cosine(recipe.lr, steps, FINAL_LR), steps)
+    minimise(task, loss, optimizer, batches, cosine(recipe.lr, steps, FINAL_LR), steps)
 
 
-def train_weights(clip: FrozenCLIP, task: Task, trained: Iterable[Tensor], steps: int) -> list[float]:
+def train_weights(clip: FrozenCLIP, task: Task, trained: Iterable[Tensor], steps: int) -> None:
     """Train these weights of a CLIP by zero-shot classification, encoding images and sentences in every
     step."""
     sentences, counts = class_texts(check_classnames(task.classnames), task.texts)
@@ -87,9 +87,8 @@ def train_weights(clip: FrozenCLIP, task: Task, trained: Iterable[Tensor], steps
         logits = task.clip.logits(clip.encode_image(inputs), text)
         return F.cross_entropy(logits.float(), labels)
 
-    losses = train_steps(task, trained, loss, task.images, steps)
+    train_steps(task, trained, loss, task.images, steps)
     clip.requires_grad_(False).zero_grad(set_to_none=True)
-    return losses
 
 
 def zero_shot_of(clip: FrozenCLIP, task: Task) -> LinearHead:
