@@ -2,8 +2,7 @@
 
     python .ci/fuzz.py --minutes 10             all kinds, each as long
     python .ci/fuzz.py --only pictures --keep FOLDER     where inputs that failed are; default: failed
-    python .ci/fuzz.py --only pictures --first 4711      from this number on: an input follows from its
-    number
+    python .ci/fuzz.py --only pictures --first 4711      from this input on
 
 The corpus are pictures of every format and mode that Pillow writes, the photographs of the package, a head
 of the miniature with a text probe, another with a template, and files of labels, class names and sentences.

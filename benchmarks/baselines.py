@@ -2,8 +2,7 @@
 per class.
 
     python benchmarks/baselines.py features DATA FEATURES      reads every set once; resumes when repeated
-    python benchmarks/baselines.py measure FEATURES            writes results/baselines.csv; resumes when
-    repeated
+    python benchmarks/baselines.py measure FEATURES            writes results/baselines.csv; resumes
 
 DATA: see `sets.py`, of which the sets for reporting and those for choosing are read; draws and test images
 are those of `many_sets.py`. FEATURES has a file for each set with several readings of its images: `x` is

@@ -1,8 +1,7 @@
 """`dcp-zoo inspect` and `search --to-label` measured: swapped labels, the accuracy to expect, images of none
 of the classes, and suggested images.
 
-    python benchmarks/inspection.py --data-root DATA       writes results/inspection.csv; resumes when
-    repeated
+    python benchmarks/inspection.py --data-root DATA       writes results/inspection.csv; resumes
 
 DATA is as in `sets.py`. Images of none of the classes come from the reporting sets there. Other thresholds
 were chosen on training and validation images of Caltech-101 and PACS photographs; how images are suggested,

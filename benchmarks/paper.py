@@ -1,12 +1,10 @@
 """The paper's experiments beside few-shot classification, which `many_sets.py` measures: other styles, other
 classes, and what its parts are worth.
 
-    python benchmarks/paper.py features FEATURES               methods on image features, from `baselines.py
-    features`
+    python benchmarks/paper.py features FEATURES               methods on features of `baselines.py`
     python benchmarks/paper.py prompts --data-root DATA        methods that train prompts or weights
     python benchmarks/paper.py parts --data-root DATA          the paper's recipe with one change at a time
-    python benchmarks/paper.py coupling --data-root DATA       what CMPA is worth, beside prompts that are
-    not coupled
+    python benchmarks/paper.py coupling --data-root DATA       what CMPA is worth
 
 The first two write results/transfer.csv, the others results/parts.csv and results/coupling.csv. All resume,
 and measure one draw of everything before the next. Draws and test images are those of `many_sets.py`, sets

@@ -7,9 +7,8 @@ compare all.
     git clone https://github.com/muzairkhattak/PromptSRC
     pip install yacs tabulate
     python benchmarks/parity.py dcp --authors CMPA --dassl Dassl.pytorch --data-root DATA --seed 1 --float64
-    python benchmarks/parity.py maple --authors multimodal-prompt-learning --dassl Dassl.pytorch --data-root
-    DATA \\
-        --float64
+    python benchmarks/parity.py maple --authors multimodal-prompt-learning --dassl Dassl.pytorch \\
+        --data-root DATA --float64
     python benchmarks/parity.py ivlp --authors PromptSRC --dassl Dassl.pytorch --data-root DATA --float64
 
 DATA holds Caltech-101 in CoOp's layout. Their code is copied to a temporary folder and changed there as

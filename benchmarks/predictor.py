@@ -3,8 +3,7 @@ memory.
 
     python benchmarks/predictor.py                        the miniature
     python benchmarks/predictor.py --model dcp_vitb16     with random weights
-    python benchmarks/predictor.py --memory 20000         memory of the command's road, on so many small
-    images
+    python benchmarks/predictor.py --memory 20000         memory of the command, on so many small images
 
 Each writes its rows into results/predictor.csv. JPEGs of 500 x 375 pixels are read from files; one thread
 computes in each process. The bare loop decodes a batch of 64, normalises it, and calls the fused head; in

@@ -1,12 +1,11 @@
 """Zero-shot accuracies that others have published for the zoo's models: `results/published.csv`.
 
-    python benchmarks/published.py OPEN_CLIP MOBILECLIP     checkouts of mlfoundations/open_clip and
-    apple/ml-mobileclip
+    python benchmarks/published.py OPEN_CLIP MOBILECLIP
 
-Top-1 in percent, of Caltech-101, Pets and Flowers the mean over classes, as in open_clip's table, on ten of
-the zoo's 11 datasets: no table has UCF101. Nothing here was measured by this project. `date`: of the last
-change of the table, or else of its reading. A model that is in no table is left out. `zoo/models.yaml` has
-the means.
+The folders are checkouts of mlfoundations/open_clip and apple/ml-mobileclip. Top-1 in percent, of
+Caltech-101, Pets and Flowers the mean over classes, as in open_clip's table, on ten of the zoo's 11
+datasets: no table has UCF101. Nothing here was measured by this project. `date`: of the last change of the
+table, or else of its reading. A model that is in no table is left out. `zoo/models.yaml` has the means.
 """
 
 import csv

@@ -4,8 +4,7 @@ miniature.
     python benchmarks/rejection.py --data-root DATA              writes results/rejection.csv
     python benchmarks/rejection.py --data-root DATA --choose     writes results/rejection_choice.csv
     python benchmarks/rejection.py --real-clip CLIP_FOLDER       writes results/rejection_clip.csv
-    python benchmarks/rejection.py --data-root DATA --real-clip CLIP_FOLDER --examples   writes
-    rejection_examples.csv
+    python benchmarks/rejection.py --data-root DATA --real-clip CLIP_FOLDER --examples  # writes rejection_examples.csv
 
 Each resumes when repeated. DATA: see `sets.py`. A text probe is trained on a few images of half of the
 classes of a set, another half for every seed. Its known test images are compared with test images of the

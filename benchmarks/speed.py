@@ -1,7 +1,6 @@
 """Speed and memory of the method as in its release, of this package's implementations, and of CLIP alone.
 
-    python benchmarks/speed.py      writes results/speed.csv and speed.json: every figure of speed in
-    docs/deploy.md
+    python benchmarks/speed.py      writes results/speed.csv and speed.json, for docs/deploy.md
 
 Every variant runs in its own process. The processes of one comparison take turns, one call each, so that
 other load on the machine affects all of them equally; ratios are those of medians. All start from the same

@@ -88,15 +88,12 @@ def train(
             bad rows, or "keep": train without them, with a warning.
         options: `shots`, training images per class, at most (default: all); `seed` of all randomness (1);
             `device`, "auto", "cpu", "cuda" or "mps"; `precision`, "float32", "bfloat16", "float16" or
-            "auto", the
-            default: bfloat16 for CLIP's models where the device multiplies in it; `workers`, processes that
-                decode
-            images (0: threads of this one); `encoder`, an image model of timm, or several, that the text
-            probe reads beside CLIP, such as "vit_small_patch14_dinov2.lvd142m"; and the fields of
-            `dcp_zoo.training.RunOptions`: `callbacks`, called after every epoch in which prompts are
-                trained;
-            `overwrite`, to replace a checkpoint in `output`; `progress`, which wraps loops in a progress
-            bar, as `rich.progress.track` does (default: tqdm's).
+            "auto", the default: bfloat16 for CLIP's models where the device multiplies in it; `workers`,
+            processes that decode images (0: threads of this one); `encoder`, an image model of timm, or
+            several, that the text probe reads beside CLIP, such as "vit_small_patch14_dinov2.lvd142m"; and
+            the fields of `dcp_zoo.training.RunOptions`: `callbacks`, called after every epoch in which
+            prompts are trained; `overwrite`, to replace a checkpoint in `output`; `progress`, which wraps
+            loops in a progress bar, as `rich.progress.track` does (default: tqdm's).
     """
     run_options = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
     data = labelled(images, labels, classnames, groups)
