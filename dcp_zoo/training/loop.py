@@ -35,9 +35,9 @@ def descend(
     steps: int,  # of the whole run
     progress: Progress = no_progress,
     after: Callable[[int], object] = lambda step: None,  # called after each step with its number; True ends the run
-) -> list[float]:
-    """Gradient descent, one step per batch: the loop of every method that trains. Returns the loss of every
-    step."""
+) -> None:
+    """Gradient descent, one step per batch: the loop of every method that trains. The state records the loss
+    of every step."""
     device = state.trained[0].device
     done = len(state.losses)
     remaining = steps - done
@@ -54,7 +54,6 @@ def descend(
             state.step(reported.item())
             if after(step):
                 break
-    return state.losses
 
 
 def cosine(peak: float, steps: int, floor: float = 0.0) -> Schedule:
