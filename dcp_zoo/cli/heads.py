@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dcp_zoo.inspection.spot_check import SpotCheck
     from dcp_zoo.training.evaluation import Evaluation
 
+Measured = tuple[Mapping[str, float], "Evaluation", Values]  # of a head: its metrics, predictions and conditions
 MOST = 10  # rows of each table
 TEST = "test top-1"  # the accuracy on images that a head has not seen
 LABEL = "Of PHOTOS without labels: choose so many to look at, to know the accuracy on all."
@@ -101,18 +102,23 @@ def evaluate(
     if images.note:
         log(printable(images.note))
     shown = str(data_root) if dataset == "folder" else dataset
-    tests = [test_images(images, each, name, claim) for each, name in zip(models, heads, strict=True)]
+    test, title = test_images(images, model, head, claim)
+    for other, name in zip(models[1:], heads[1:], strict=True):
+        known = {item.key for item in test_images(images, other, name, claim)[0]}
+        test = [item for item in test if item.key in known]
+        if not test:
+            raise ZooError(f"Each of these images is one that {head} or {name} was trained on: pass other images.")
     if is_cross_dataset:
         for each, name in zip(models, heads, strict=True):
             read_classes(images, each, name)
-    if len(heads) == 2:
-        compare_heads(heads, models, images, [items for items, _ in tests], precision, shown, as_json)
-        return
-    test, title = tests[0]
-    with shared_features(), all_named(test, MOVE):
+    with shared_features(), all_named(test, MOVE):  # two heads often read the same CLIP
         if dataset == "folder":
             test = with_own_groups(test, keep=False)
-        metrics, evaluation, conditions = measured(model, test, images.classnames, precision, claim)
+        measurements = [measured(each, test, images.classnames, precision, claim) for each in models]
+    if len(heads) == 2:
+        show_comparison(heads, models, measurements, shown, as_json)
+        return
+    metrics, evaluation, conditions = measurements[0]
     if report:
         from dcp_zoo.training.mistakes import write_mistakes  # after torch, which is slow
 
@@ -138,9 +144,7 @@ def read_classes(images: Split, model: "Head", head: str) -> None:
         model.set_classnames(images.classnames, find_spec(images.name).template)
 
 
-def measured(
-    model: "Head", test: Sequence[Item], classnames: Sequence[str], precision: str, claim: bool
-) -> tuple[Mapping[str, float], "Evaluation", Values]:
+def measured(model: "Head", test: Sequence[Item], classnames: Sequence[str], precision: str, claim: bool) -> Measured:
     """`measure` on images whose labels count these class names, with the precision and the batch size."""
     from dcp_zoo.api.inputs import among
     from dcp_zoo.features.device import pick_precision
@@ -156,38 +160,20 @@ def measured(
         precision = recipe.get("precision", AUTO)
     precision = pick_precision(precision, model.encoder.architecture, model.device)
     loader = ImageLoader(Photos(items), FeatureExtractor(model.frozen, precision, progress_bar))
-    with all_named(items, MOVE):
-        metrics, evaluation = measure(model, loader, batch_size, all_modes=claim)
+    metrics, evaluation = measure(model, loader, batch_size, all_modes=claim)
     return metrics, evaluation, {"stats": model.stats, "precision": precision, "batch_size": batch_size}
 
 
-def compare_heads(
-    heads: Sequence[str],
-    models: Sequence["Head"],
-    images: Split,
-    tests: Sequence[Sequence[Item]],
-    precision: str,
-    shown: str,
-    as_json: bool,
+def show_comparison(
+    heads: Sequence[str], models: Sequence["Head"], measurements: Sequence[Measured], shown: str, as_json: bool
 ) -> None:
-    """Print which of two heads is better on those of the test images of the first that are also some of the
-    second, and the size and cost of both."""
+    """Print which of two heads is better on the images that both were measured on, and the size and cost of
+    both."""
     from dcp_zoo.data.groups import in_groups  # after NumPy, which is slow
-    from dcp_zoo.features.cache import shared_features
     from dcp_zoo.features.device import seconds_per_image
-    from dcp_zoo.features.groups import with_own_groups
     from dcp_zoo.training.comparison import Comparison
 
-    known = {item.key for item in tests[1]}
-    test = [item for item in tests[0] if item.key in known]
-    if not test:
-        raise ZooError(f"Each of these images is one that {heads[0]} or {heads[1]} was trained on: pass other images.")
-    with shared_features():  # two heads often read the same CLIP
-        measurements = [measured(model, test, images.classnames, precision, claim=False) for model in models]
-    evaluations = [evaluation for _, evaluation, _ in measurements]
-    if images.name == "folder":
-        evaluations[0] = replace(evaluations[0], items=with_own_groups(evaluations[0].items))
-    compared = Comparison(*evaluations)
+    compared = Comparison(*[evaluation for _, evaluation, _ in measurements])
     rows = list[Values]()
     for head, model, (_, evaluation, conditions) in zip(heads, models, measurements, strict=True):
         size = model.pretrained_cfg["input_size"]
