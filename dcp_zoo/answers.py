@@ -1,6 +1,6 @@
 """From logits to answers: probabilities, the best classes, rejection; in NumPy, without torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,10 +11,12 @@ from dcp_zoo.promises import COVERAGES, TRUSTED, images_for_set
 from dcp_zoo.tables import NONE, quoted
 
 DISTANCE_WEIGHT = 4.0  # of the distance in `in_distribution_score`, beside the entropy in nats
-# "predictions", as of `top_classes`; "rejected" and "set", if these were asked for; "trusted", if the head
-# has it. Of an image in a file also "image", its name, and "error" alone if it cannot be read; with
-# --together "alone", the class without the other images
+# An answer as JSON has it: "class", what was decided, or `NONE`; "predictions", as of `top_classes`; "rejected"
+# and "set", if these were asked for; "trusted", if the head has it. Of an image in a file also "image", its
+# name, and "error" alone if it cannot be read; with --together "alone", the class without the other images
 Row = Values
+# what stands in a column of a table, or of its kind for further classes, where there is no answer; "" in others
+BLANKS: Values = {"probability": np.float32(np.nan), "trusted": False, "rejected": False}
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -42,20 +44,13 @@ class Prediction(NamedTuple):
     trusted: bool | None = None
 
 
-def most_probable(probabilities: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities (n, C) -> the positions (n, k) of the `top_k` most probable classes and their
-    probabilities (n, k), best first, or in the order of the classes if equally probable."""
-    positions = np.argsort(-probabilities, 1, kind="stable")[:, :top_k]
-    return positions, np.take_along_axis(probabilities, positions, 1)
-
-
 def best(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[list[Prediction]]:
-    """`most_probable` with the names of the classes, for each of n images."""
-    positions, values = most_probable(probabilities, top_k)
+    """Probabilities (n, C) -> the `top_k` most probable classes of each image, best first, or in the order of
+    the classes if equally probable."""
+    positions = np.argsort(-probabilities, 1, kind="stable")[:, :top_k]
     ranked = []
-    for classes, of_classes in zip(positions.tolist(), values.tolist(), strict=True):
-        names = [classnames[i] for i in classes]
-        ranked.append([Prediction(*pair) for pair in zip(names, of_classes, strict=True)])
+    for row, classes in zip(probabilities.tolist(), positions.tolist(), strict=True):
+        ranked.append([Prediction(classnames[i], row[i]) for i in classes])
     return ranked
 
 
@@ -137,21 +132,13 @@ class Outputs(NamedTuple):
         """Of the images at these positions, as arrays of NumPy take them."""
         return Outputs._make(None if part is None else part[rows] for part in self)
 
-    def among(self, readable: Sequence[bool]) -> "Outputs":
-        """Rows for all images: these for the `readable` ones, in order; NaN, not rejected, for the rest."""
-        if all(readable):
-            return self
-        positions = np.flatnonzero(readable)
-
-        def spread(part: np.ndarray | None) -> np.ndarray | None:
-            if part is None:
-                return None
-            missing = np.nan if part.dtype.kind == "f" else False
-            rows = np.full((len(readable), *part.shape[1:]), missing, part.dtype)
-            rows[positions] = part[: len(positions)]  # a batch may end with black images, see `prediction.stacked`
-            return rows
-
-        return Outputs._make(map(spread, self))
+    def among(self, readable: np.ndarray) -> "Outputs":
+        """Of all images: these of the `readable` ones (n,), in order; NaN, not rejected, for the rest."""
+        spread = self.of(np.maximum(readable.cumsum() - 1, 0))
+        for part in spread:
+            if part is not None:
+                part[~readable] = np.nan if part.dtype.kind == "f" else False
+        return spread
 
     @classmethod
     def joined(cls, outputs: Sequence["Outputs"]) -> "Outputs":
@@ -184,35 +171,15 @@ class Outputs(NamedTuple):
         `Promises.included`; the most probable class is always in it."""
         probabilities = self.probabilities
         sizes = np.maximum(1, (probabilities >= least).sum(1)) * self.promised()
-        positions, _ = most_probable(probabilities, max(sizes, default=0))
+        positions = np.argsort(-probabilities, 1, kind="stable")
         return [row[:size].tolist() for row, size in zip(positions, sizes, strict=True)]
 
-    def columns(self, classnames: Sequence[str], top_k: int, promises: Promises = NO_PROMISES) -> Values:
-        """The answers as columns of a table, of the same types in each: see `dcp_zoo.Predictor`."""
-        positions, probabilities = most_probable(self.probabilities, top_k)
-        rejected = np.zeros(len(positions), bool) if self.rejected is None else self.rejected
-        names = np.array([*classnames, NONE, ""])
-        positions[rejected, 0] = len(classnames)  # NONE
-        positions[np.isnan(probabilities)] = len(classnames) + 1  # "": it cannot be read
-        columns: Values = {}
-        for rank in range(positions.shape[1]):
-            suffix = f"_{rank + 1}" if rank else ""
-            columns[f"class{suffix}"] = names[positions[:, rank]]
-            if not rank and promises.trusted is not None:
-                columns["trusted"] = self.trusted(promises.trusted)
-            if not rank and promises.included is not None:
-                sets = self.sets(promises.included)
-                columns["set"] = np.array([listed([classnames[i] for i in each]) for each in sets], str)
-            columns[f"probability{suffix}"] = probabilities[:, rank].astype(np.float32)
-        columns["rejected"] = rejected
-        if self.features is not None:
-            columns["features"] = self.features
-        return columns
-
     def rows(self, classnames: Sequence[str], top_k: int, promises: Promises = NO_PROMISES) -> list[Row]:
-        """The answers as rows, see `Row`."""
-        columns: Values = {"predictions": top_classes(self.probabilities, classnames, top_k)}
+        """The answers, see `Row`."""
+        predictions = top_classes(self.probabilities, classnames, top_k)
+        columns: Values = {"class": [row[0]["class"] for row in predictions], "predictions": predictions}
         if self.rejected is not None:
+            columns["class"] = np.where(self.rejected, NONE, columns["class"]).tolist()
             columns["rejected"] = self.rejected.tolist()
         if promises.trusted is not None:
             columns["trusted"] = self.trusted(promises.trusted).tolist()
@@ -221,23 +188,34 @@ class Outputs(NamedTuple):
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def listed(names: Sequence[str]) -> str:
-    """The classes of a set in one cell of a table, as `split_list` reads them."""
-    return ", ".join(map(quoted, names))
-
-
-def label(row: Row) -> str:
-    """The class of an answer, or `NONE`."""
-    return NONE if row.get("rejected") else row["predictions"][0]["class"]
-
-
-def written(row: Row) -> Row:
-    """An answer as tables and --json have it: `class` is what was decided, a class or `NONE`."""
+def cells(row: Row) -> Values:
+    """An answer as a table has it, by columns: classes and probabilities by rank; with "rejected" also "best",
+    the most probable class, whose probability "probability" is; the classes of a set as `split_list` reads
+    them."""
     if "error" in row:
         return row
-    return {"image": row["image"], "class": label(row)} | row
+    best, *others = row["predictions"]
+    values = {name: value for name, value in row.items() if name != "predictions"}
+    if "set" in row:
+        values["set"] = ", ".join(map(quoted, row["set"]))
+    if "rejected" in row:
+        values["best"] = best["class"]
+    values["probability"] = best["probability"]
+    for rank, prediction in enumerate(others, 2):
+        values[f"class_{rank}"] = prediction["class"]
+        values[f"probability_{rank}"] = prediction["probability"]
+    return values
+
+
+def table(rows: Sequence[Values], names: Iterable[str]) -> Values:
+    """Columns of these names from `cells`, with the same types for any rows."""
+    columns = {}
+    for name in names:
+        blank = BLANKS.get(name.partition("_")[0], "")
+        columns[name] = np.array([row.get(name, blank) for row in rows], type(blank))
+    return columns
 
 
 def is_changed(row: Row) -> bool:
     """Whether the image had another class without the other images of its folder."""
-    return "alone" in row and row["alone"] != label(row)
+    return "alone" in row and row["alone"] != row["class"]

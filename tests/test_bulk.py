@@ -23,7 +23,7 @@ from rich.text import Text
 
 import dcp_zoo
 from dcp_zoo import FewShotClassifier, Predictor, ZooError
-from dcp_zoo.answers import Outputs, written
+from dcp_zoo.answers import Outputs
 from dcp_zoo.cli import console
 from dcp_zoo.data import load_image
 from dcp_zoo.data.find import find_images
@@ -141,8 +141,8 @@ def test_all_formats_hold_the_same(photos):
         (error,), changed = run_bulk(images, FAKE, outputs, {}, top_k=9, batch_size=5)
         assert ("photos/a/04.jpg" in error, changed) == (True, 0)
     rows = [row for batch, _ in classify(images, FAKE, top_k=2) for row in batch]
-    assert [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()] == [*map(written, rows)]
-    assert written(rows[1]) == {
+    assert [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()] == rows
+    assert rows[1] == {
         "image": "photos/a/01.jpg",
         "class": "dark",
         "predictions": [{"class": "dark", "probability": 0.960784}, {"class": "bright", "probability": 0.039216}],

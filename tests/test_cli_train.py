@@ -180,11 +180,11 @@ def test_what_predict_wrote_are_labels(run, flowers):
     pairs = (("rose", "-20C"), ("tulip", "a, b"))
     named = [(f"MY_PHOTOS/{folder}/{i}.jpg", name) for folder, name in pairs for i in range(6)]
     rows = [
-        {"image": file, "rejected": False, "predictions": [{"class": name, "probability": 0.9}]} for file, name in named
+        {"image": file, "class": name, "predictions": [{"class": name, "probability": 0.9}]} for file, name in named
     ]
     rows += [{"image": "x.jpg", "error": "damaged"}]
-    rows[0]["rejected"] = True
-    rows[1]["predictions"] = [{"class": "leave out", "probability": None}]
+    rows[0]["class"] = "none of these"
+    rows[1]["class"] = "leave out"
     TABLES[".csv"]("predictions.csv", rows)
     err = run("train", flowers, "--labels", "predictions.csv", "--method", "ss-text", "--test", 0, "--output", "head")[
         2

@@ -38,7 +38,7 @@ def test_a_predictor_takes_what_an_engine_has_and_never_raises_for_an_image():
     files = [paths[0], Path(paths[1]).read_bytes(), {"bytes": None, "path": paths[2]}, np.asarray(load_image(paths[0]))]
     batch = {"id": np.arange(9), "image": [*files, None, float("nan"), b"x", object(), "missing.jpg"]}
     found = pickle.loads(pickle.dumps(predictor))(batch)
-    assert [*found] == ["id", *"class probability class_2 probability_2 rejected features error".split()]
+    assert [*found] == ["id", *"class probability class_2 probability_2 rejected error features".split()]
     assert (found["id"] == batch["id"]).all()
     for i, row in enumerate([*expected, expected[0]]):
         assert [found["class"][i], found["class_2"][i]] == [answer.name for answer in row]

@@ -61,15 +61,14 @@ def test_any_name_can_be_shown(name):
 
 @given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=9))
 def test_any_names_survive_a_table(place, pairs):
-    rows = [{"image": a, "predictions": [{"class": b, "probability": 0.5}]} for a, b in pairs]
+    rows = [{"image": a, "class": b, "predictions": [{"class": b, "probability": 0.5}]} for a, b in pairs]
     for suffix in (".csv", ".jsonl"):
         TABLES[suffix](str(place / f"p{suffix}"), rows)
     with (place / "p.csv").open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         assert not any(cell.startswith(tuple("=+-@\t\r")) for row in csv.reader(file) for cell in row)
     encoded = [[re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", name) for name in pair] for pair in pairs]
     assert [row[:2] for row in read_csv(place / "p.csv")[1:]] == encoded
-    decided = [row | {"class": name} for row, (_, name) in zip(rows, pairs, strict=True)]
-    assert [json.loads(line) for line in (place / "p.jsonl").read_text().split("\n")[:-1]] == decided
+    assert [json.loads(line) for line in (place / "p.jsonl").read_text().split("\n")[:-1]] == rows
 
 
 @given(st.lists(TEXT, min_size=1, max_size=9))
@@ -80,7 +79,10 @@ def test_any_names_survive_a_list(names):
 
 @given(st.lists(TEXT, min_size=2, max_size=4))
 def test_any_class_names_are_labels_that_clip_reads_or_refused(place, names):
-    rows = [{"image": f"{i}.jpg", "predictions": [{"class": name, "probability": 1.0}]} for i, name in enumerate(names)]
+    rows = [
+        {"image": f"{i}.jpg", "class": name, "predictions": [{"class": name, "probability": 1.0}]}
+        for i, name in enumerate(names)
+    ]
     TABLES[".csv"](str(place / "labels.csv"), rows)
     for i in range(len(names)):
         (place / f"{i}.jpg").touch()

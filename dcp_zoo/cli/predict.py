@@ -152,13 +152,12 @@ def show_on_screen(images: Sequence[str], predictor: "Predictor", together: bool
     """Print the predictions of all images: of a few the `top_k` classes, of more only the best."""
     if len(images) > ON_SCREEN and not as_json:
         raise ZooError(f"{len(images):,} images are too many for the screen: pass --output predictions.csv.")
-    from dcp_zoo.answers import written
     from dcp_zoo.prediction.job import classified
 
     are_few = len(images) <= FEW
     rows = classified(images, predictor, together, no_progress if are_few else progress_bar)
     if as_json:
-        print(json.dumps([written(row) for row in rows], indent=1))
+        print(json.dumps(rows, indent=1))
         return rows
     lines = []
     promised = [name for name in ("trusted", "set") if any(name in row for row in rows)]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dcp_zoo.answers import NO_THRESHOLDS, Outputs, Promises, Thresholds
+from dcp_zoo.answers import NO_THRESHOLDS, Outputs, Promises, Thresholds, cells, table
 from dcp_zoo.data.images import ImageLike, in_threads
 from dcp_zoo.errors import UnreadableImages, ZooError, as_zoo_error, attempted, check_range, shorten
 from dcp_zoo.features.photos import Photos, pixels_of
@@ -72,7 +72,7 @@ class Backend(ABC):
             pixels, errors = stacked(results, self.preprocessing)
             if self.strict and any(errors):
                 raise UnreadableImages(shorten([str(error) for error in errors if error]))
-            yield errors, self.compute(pixels).among([error is None for error in errors])
+            yield errors, self.compute(pixels).among(np.array([error is None for error in errors]))
 
     def outputs(
         self, images: Sequence[ImageLike], batch_size: int, progress: Progress = no_progress
@@ -130,6 +130,7 @@ class Predictor:
     - `probability`: of the most probable class, from 0 to 1, float32; NaN if the image cannot be read
     - `class_2`, `probability_2`, ..: of further classes, with `top_k`
     - `rejected`: whether the image is of none of the classes; False unless `reject`
+    - `best`, with `reject`: the most probable class, whose probability `probability` is
     - `error`: why the image cannot be read, or "". A row that comes with an error keeps it
     - `features`: (F,), float32, with `features`
 
@@ -268,9 +269,13 @@ class Predictor:
         images, other_columns = images_of(batch, self.image)
         promises = self.promises  # checked before any image is read
         errors, outputs = self.backend.outputs(images or [None], self.batch_size)  # of no image, the types alone
-        answers = outputs.of(slice(len(images))).columns(self.backend.classnames, self.top_k, promises)
-        messages = [str(errors.get(i, "")) for i in range(len(images))]
-        return other_columns | answers | {ERROR: np.array(messages, str)}
+        answers = outputs.rows(self.backend.classnames, self.top_k, promises)
+        names = dict.fromkeys([*cells(answers[0]), "rejected", ERROR])  # of an image that cannot be read, too
+        rows = [{ERROR: str(errors[i])} if i in errors else cells(answers[i]) for i in range(len(images))]
+        columns = other_columns | table(rows, names)
+        if outputs.features is not None:
+            columns["features"] = outputs.features[: len(images)]
+        return columns
 
 
 def images_of(batch: Mapping[str, Any], column: str) -> tuple[list[Any], Values]:

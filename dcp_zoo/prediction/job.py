@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dcp_zoo.answers import Outputs, Row, is_changed, label, top_classes
+from dcp_zoo.answers import Outputs, Row, is_changed, top_classes
 from dcp_zoo.errors import ZooError, import_extra, writing_to
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_output, file_state, locked, write_file
@@ -57,12 +57,13 @@ def refine(rows: Iterable[Row], kept: np.ndarray, predictor: Predictor, progress
     influence no other."""
     classnames = predictor.backend.classnames
     features, logits = np.split(kept, [-len(classnames)], axis=1)
-    rows = [row if "error" in row else row | {"alone": label(row)} for row in rows]
+    rows = [row if "error" in row else row | {"alone": row["class"]} for row in rows]
     accepted = np.array([row.get("alone", NONE) != NONE for row in rows], bool)
     probabilities = refined(Outputs(logits, features=features), accepted, progress)
     ranked = top_classes(probabilities, classnames, predictor.top_k)
     for row, predictions, is_accepted in zip(rows, ranked, accepted, strict=True):
         if is_accepted:
+            row["class"] = predictions[0]["class"]
             row["predictions"] = predictions
         row.pop("trusted", None)  # the answers of images alone are
     return rows

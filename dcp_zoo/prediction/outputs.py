@@ -9,82 +9,51 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
-from dcp_zoo.answers import Row, is_changed, label, listed, written
+from dcp_zoo.answers import Row, cells, is_changed, table
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.fields import Values
 from dcp_zoo.pages import templates
 from dcp_zoo.tables import NONE, write_csv
 
 
-def _cells(row: Row) -> Values:
-    """The values of a row by their columns. `class` is what was decided; `best`, of a run that rejects,
-    is the most probable class, and `probability` its probability."""
-    if "error" in row:
-        return row
-    best, *others = row["predictions"]
-    cells: Values = {name: row[name] for name in ("image", "rejected") if name in row}
-    cells["class"] = label(row)
-    if "trusted" in row:
-        cells["trusted"] = row["trusted"]
-    if "set" in row:
-        cells["set"] = listed(row["set"])
-    if "rejected" in row:
-        cells["best"] = best["class"]
-    cells["probability"] = best["probability"]
-    for rank, prediction in enumerate(others, 2):
-        cells[f"class_{rank}"] = prediction["class"]
-        cells[f"probability_{rank}"] = prediction["probability"]
-    if "alone" in row:
-        cells["alone"] = row["alone"]
-    return cells
-
-
 def _columns(rows: Iterable[Row]) -> list[str]:
     """The columns of all rows, which are the same for all images that can be read."""
     for row in rows:
         if "error" not in row:
-            return [*_cells(row), "error"]
+            return [*cells(row), "error"]
     return ["image", "class", "probability", "error"]
 
 
 def _write_csv(path: str, rows: Iterable[Row]) -> None:
     columns = _columns(rows)
-    write_csv(path, columns, ([cells.get(name) for name in columns] for cells in map(_cells, rows)))
+    write_csv(path, columns, ([values.get(name) for name in columns] for values in map(cells, rows)))
 
 
 def _write_parquet(path: str, rows: Iterable[Row]) -> None:
     """As `Predictor` has them: an image that cannot be read is of class "", with the probability NaN."""
-    import pyarrow as pa
+    import pyarrow
     from pyarrow.parquet import ParquetWriter
 
-    def type_of(column: str) -> Any:
-        if column.startswith("probability"):
-            return pa.float32()
-        return pa.bool_() if column in ("rejected", "trusted") else pa.string()
-
-    blanks = {pa.float32(): float("nan"), pa.bool_(): False, pa.string(): ""}
-    schema = pa.schema([(name, type_of(name)) for name in dict.fromkeys([*_columns(rows), "rejected"])])
-    blank: Values = {field.name: blanks[field.type] for field in schema}
+    names = dict.fromkeys([*_columns(rows), "rejected"])
     remaining = iter(rows)
-    with ParquetWriter(path, schema) as file:
+    with ParquetWriter(path, pyarrow.table(table([], names)).schema) as file:
         while True:
-            part = [blank | _cells(row) for row in islice(remaining, ROWS)]
+            part = [cells(row) for row in islice(remaining, ROWS)]
             if not part:
                 break
-            for cells in part:
-                cells["image"] = _valid(cells["image"])
-                cells["error"] = _valid(cells["error"])
-            file.write_table(pa.Table.from_pylist(part, schema))
+            columns = table(part, names)
+            for name in ("image", "error"):
+                columns[name] = [*map(_valid, columns[name])]
+            file.write_table(pyarrow.table(columns))
 
 
 def _write_jsonl(path: str, rows: Iterable[Row]) -> None:
     with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
-        file.writelines(json.dumps(written(row)) + "\n" for row in rows)
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 TABLES: dict[str, Callable[..., None]] = {
@@ -119,8 +88,8 @@ def write_sheet(path: Path, images: Sequence[str], rows: Iterable[Row], temporar
         if "error" in row:
             errors.append(row)
             continue
-        counts[label(row)] += 1
-        heap = least_certain[label(row)]
+        counts[row["class"]] += 1
+        heap = least_certain[row["class"]]
         heapq.heappush(heap, (-row["predictions"][0]["probability"], -position, row))
         if len(heap) > PER_CLASS:
             heapq.heappop(heap)
