@@ -27,8 +27,8 @@ from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, class_texts, mean_of
 from dcp_zoo.backbone.inputs import Features, Images, Pixels, Tokens, as_inputs
 from dcp_zoo.backbone.preprocessing import PREPROCESSING
 from dcp_zoo.backbone.tokens import Tokenizer
-from dcp_zoo.backbone.towers.open_clip import EMBEDDING, JOINED, VisionTower, call
-from dcp_zoo.backbone.towers.text import Runner, TextChunks, TextTower, prompted_text
+from dcp_zoo.backbone.towers.open_clip import EMBEDDING, JOINED, VisionTower
+from dcp_zoo.backbone.towers.text import TextChunks, TextTower, prompted_text
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 
@@ -184,7 +184,7 @@ class FrozenCLIP(Frozen):
 
     # --- images ---
 
-    def encode_image(self, images: Images, prompts: Sequence[Tensor] = (), run: Runner = call) -> Tensor:
+    def encode_image(self, images: Images, prompts: Sequence[Tensor] = ()) -> Tensor:
         """Images, in any form -> normalised features (B, E). ZooError for prompts in an image tower without
         blocks.
 
@@ -192,11 +192,10 @@ class FrozenCLIP(Frozen):
             images: pixels (B, 3, H, W), normalised as `create_transform` does, or other `Inputs`.
             prompts: (M, Dv) for each of the first blocks, as they enter it beside the image's tokens, see
                 `entering`.
-            run: calls each block, such as with gradient checkpointing.
         """
         if not prompts:
             return self.read(images, 1)[:, : self.num_features]
-        return self.vision_tower.features(self.vision_tower.run(self.enter(images).x, prompts, run=run))
+        return self.vision_tower.features(self.vision_tower.run(self.enter(images).x, prompts))
 
     def read(self, images: Images, parts: int | None = None) -> Tensor:
         """Images, in any form -> the first `parts` kinds of features, by default all, each normalised (B,

@@ -202,7 +202,7 @@ class DCP(Head):
         """Images, one batch -> normalised features of the images (B, E) and of the classes (C, E)."""
         if self.stats == "stored":  # the towers need not run side by side
             prompts, text_features = self._constants()
-            return self.encoder.encode_image(images, prompts, self._checkpointed), text_features
+            return self.encoder.encode_image(images, prompts), text_features
         features, text = self._encode_batch(images)
         return features, text.features()
 
@@ -242,7 +242,7 @@ class DCP(Head):
         vision = self.encoder.vision_tower
         text_tower = self.encoder.text_tower
         prompts = self.prompts
-        text = text_tower.begin(prompts["text"], names or self.name_tokens, self._checkpointed)
+        text = text_tower.begin(prompts["text"], names or self.name_tokens)
         for i in range(max(len(vision.blocks), len(text_tower.blocks))):
             v = vision.embed_prompts(prompts["vision"]) if i == 0 else None
             if 1 <= i <= self.num_coupled:
@@ -295,7 +295,7 @@ class DCP(Head):
             entering = x if v is None else append_prompts(x[:, :n], v)
             x = entering
             if i < len(tower.blocks):
-                x = self._checkpointed(tower.block, i, entering, None, last and i == len(tower.blocks) - 1)
+                x = tower.block(i, entering, None, last and i == len(tower.blocks) - 1)
             yield entering, x, text
 
     @torch.compiler.disable  # reads texts, and is kept

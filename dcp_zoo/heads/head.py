@@ -14,7 +14,7 @@ prompts or by CLIP's weights, a text probe also reads plain CLIP, from inside it
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
@@ -39,7 +39,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading, join, joined, par
 from dcp_zoo.backbone.inputs import Images
 from dcp_zoo.backbone.preprocessing import PREPROCESSING, Preprocessing, preprocessing_in
 from dcp_zoo.backbone.towers import FORMATS, take_blocks
-from dcp_zoo.backbone.towers.open_clip import EMBEDDING, append_prompts, checkpointed
+from dcp_zoo.backbone.towers.open_clip import EMBEDDING, append_prompts
 from dcp_zoo.errors import ZooError, check_choice, check_range, shorten, warn
 from dcp_zoo.fields import Values, check, problems
 from dcp_zoo.heads import file
@@ -113,7 +113,6 @@ class Head(nn.Module, ABC):
             for encoder in (clip, self.frozen):
                 _ = encoder.parts  # cached before torch.compile traces a forward, which cannot take a lock
         self._clear_caches()
-        self._grad_checkpointing = False
 
     # --- what a kind of head defines ---
 
@@ -137,7 +136,7 @@ class Head(nn.Module, ABC):
 
     def _encode_prompted(self, images: Images) -> Tensor:
         """Images -> normalised features (B, E), with the prompts in the image tower."""
-        return self.encoder.encode_image(images, self.image_prompts(), self._checkpointed)
+        return self.encoder.encode_image(images, self.image_prompts())
 
     @property
     def stats_modes(self) -> tuple[str, ...]:
@@ -737,11 +736,10 @@ class Head(nn.Module, ABC):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each vision block and each chunk of class names in the backward pass: less memory, more
-        time."""
-        self._grad_checkpointing = enable
-
-    def _checkpointed(self, function: Callable[..., Tensor], *args: object) -> Tensor:
-        return checkpointed(function, *args) if self._grad_checkpointing else function(*args)
+        time; for all heads on this CLIP."""
+        for tower in ("vision_tower", "text_tower"):
+            with suppress(ZooError):  # a tower without blocks
+                getattr(self.encoder, tower).recomputes = enable
 
     forward_features = encode_image
 

@@ -319,7 +319,7 @@ class PromptHead(Head):
     def _encode_text(self) -> Tensor:
         if self.name_tokens is None:
             return self.encoder.zero_shot_classifier(self.own_classes, self.texts)
-        return prompted_text(self.encoder.text_tower, self.name_tokens, list(self.text_prompts), self._checkpointed)
+        return prompted_text(self.encoder.text_tower, self.name_tokens, list(self.text_prompts))
 
     def image_prompts(self) -> list[Tensor]:
         """The prompts (M, Dv) that enter the first vision blocks."""
@@ -356,7 +356,7 @@ class ConditionalHead(PromptHead):
         rows = []
         for image, shift in zip(features.split(1), self.shift(features).split(1), strict=True):
             prompts = [self.text_prompts[0] + shift]
-            text = prompted_text(self.encoder.text_tower, self.name_tokens, prompts, self._checkpointed)
+            text = prompted_text(self.encoder.text_tower, self.name_tokens, prompts)
             rows.append(self.encoder.logits(image, text))
         return torch.cat(rows)
 

@@ -95,13 +95,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causa
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
 
 
-def call(function: Callable[..., Tensor], *args: object) -> Tensor:
-    return function(*args)
-
-
-def checkpointed(function: Callable[..., Tensor], *args: object) -> Tensor:
-    """`function(*args)`, computed again in the backward pass instead of keeping its activations."""
-    return checkpoint(function, *args, use_reentrant=False) if torch.is_grad_enabled() else function(*args)
+def run(again: bool, function: Callable[..., Tensor], *args: object, **options: Any) -> Tensor:
+    """`function(*args)`; for `again`, computed once more in the backward pass instead of keeping its
+    activations."""
+    if again and torch.is_grad_enabled():
+        return checkpoint(function, *args, use_reentrant=False, **options)
+    return function(*args, **options)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -171,6 +170,7 @@ class VisionTower:
     visual: Any  # the image tower of the CLIP
     block_path: str  # name of the list of blocks in it
     blocks: list[Block]
+    recomputes = False  # blocks in the backward pass, see `Head.set_grad_checkpointing`
     width: int  # Dv
     grid: tuple[int, int]  # rows and columns of patches
     patch_size: tuple[int, int]  # pixels per patch, height and width
@@ -265,20 +265,12 @@ class VisionTower:
         block has new ones."""
         block = self.blocks[i]
         given = block.prompts(prompts.to(x.dtype)) if isinstance(prompts, Tensor) else prompts
-        return block(x, given=given, rows=slice(self.pooled if last else None))
+        return run(self.recomputes, block, x, given=given, rows=slice(self.pooled if last else None))
 
-    def run(
-        self,
-        x: Tensor,
-        prompts: Sequence[Any],
-        start: int = 0,
-        stop: int | None = None,
-        run: Callable[..., Tensor] = call,
-    ) -> Tensor:
+    def run(self, x: Tensor, prompts: Sequence[Any], start: int = 0, stop: int | None = None) -> Tensor:
         """x (B, N, Dv) after blocks start .. stop - 1, given the prompts (M, Dv) that enter the first of
         these blocks. A block's output at its prompts is discarded if the next block has new ones, so only
-        the last of `prompts` join the sequence; others are only attended to, and may be keys and values.
-        `run` calls each block."""
+        the last of `prompts` join the sequence; others are only attended to, and may be keys and values."""
         last = len(self.blocks) - 1
         for i in range(start, last + 1 if stop is None else stop):
             attended = None
@@ -286,7 +278,7 @@ class VisionTower:
                 attended = prompts[i - start]
             elif i - start == len(prompts) - 1:
                 x = append_prompts(x, prompts[-1])
-            x = run(self.block, i, x, attended, i == last)
+            x = self.block(i, x, attended, i == last)
         return x
 
 

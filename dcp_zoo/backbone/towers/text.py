@@ -7,8 +7,7 @@ name.
   class runs all its tokens, in chunks of classes. `FullRun`.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,11 +17,10 @@ from torch.nn import functional as F
 from dcp_zoo.backbone._torch import pool
 from dcp_zoo.backbone.classes import mean_of_texts
 from dcp_zoo.backbone.tokens import check_lengths, end_positions, last_tokens, pool_type
-from dcp_zoo.backbone.towers.open_clip import KeyValue, OpenClipBlock, call, checkpointed
+from dcp_zoo.backbone.towers.open_clip import KeyValue, OpenClipBlock, run
 
 CHUNK_TOKENS = 1024  # the most tokens of class names that are computed at once
 CHUNK_PADDING = 64  # the most of them that are padding
-Runner = Callable[..., Tensor]
 
 
 class PaddedTexts(nn.Module):
@@ -78,7 +76,9 @@ def chunk_sizes(lengths: Sequence[int]) -> list[int]:
 class TextTower:
     """A text tower block by block; it holds the modules, and no parameters of its own: `text`, the CLIP
     itself or its `.text`. `width` is Dt; `shares_prefix`: whether start token and prompts are the same for
-    every class."""
+    every class; `recomputes`: whether activations are computed again in the backward pass."""
+
+    recomputes = False
 
     def __init__(self, text: Any) -> None:
         self.text = text
@@ -114,11 +114,10 @@ class TextTower:
         ends = ends + n_ctx * (ends >= start)
         return TextChunks(ids, ends, torch.full_like(ends, self.length), prompts)
 
-    def begin(self, prompts: Tensor, names: TextChunks, run: Runner = call) -> "PrefixRun | FullRun":
-        """Class names, as of `chunks`, after the prompts (M, Dt), before the first block. `run` calls what
-        is computed per chunk of classes, such as with gradient checkpointing."""
+    def begin(self, prompts: Tensor, names: TextChunks) -> "PrefixRun | FullRun":
+        """Class names, as of `chunks`, after the prompts (M, Dt), before the first block."""
         prompts = prompts.to(self.text.token_embedding.weight.dtype) + self.text.positional_embedding[names.prompts]
-        return (PrefixRun if self.shares_prefix else FullRun)(self, prompts, names, run)
+        return (PrefixRun if self.shares_prefix else FullRun)(self, prompts, names)
 
     def embed(self, names: TextChunks) -> list[Tensor]:
         """Chunks of texts -> their tokens with positions (c, L, Dt), or (c, L + 1, Dt) with CoCa's class
@@ -149,25 +148,24 @@ def shares_prefix(text: object) -> bool:
     return causal and pool_type(text) in ("argmax", "eos")
 
 
-def prompted_text(tower: TextTower, names: TextChunks, prompts: Sequence[Tensor], call: Runner = call) -> Tensor:
+def prompted_text(tower: TextTower, names: TextChunks, prompts: Sequence[Tensor]) -> Tensor:
     """Chunks of class names after the prompts (M, Dt) that enter the first blocks -> features (C, E). After
     the last of `prompts`, the blocks' outputs continue as prompts."""
-    run = tower.begin(prompts[0], names, call)
+    text = tower.begin(prompts[0], names)
     for i in range(len(tower.blocks)):
         if 1 <= i < len(prompts):
-            run.replace(prompts[i])
-        run.step()
-    return run.features()
+            text.replace(prompts[i])
+        text.step()
+    return text.features()
 
 
 class PrefixRun:
     """A causal tower on start token and prompts, y (1 + M, Dt), whose keys and values (H, 1 + M, d) in the
     blocks so far are `prefix`; class names follow in `features`."""
 
-    def __init__(self, tower: TextTower, prompts: Tensor, names: TextChunks, run: Runner) -> None:
+    def __init__(self, tower: TextTower, prompts: Tensor, names: TextChunks) -> None:
         self.tower = tower
         self.names = names
-        self._run = run
         text = tower.text
         self.y = text.token_embedding.weight[names.start_id][None] + text.positional_embedding[:1]
         self.prefix: list[KeyValue] = []
@@ -183,29 +181,17 @@ class PrefixRun:
 
     def step(self) -> None:
         """One block."""
-        i = len(self.prefix)
-        blocks = self.tower.blocks
-        self.y, key_value = prefix_block(blocks[i], self.y, last=i == len(blocks) - 1)
-        self.prefix.append(key_value)
+        block = self.tower.blocks[len(self.prefix)]
+        self.prefix.append(block.key_value(block.norm(self.y)))  # causality makes them the same for every class
+        if block is not self.tower.blocks[-1]:
+            self.y = block(self.y[None], causal=True)[0]
 
     def features(self) -> Tensor:
         """After the last block -> normalised features (C, E)."""
         features = []
         for chunk, y in zip(self.names, self.tower.embed(self.names), strict=True):
-            features.append(self._run(name_features, self.tower, y, chunk.ends, self.prefix))
+            features.append(run(self.tower.recomputes, name_features, self.tower, y, chunk.ends, self.prefix))
         return self.names.by_class(features)
-
-
-def prefix_block(block: OpenClipBlock, y: Tensor, last: bool = False) -> tuple[Tensor, KeyValue]:
-    """One causal block on the prefix y (P, Dt), start token and prompts -> y after it, unless it is the
-    last, and the keys and values that names attend to: causality makes them the same for every class."""
-    normed = block.norm(y)
-    key, value = block.key_value(normed)
-    if not last:
-        query = block.query(normed)
-        attended = F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True)  # ONNX needs 4-D
-        y = block.finish(y, attended[0])
-    return y, (key, value)
 
 
 def name_features(tower: TextTower, y: Tensor, ends: Tensor, prefix: Sequence[KeyValue]) -> Tensor:
@@ -249,10 +235,9 @@ class FullRun:
     """Any other tower: all tokens of every class, y (c, L, Dt) for each chunk of c classes. With gradients
     and several chunks, each block recomputes its activations in the backward pass."""
 
-    def __init__(self, tower: TextTower, prompts: Tensor, names: Any, run: Runner) -> None:
+    def __init__(self, tower: TextTower, prompts: Tensor, names: Any) -> None:
         self.tower = tower
         self.names = names
-        self._run = checkpointed if len(names) > 1 else run
         self.masks = [attention_mask(tower, chunk.ids) for chunk in names]
         self.blocks = iter(tower.blocks)
         self.chunks = tower.embed(names)
@@ -272,7 +257,8 @@ class FullRun:
     def step(self) -> None:
         """One block."""
         block = next(self.blocks)
-        self.chunks = list(map(partial(self._run, block), self.chunks, self.masks))
+        again = self.tower.recomputes or len(self.chunks) > 1
+        self.chunks = [run(again, block, y, mask) for y, mask in zip(self.chunks, self.masks, strict=True)]
 
     def features(self) -> Tensor:
         """After the last block -> normalised features (C, E)."""
