@@ -297,7 +297,7 @@ def build(
 def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], settings: Settings) -> None:
     heads, results = states(settings.output, trials), store.results(settings.output)
     for _, of_protocol in groupby(sorted(trials, key=protocol_order), protocol_order):
-        output.print(grid_table([*of_protocol], results))
+        output.print(grid_table([*of_protocol], results.keys()))
     show_states(heads)
     left = [trial for trial in trials if trial.key not in results]
     for line in pace.costs(left, missing, settings, [head.trial.model for head in heads]):

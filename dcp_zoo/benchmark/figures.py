@@ -68,11 +68,10 @@ def differences_figure(gaps: Mapping[str, tuple[float, tuple[float, float] | Non
     interval."""
     figure = new_figure(6.4, 0.35 * len(gaps) + 1)
     axis = figure.subplots()
-    for position, (mean, limits) in enumerate(gaps.values()):
-        axis.barh(position, mean, color="C0")
+    for label, (mean, limits) in gaps.items():
+        axis.barh(label, mean, color="C0")
         if limits is not None:
-            axis.plot(limits, [position, position], color="black", linewidth=1)
-    axis.set_yticks(range(len(gaps)), list(gaps))
+            axis.plot(limits, [label, label], color="black", linewidth=1)
     axis.invert_yaxis()
     axis.axvline(0, color="black", linewidth=0.5)
     axis.set_xlabel(f"top-1 minus that of {reference}:\npercentage points, 95 % interval")

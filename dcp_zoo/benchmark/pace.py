@@ -5,6 +5,7 @@ import http.client
 import urllib.request
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,6 @@ from dcp_zoo.backbone._torch import seeded
 from dcp_zoo.benchmark.plan import PROTOCOLS, Settings, Trial, read_split
 from dcp_zoo.data import DatasetSpec, find_spec
 from dcp_zoo.data.download import AGENT
-from dcp_zoo.data.packaged import Archive
 from dcp_zoo.errors import ZooError
 from dcp_zoo.features.device import autocast, fastest, pick_device, pick_precision, seconds_per_image
 from dcp_zoo.heads.dcp import DCP
@@ -145,15 +145,12 @@ def hours_text(model: str, trials: Sequence[Trial], settings: Settings) -> str:
 
 def gigabytes(specs: Sequence[DatasetSpec]) -> float | None:
     """What the sources say they would send; None if one of them does not answer."""
-    sizes = [size_of(archive) for spec in specs for archive in spec.archives]
-    return None if None in sizes else sum(size for size in sizes if size) / 1e9
-
-
-def size_of(archive: Archive) -> int | None:
-    """The archive's size in bytes as its source states it; None if it does not answer."""
+    total = 0
     try:
-        request = urllib.request.Request(archive.url, headers=AGENT, method="HEAD")
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return int(answer.headers["Content-Length"])
+        for archive in chain.from_iterable(spec.archives for spec in specs):
+            request = urllib.request.Request(archive.url, headers=AGENT, method="HEAD")
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                total += int(answer.headers["Content-Length"])
     except (OSError, http.client.HTTPException, TypeError, ValueError):
         return None
+    return total / 1e9

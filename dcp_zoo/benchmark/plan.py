@@ -1,7 +1,7 @@
 """The protocols, and the trials for a grid of choices: the cells of a sweep, and what they depend on.
 Without torch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -164,23 +164,8 @@ class Protocol(NamedTuple):
 
     datasets: tuple[str, ...]  # the default datasets
     shots: tuple[int, ...]  # the default numbers of training images per class
-    targets: Callable[[str], tuple[str, ...]] = lambda dataset: ()  # the test datasets; () means only itself
     parts: tuple[str, ...] = ("all",)  # of the classes: trained on the first, tested on each
     new_classes: bool = False  # whether the test classes differ from the training classes
-
-
-def _shifts(dataset: str) -> tuple[str, ...]:
-    """The dataset and those of the same classes in other styles."""
-    shifts = find_spec(dataset).shifts
-    if not shifts:
-        known = ", ".join(name for name, spec in DATASETS.items() if spec.shifts)
-        raise ZooError(f"{dataset} has no other styles to test on: choose from {known}.")
-    return (dataset, *shifts)
-
-
-def _all_from(dataset: str) -> tuple[str, ...]:
-    """All datasets, this one first."""
-    return (dataset, *(name for name in list_datasets() if name != dataset))
 
 
 PROTOCOLS = {
@@ -189,9 +174,9 @@ PROTOCOLS = {
     # train on the first half of the classes, test on both halves
     "base-to-new": Protocol(tuple(list_datasets()), (16,), parts=("base", "new"), new_classes=True),
     # train on one dataset, test on the others with their class names
-    "cross-dataset": Protocol(("imagenet",), (16,), _all_from, new_classes=True),
+    "cross-dataset": Protocol(("imagenet",), (16,), new_classes=True),
     # train on photographs, test on other styles
-    "domain-shift": Protocol(("imagenet",), (16,), _shifts),
+    "domain-shift": Protocol(("imagenet",), (16,)),
 }
 
 
@@ -255,8 +240,16 @@ def plan_trials(
 
 
 def _chosen_targets(protocol: str, dataset: str, targets: Sequence[str]) -> tuple[str, ...]:
-    """The test datasets for a training dataset: all of the protocol, or the given ones."""
-    known = PROTOCOLS[protocol].targets(dataset)
+    """The test datasets for a training dataset, which comes first: all of the protocol, or the given ones; ()
+    if the protocol tests on that dataset only."""
+    known: tuple[str, ...] = ()
+    if protocol == "cross-dataset":
+        known = tuple(dict.fromkeys((dataset, *list_datasets())))
+    if protocol == "domain-shift":
+        known = (dataset, *find_spec(dataset).shifts)
+        if len(known) == 1:
+            able = ", ".join(name for name, spec in DATASETS.items() if spec.shifts)
+            raise ZooError(f"{dataset} has no other styles to test on: choose from {able}.")
     if targets and not known:
         raise ZooError(f"{protocol} tests on the dataset itself: omit --targets.")
     for name in targets:

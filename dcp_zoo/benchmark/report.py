@@ -2,11 +2,11 @@
 that are paired by what they share."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dcp_zoo.benchmark import store
 from dcp_zoo.data import DATASETS
@@ -35,7 +35,7 @@ class Table(NamedTuple):
     header: list[str]
     rows: list[list[str]]
     note: str = ""
-    best: str = ""  # of each column of numbers: "max", "min" or ""
+    best: dict[str, list[str]] = {}  # of a column, the rows with its best number: of equals all
 
 
 def with_labels(results: "pd.DataFrame") -> "pd.DataFrame":
@@ -76,10 +76,10 @@ def published(results: "pd.DataFrame") -> "pd.DataFrame":
     return figures.assign(label=label, selection=PUBLISHED).merge(tested, on=same)
 
 
-def sources(figures: "pd.DataFrame") -> list[Table]:
+def sources(results: "pd.DataFrame") -> list[Table]:
     """Where published figures are from."""
     header = ["label", "protocol", "commit", "file", "note"]
-    rows = figures[header].drop_duplicates().to_numpy().tolist()
+    rows = results.loc[results.selection == PUBLISHED, header].drop_duplicates().to_numpy().tolist()
     return [Table("Sources", header, rows, "This project measured none of them.")] if rows else []
 
 
@@ -103,13 +103,13 @@ def averaged(results: "pd.DataFrame", value: str = "top1", over: str = "dataset"
     return groups["mean"].where(is_complete).rename(value).reset_index()
 
 
-def with_spread(values: "pd.Series", number: str = ".1f") -> str:
-    """Mean and, with more than one value, standard deviation, in this format."""
+def with_spread(values: "pd.Series", digits: int) -> str:
+    """Mean and, with more than one value, standard deviation, with so many digits."""
     values = values.dropna()
     if values.empty:
         return EMPTY
-    mean = f"{values.mean():{number}}"
-    return f"{mean} ± {values.std():{number}}" if len(values) > 1 else mean
+    mean = f"{values.mean():.{digits}f}"
+    return f"{mean} ± {values.std():.{digits}f}" if len(values) > 1 else mean
 
 
 def method_table(
@@ -121,11 +121,14 @@ def method_table(
     note: str = "",
 ) -> Table:
     """One row per label, and one column for each of `columns`, values of `column`."""
-    number = ".2f" if value == "nll" else ".1f"  # it is no percentage
-    cells = results.groupby(["label", column])[value].agg(with_spread, number).unstack()
+    digits = 2 if value == "nll" else 1  # it is no percentage
+    values = results.groupby(["label", column])[value]
+    cells = values.agg(with_spread, digits).unstack()
     cells = cells.reindex(index=results.label.unique(), columns=columns).fillna(EMPTY)
     rows = cells.reset_index().to_numpy().tolist()
-    best = "max" if value == "top1" else "min"
+    means = values.mean().round(digits).unstack()
+    is_best = means == (means.max() if value == "top1" else means.min())
+    best = {str(name): list(means.index[column]) for name, column in is_best.items()}
     return Table(caption, ["method", *map(str, columns)], rows, f"{SPREAD} {note}".strip(), best)
 
 
@@ -195,8 +198,8 @@ def target_tables(results: "pd.DataFrame", protocol: str) -> list[Table]:
 
 def with_shots(results: "pd.DataFrame") -> "pd.DataFrame":
     """Adds the number of shots to the label, for tables without a column for it."""
-    shots = results.shots.map(lambda k: f", {shots_text(k)}" if k else "")
-    return results.assign(label=results.label + shots)
+    shots = [f", {shots_text(k)}" if k else "" for k in results.shots]
+    return results.assign(label=results.label.str.cat(shots))
 
 
 def shots_text(shots: int) -> str:
@@ -276,35 +279,15 @@ def against(results: "pd.DataFrame") -> list[Table]:
     return [Table(f"Differences from {reference}", header, rows, note)]
 
 
-SECTIONS = {  # protocol: (heading, tables)
+SECTIONS: dict[str, tuple[str, Callable[["pd.DataFrame"], list[Table]]]] = {  # heading and tables
     "few-shot": ("Few-shot classification", lambda rows: [*few_shot_tables(rows), *against(rows)]),
     "base-to-new": ("Base-to-new generalisation", base_to_new_tables),
-    "cross-dataset": ("Cross-dataset transfer", lambda rows: target_tables(rows, "cross-dataset")),
-    "domain-shift": ("Domain shift", lambda rows: target_tables(rows, "domain-shift")),
+    "cross-dataset": ("Cross-dataset transfer", partial(target_tables, protocol="cross-dataset")),
+    "domain-shift": ("Domain shift", partial(target_tables, protocol="domain-shift")),
+    "ece": ("Calibration error (ECE), few-shot", partial(few_shot_tables, value="ece")),
+    "nll": ("Negative log-likelihood (NLL), few-shot", partial(few_shot_tables, value="nll")),
+    "published": ("Published figures", sources),
 }
-PROBABILITIES = {
-    "ece": "Calibration error (ECE), few-shot",
-    "nll": "Negative log-likelihood (NLL), few-shot",
-}
-
-
-def latex(table: Table) -> str:
-    """A table as a paper prints it: LaTeX with booktabs, the best of each column bold. Of equals all are."""
-    import pandas as pd
-
-    frame = pd.DataFrame(table.rows, columns=table.header)
-    style = frame.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
-
-    def bold(column: "pd.Series") -> list[str]:
-        means = pd.to_numeric(column.str.partition(" ")[0], errors="coerce")
-        is_best = means == (means.max() if table.best == "max" else means.min())
-        return ["textbf: --rwrap" if best else "" for best in is_best]
-
-    if table.best:
-        style = style.apply(bold, subset=table.header[1:])
-    columns = "l" + "r" * (len(table.header) - 1)
-    text = style.to_latex(column_format=columns, hrules=True)
-    return text.replace("±", r"$\pm$")
 
 
 def tex(text: object) -> str:
@@ -326,35 +309,27 @@ def write_report(folders: Sequence[Path], path: Path) -> list[Path]:
         done |= store.done(folder)
         failed |= store.failures(folder)
     sections: list[Values] = []
-    figures: dict[Path, Any] = {}
+    figures: list[Path] = []
     for (model, weights), rows in with_labels(results).groupby(["model", "weights"]):
-        tables = []
-        others = published(rows)
-        both = pd.concat([rows, others])
-        for protocol, (heading, make) in SECTIONS.items():
-            if (rows.protocol == protocol).any():
-                tables.append((heading, make(both)))
-        for value, heading in PROBABILITIES.items():
-            tables.append((heading, few_shot_tables(rows, value)))
-        tables.append(("Published figures", sources(others)))
+        both = pd.concat([rows, published(rows)])
+        tables = {heading: make(both) for heading, make in SECTIONS.values()}
         names = []
-        for name, figure in figures_of(rows).items():
-            names.append(f"{name}{len(sections) + 1}")
-            for suffix in (".png", ".pdf"):
-                figures[path.parent / (names[-1] + suffix)] = figure
-        found = [pair for pair in tables if pair[1]]
-        sections.append({"model": model, "weights": weights, "tables": found, "figures": names})
+        for kind, figure in figures_of(rows).items():
+            name = f"{kind}{len(sections) + 1}"
+            names.append(name)
+            for suffix in ("png", "pdf"):
+                file = path.with_name(f"{name}.{suffix}")
+                write_file(file, partial(figure.savefig, dpi=150, format=suffix))
+                figures.append(file)
+        sections.append({"model": model, "weights": weights, "tables": tables, "figures": names})
     pages = templates(__package__)
-    pages.filters |= {"cell": lambda text: str(text).replace("|", "\\|"), "tex": tex, "latex": latex}
+    pages.filters |= {"cell": lambda text: str(text).replace("|", "\\|"), "tex": tex}
     content = {
         "folders": folders,
         "accuracies": len(results),
         "failed": {key: reason for key, reason in failed.items() if key not in done},
         "sections": sections,
     }
-    for figure_path, figure in figures.items():
-        kind = figure_path.suffix[1:]
-        write_file(figure_path, partial(figure.savefig, dpi=150, format=kind))
     latex_path = path.with_suffix(".tex")
     write_file(latex_path, pages.get_template("report.tex.jinja").render(content))
     write_file(path, pages.get_template("report.md.jinja").render(content))

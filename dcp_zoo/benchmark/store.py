@@ -46,7 +46,7 @@ def results(output: Path) -> dict[str, Values]:
 
 def done(output: Path) -> set[str]:
     """Keys of the finished trials."""
-    return {path.stem for path in _json_files(output / "results")}
+    return {path.stem for path in (output / "results").glob("*.json")}
 
 
 def failures(output: Path) -> dict[str, str]:
@@ -60,17 +60,16 @@ def finished(trial: Trial, settings: Settings) -> bool:
     path = settings.output / "results" / f"{trial.key}.json"
     if not path.is_file():
         return False
-    result = _read_checked(path, trial, settings)
+    result = _read_checked(path, settings.conditions(trial))
     untested = [name for name in trial.targets if name not in result["trial"]["targets"]]
     if untested:
         raise ZooError(f"{path} has no test on {', '.join(untested)}: choose another --output, or omit these.")
     return trial.method != settings.save_heads or "head_sha256" in result
 
 
-def _read_checked(path: Path, trial: Trial, settings: Settings) -> Values:
+def _read_checked(path: Path, conditions: Values) -> Values:
     """The content of a trial's file; ZooError if it was made under other conditions."""
     content = _read_json(path)
-    conditions = settings.conditions(trial)
     before = content | content["made_by"]
     now = conditions | conditions["made_by"]
     differ = []
@@ -103,7 +102,7 @@ class Unfinished:
         self.results: list[Values] = []
         self._file = Path(f"{self.head}.json")
         if self._file.is_file():
-            self.results = _read_checked(self._file, trial, settings)["results"]
+            self.results = _read_checked(self._file, self.conditions)["results"]
 
     def keep(self, results: list[Values]) -> None:
         """Write the results so far, and their conditions; before a training there are none."""
@@ -111,13 +110,9 @@ class Unfinished:
         write_json(self._file, self.conditions | {"results": results})
 
 
-def _json_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
-
-
 def read_folder(folder: Path) -> Values:
     """The contents of the files in a folder by their names without suffix."""
-    return {path.stem: _read_json(path) for path in _json_files(folder)}
+    return {path.stem: _read_json(path) for path in sorted(folder.glob("*.json"))}
 
 
 def _read_json(path: Path) -> Values:
@@ -137,7 +132,7 @@ def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
     rows = []
     first: dict[str, tuple[object, Path]] = {}  # what all results must share: its value, and the file that has it
     for folder in outputs:
-        for path in _json_files(Path(folder) / "results"):
+        for path in sorted(Path(folder, "results").glob("*.json")):
             result = _read_json(path)
             trial = Trial(**result["trial"])
             dataset = _shown(trial.dataset, result)
@@ -162,6 +157,4 @@ def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
 def _shown(dataset: str, result: Values) -> str:
     """A dataset's name in tables; for the user's own folder that of this folder, so that no mean is
     over several."""
-    if dataset != FOLDER:
-        return dataset
-    return result.get("images", {}).get(FOLDER, f"{FOLDER} ({result['split_sha256'][:8]})")
+    return result["images"][FOLDER] if dataset == FOLDER else dataset

@@ -51,7 +51,6 @@ from dcp_zoo.training.run import plan as plan_run
 from dcp_zoo.zoo.build import plain_clip, trained_head
 from dcp_zoo.zoo.resolve import resolve
 
-METRICS = {"top1": top1, "ece": expected_calibration_error, "nll": negative_log_likelihood}
 MEMORY = 8 * 2**30  # bytes, where the system does not report them
 if hasattr(os, "sysconf"):
     MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -195,10 +194,17 @@ def _tests(trial: Trial, head: Head, images: TrialImages, unfinished: store.Unfi
             outputs = {"": outputs["stored"]}  # without its text probe it is another method
         for mode, predictions in outputs.items():
             evaluation = Evaluation.of(predictions, split.classnames, split.test)
-            entry: Values = {"target": target, "classes": part, "stats": mode}
-            for name, metric in METRICS.items():
-                entry[name] = metric(evaluation.logits, evaluation.labels)
-            entries.append(entry | {"images": len(split.test)})
+            answers = (evaluation.logits, evaluation.labels)
+            entry = {
+                "target": target,
+                "classes": part,
+                "stats": mode,
+                "top1": top1(*answers),
+                "ece": expected_calibration_error(*answers),
+                "nll": negative_log_likelihood(*answers),
+                "images": len(split.test),
+            }
+            entries.append(entry)
         unfinished.keep(entries)
     return entries
 

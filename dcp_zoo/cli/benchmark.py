@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -160,16 +160,13 @@ def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]
         log(f"{trial.key}: {message}")
 
 
-def grid_table(trials: Sequence[Trial], done: Collection[str]) -> Table:
+def grid_table(trials: Sequence[Trial], done: Set[str]) -> Table:
     """The numbers of trials of each model, dataset and method; `done` has the keys of finished ones."""
     table = Table("model", "dataset", "method", "trials", "done", title=trials[0].protocol)
-    total = Counter[tuple[str, ...]]()
-    finished = Counter[tuple[str, ...]]()
-    for trial in trials:  # those of a row differ in shots and seed
-        row: tuple[str, ...] = (trial.model, trial.dataset, f"{trial.method} {trial.changes}".strip())
-        total[row] += 1
-        finished[row] += trial.key in done
-    for row, count in total.items():
+    # those of a row differ in shots and seed
+    rows = {trial.key: (trial.model, trial.dataset, f"{trial.method} {trial.changes}".strip()) for trial in trials}
+    finished = Counter(rows[key] for key in rows.keys() & done)
+    for row, count in Counter(rows.values()).items():
         table.add_row(*row, str(count), str(finished[row]))
     return table
 
