@@ -68,8 +68,8 @@ def engine(name: str, processes: int, head: str, paths: list[str]) -> None:
     predictor = dcp_zoo.Predictor(head, image="bytes")
     if name == "road":
         backend = predictor.backend
-        features = backend.encode(np.zeros((predictor.batch_size, *backend.preprocessing["input_size"]), np.uint8))
-        backend.encode = lambda pixels: features[: len(pixels)]
+        outputs = backend.compute(np.zeros((predictor.batch_size, *backend.preprocessing["input_size"]), np.uint8))
+        backend.compute = lambda pixels: outputs.of(slice(len(pixels)))
         run(paths, predictor, OutputFiles(Path("p.parquet"), overwrite=True))
     elif name == "datasets":
         import datasets

@@ -75,11 +75,8 @@ class Fake(Backend):
         self.preprocessing = CFG
         self.of_pixels = compute
 
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
-        return pixels
-
-    def classify(self, features: np.ndarray) -> Outputs:
-        return self.of_pixels(features)
+    def compute(self, pixels: np.ndarray) -> Outputs:
+        return self.of_pixels(pixels)
 
 
 FAKE = Fake(compute)

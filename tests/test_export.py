@@ -21,7 +21,7 @@ from dcp_zoo import ZooError, create_transform, predict  # noqa: E402
 from dcp_zoo.answers import Promises, log_softmax  # noqa: E402
 from dcp_zoo.data import load_image  # noqa: E402
 from dcp_zoo.data.find import find_images  # noqa: E402
-from dcp_zoo.data.images import crop  # noqa: E402
+from dcp_zoo.data.images import crop, normalise  # noqa: E402
 from dcp_zoo.data.packaged import sample_images  # noqa: E402
 from dcp_zoo.heads.config import read_config  # noqa: E402
 from dcp_zoo.prediction.heads import HeadBackend  # noqa: E402
@@ -45,8 +45,10 @@ main()"""
 @torch.no_grad()
 def test_answers_and_features_are_the_models(tiny_head, onnx_file, tmp_path):
     """`predict` writes all its files with them, in a process that cannot import torch."""
-    images = torch.randn(2, *tiny_head.pretrained_cfg["input_size"])
-    found = OnnxClassifier(onnx_file, features=True).classify(images.numpy())
+    cfg = tiny_head.pretrained_cfg
+    pixels = np.random.default_rng(0).integers(0, 256, (2, *cfg["input_size"]), np.uint8)
+    images = torch.from_numpy(normalise(pixels, cfg))
+    found = OnnxClassifier(onnx_file, features=True).compute(pixels)
     np.testing.assert_allclose(found.features, tiny_head.encode_image(images), atol=1e-4)
     np.testing.assert_allclose(found.logits, tiny_head(images), atol=1e-3)
     ((expected, others),) = classify(find_images(sample_images()), HeadBackend(tiny_head, features=True))

@@ -13,7 +13,7 @@ from dcp_zoo import Predictor, ZooError
 from dcp_zoo.data import load_image
 from dcp_zoo.data.images import normalise
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.prediction import pixels_of
+from dcp_zoo.features.photos import pixels_of
 
 BUNDLED = "dcp_mini.caltech101-1shot"
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from dcp_zoo.answers import NO_THRESHOLDS, Outputs, Promises, Thresholds, cells, table
-from dcp_zoo.data.images import ImageLike, in_threads
-from dcp_zoo.errors import UnreadableImages, ZooError, as_zoo_error, attempted, check_range, shorten
-from dcp_zoo.features.photos import Photos, pixels_of
+from dcp_zoo.data.images import ImageLike
+from dcp_zoo.errors import ZooError, as_zoo_error, check_range, shorten
+from dcp_zoo.features.photos import Photos
 from dcp_zoo.fields import Values
 from dcp_zoo.files import packed, sha256_of, unpacked
 from dcp_zoo.heads.config import CONFIG_NAME, read_config, weights_file
@@ -37,8 +37,6 @@ class Backend(ABC):
         preprocessing: timm's, see `pixels_of`.
         thresholds: which images are rejected, and of which nothing is promised.
         promises: what the head stores of them, see `Promises.of`; {} if nothing.
-        strict: whether an image that cannot be read raises `UnreadableImages`, and nothing further is
-            computed.
     """
 
     architecture: str
@@ -46,39 +44,25 @@ class Backend(ABC):
     preprocessing: Values
     thresholds: Thresholds = NO_THRESHOLDS
     promises: Mapping[str, Any] = {}
-    strict = False
 
     @abstractmethod
-    def encode(self, pixels: np.ndarray) -> Any:
-        """Pixels, uint8 (n, 3, H, W), see `pixels_of` -> what `classify` takes, such as features (n, F)."""
-
-    @abstractmethod
-    def classify(self, features: Any) -> Outputs:
-        """What `encode` returns -> the outputs of n images."""
-
     def compute(self, pixels: np.ndarray) -> Outputs:
-        """Pixels, uint8 (n, 3, H, W) -> the outputs of n images."""
-        return self.classify(self.encode(pixels))
+        """Pixels, uint8 (n, 3, H, W), see `pixels_of` -> the outputs of n images."""
 
-    def batches(
-        self, images: Sequence[ImageLike], batch_size: int, progress: Progress = no_progress
-    ) -> Iterator[tuple[Errors, Outputs]]:
+    def batches(self, images: Sequence[ImageLike], batch_size: int) -> Iterator[tuple[Errors, Outputs]]:
         """In batches, in order: why each image cannot be read (None if it can), and the outputs (NaN if
         not)."""
-        photos = Photos.of_images(images)
-        read = partial(photos.pixels, preprocessing=self.preprocessing)
-        decoded = photos.batches(range(len(images)), batch_size, read)
-        for _, results in by_image(progress, decoded, "images", len(images)):
-            pixels, errors = stacked(results, self.preprocessing)
-            if self.strict and any(errors):
-                raise UnreadableImages(shorten([str(error) for error in errors if error]))
-            yield errors, self.compute(pixels).among(np.array([error is None for error in errors]))
+        for pixels, errors in decoded(images, batch_size, self.preprocessing):
+            readable = np.array([error is None for error in errors])
+            shown = pixels[readable] if readable.any() else pixels[:1]  # for the types of its outputs
+            yield errors, self.compute(shown).among(readable)
 
     def outputs(
         self, images: Sequence[ImageLike], batch_size: int, progress: Progress = no_progress
     ) -> tuple[dict[int, ZooError], Outputs]:
         """Why images cannot be read, by their positions, and the outputs of all; of one image or more."""
-        errors, parts = zip(*self.batches(images, batch_size, progress), strict=True)
+        batches = by_image(progress, self.batches(images, batch_size), "images", len(images))
+        errors, parts = zip(*batches, strict=True)
         return {i: error for i, error in enumerate(chain(*errors)) if error}, Outputs.joined(parts)
 
 
@@ -89,28 +73,28 @@ def exported_file(path: str | Path) -> Path:
     return Path(path)
 
 
-def stacked(results: Sequence[np.ndarray | ZooError], preprocessing: Values) -> tuple[np.ndarray, Errors]:
-    """The pixels of images, or why each cannot be read -> the pixels (n, 3, H, W) of those that can, and
-    an entry for every image. If none can, the pixels are of one black image, for the types of its
-    outputs."""
-    errors = [result if isinstance(result, ZooError) else None for result in results]
-    pixels = [result for result in results if not isinstance(result, ZooError)]
-    return np.stack(pixels or [np.zeros(preprocessing["input_size"], np.uint8)]), errors
+def decoded(images: Sequence[ImageLike], batch_size: int, preprocessing: Values) -> Iterator[tuple[np.ndarray, Errors]]:
+    """In batches, in order: the pixels of images (n, 3, H, W), see `pixels_of`, black where one cannot be read;
+    and why each cannot, or None."""
+    photos = Photos.of_images(images)
+    read = partial(photos.pixels, preprocessing=preprocessing)
+    for _, results in photos.batches(range(len(images)), batch_size, read):
+        pixels = np.zeros((len(results), *preprocessing["input_size"]), np.uint8)
+        errors: Errors = [None] * len(results)
+        for i, result in enumerate(results):
+            if isinstance(result, ZooError):
+                errors[i] = result
+            else:
+                pixels[i] = result
+        yield pixels, errors
 
 
 def decode_batch(batch: Mapping[str, Any], image: str, preprocessing: Values) -> Values:
     """See `Predictor.decode`."""
     images, other_columns = images_of(batch, image)
-    decode = partial(attempted, partial(pixels_of, preprocessing=preprocessing))
-    decoded = in_threads(decode, images)
-    pixels = np.zeros((len(images), *preprocessing["input_size"]), np.uint8)
-    errors = [""] * len(images)
-    for i, result in enumerate(decoded):
-        if isinstance(result, ZooError):
-            errors[i] = str(result)
-        else:
-            pixels[i] = result
-    return other_columns | {image: pixels, ERROR: np.array(errors, str)}
+    n = len(images)
+    ((pixels, errors),) = decoded(images or [None], max(n, 1), preprocessing)
+    return other_columns | {image: pixels[:n], ERROR: np.array([str(error or "") for error in errors[:n]], str)}
 
 
 @dataclass(eq=False)

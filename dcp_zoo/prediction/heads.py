@@ -4,7 +4,7 @@ Features are computed in the precision asked for, and logits in the head's, as a
 features is a large one of logits.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from dcp_zoo.backbone._torch import in_eval_mode
 from dcp_zoo.backbone.classes import NO_CLASSES
 from dcp_zoo.backbone.inputs import Images
 from dcp_zoo.data import Item
-from dcp_zoo.data.unreadable import ERRORS, all_named
+from dcp_zoo.data.unreadable import ERRORS, all_named, refuse
 from dcp_zoo.errors import ZooError, check_choice, check_range
 from dcp_zoo.features import AUTO
 from dcp_zoo.features.device import autocast, pick_device, pick_precision
@@ -56,17 +56,12 @@ def outputs_of_features(
     """The outputs of a head for the features (n, F) of images, with what the thresholds say of them.
     `keep`: whether the outputs hold the features, too."""
     parts = []
-    distances = []
     for part in features.split(AT_A_TIME):
         x = part.to(head.device)
-        parts.append(head.classify(x).float().cpu())
-        if thresholds.exist:
-            distances.append(head.distances(x.float()).cpu())
-    return thresholds.outputs(
-        torch.cat(parts).numpy(),
-        torch.cat(distances).numpy() if distances else None,
-        features.float().cpu().numpy() if keep else None,
-    )
+        logits = head.classify(x).float().cpu().numpy()
+        distances = head.distances(x.float()).cpu().numpy() if thresholds.exist else None
+        parts.append(thresholds.outputs(logits, distances, x.float().cpu().numpy() if keep else None))
+    return Outputs.joined(parts)
 
 
 @torch.no_grad()
@@ -81,19 +76,23 @@ def outputs_of_loader(
         extract = images.extract
         assert extract is not None
         batches = by_image(extract.progress, images.in_order(batch_size), "test images", len(images))
-        return Outputs.joined([outputs_of_batch(head, inputs, extract.precision) for inputs, _ in batches])
+        return outputs_of_batches(head, (inputs for inputs, _ in batches), extract.precision)
 
 
 @torch.no_grad()
-def outputs_of_batch(head: Head, images: Images, precision: str, thresholds: Thresholds = NO_THRESHOLDS) -> Outputs:
-    """The outputs of a head for a batch, with batch statistics."""
-    images = images.to(head.device)
-    with autocast(head.device, precision):
-        logits = head(images).float().cpu().numpy()
-        if not thresholds.exist:
-            return Outputs(logits)
-        features = head.encode_image(images).float()
-    return thresholds.outputs(logits, head.distances(features).cpu().numpy())
+def outputs_of_batches(
+    head: Head, batches: Iterable[Images], precision: str, thresholds: Thresholds = NO_THRESHOLDS
+) -> Outputs:
+    """The outputs of a head for batches of images, each with its own statistics."""
+    parts = []
+    for batch in batches:
+        images = batch.to(head.device)
+        with autocast(head.device, precision):
+            logits = head(images).float().cpu().numpy()
+            features = head.encode_image(images).float() if thresholds.exist else None
+        distances = None if features is None else head.distances(features).cpu().numpy()
+        parts.append(thresholds.outputs(logits, distances))
+    return Outputs.joined(parts)
 
 
 class HeadBackend(Backend):
@@ -135,25 +134,19 @@ class HeadBackend(Backend):
 
     @fair_threads()
     @torch.inference_mode()
-    def encode(self, pixels: np.ndarray) -> Tensor:
-        """Pixels, uint8 (n, 3, H, W) -> features (n, F), or normalised images without stored statistics."""
+    def compute(self, pixels: np.ndarray) -> Outputs:
+        """Pixels, uint8 (n, 3, H, W) -> the outputs of n images."""
         images = self.extract.normalised(torch.from_numpy(pixels))
+        precision = self.extract.precision
         if not self.stored:
-            return images
+            batches = images.split(1 if self.alone else len(images))
+            return outputs_of_batches(self.head, batches, precision, self.thresholds)
         self.encoded += len(pixels)
         if self.encoded > FEW and self.head.abilities.linear and self.fused is self.head:
             self.fused = self.head.fuse()
-        with autocast(self.head.device, self.extract.precision):
-            return self.fused.encode_image(images).float()
-
-    @torch.inference_mode()
-    def classify(self, features: Tensor) -> Outputs:
-        """What `encode` returns, on any device -> the outputs of n images."""
-        if self.stored:
-            return outputs_of_features(self.fused, features, self.thresholds, self.features)
-        batches = features.split(1 if self.alone else len(features))
-        precision = self.extract.precision
-        return Outputs.joined([outputs_of_batch(self.head, batch, precision, self.thresholds) for batch in batches])
+        with autocast(self.head.device, precision):
+            features = self.fused.encode_image(images).float()
+        return outputs_of_features(self.fused, features, self.thresholds, self.features)
 
 
 def outputs_of(
@@ -175,8 +168,9 @@ def outputs_of(
     with in_eval_mode(head), all_named(items):
         backend = HeadBackend(head, features, precision, reject, alone)
         if not backend.stored:
-            backend.strict = errors == "raise"
             broken, outputs = backend.outputs([item.path for item in items], batch_size, progress)
+            if errors == "raise":
+                refuse(items, broken)
             return outputs, broken
         backend.extract.progress = progress
         backend.extract.batch_size = batch_size

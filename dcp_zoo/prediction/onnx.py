@@ -9,7 +9,8 @@ import numpy as np
 from dcp_zoo.answers import Outputs, Thresholds, log_softmax
 from dcp_zoo.data.images import ImageLike, normalise
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra, warn
-from dcp_zoo.prediction import Backend, exported_file, pixels_of
+from dcp_zoo.features.photos import pixels_of
+from dcp_zoo.prediction import Backend, exported_file
 
 INPUT = "pixel_values"  # of normalised images, as other programs call it
 CUDA = "CUDAExecutionProvider"
@@ -92,13 +93,10 @@ class OnnxClassifier(Backend):
 
     def preprocess(self, image: ImageLike) -> np.ndarray:
         """An image -> (3, H, W), as `create_transform` returns it."""
-        return self.encode(pixels_of(image, self.preprocessing)[None])[0]
+        return normalise(pixels_of(image, self.preprocessing), self.preprocessing)
 
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Pixels, uint8 (n, 3, H, W) -> the images as the file takes them."""
-        return normalise(pixels, self.preprocessing)
-
-    def classify(self, images: np.ndarray) -> Outputs:
-        """What `encode` returns -> the outputs."""
-        results = dict(zip(self._returned, self.session.run(self._returned, {INPUT: images}), strict=True))
+    def compute(self, pixels: np.ndarray) -> Outputs:
+        """Pixels, uint8 (n, 3, H, W) -> the outputs of n images."""
+        arrays = self.session.run(self._returned, {INPUT: normalise(pixels, self.preprocessing)})
+        results = dict(zip(self._returned, arrays, strict=True))
         return self.thresholds.outputs(results["logits"], results.get("distance"), results.get("features"))

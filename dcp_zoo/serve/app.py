@@ -24,8 +24,8 @@ from starlette.types import Message
 from dcp_zoo.answers import Outputs, Promises
 from dcp_zoo.data.images import UnsupportedImage
 from dcp_zoo.errors import ZooError, attempted
+from dcp_zoo.features.photos import pixels_of
 from dcp_zoo.fields import Values
-from dcp_zoo.prediction import pixels_of
 from dcp_zoo.prediction.onnx import OnnxClassifier
 from dcp_zoo.serve import DEFAULT_LIMITS, Limits
 
