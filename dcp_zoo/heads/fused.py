@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dcp_zoo.backbone._torch import layer_of
-from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading, joined, parts_of
+from dcp_zoo.backbone.clip import FrozenCLIP, Reading, joined, parts_of
 from dcp_zoo.backbone.towers import vision_tower
 from dcp_zoo.backbone.towers.open_clip import OpenClipViT, VisionTower
 from dcp_zoo.fields import Values
@@ -39,41 +39,22 @@ class FusedClassifier(nn.Module):
     """Normalised features (B, F) -> logits (B, C), in the precision of the weights.
 
     Args:
-        linear: the logits as a linear function.
-        distance: of images from those of training, of a head that can reject or has a gate.
-        text, gate: of a head with a gate, see `gated`: the logits of the text as a linear function, and the
-            gate (3,).
         adapter: of an `AdapterHead`.
+        tensors: those below, of which it keeps copies; those of `Distance` of a head that can reject or has
+            a gate.
     """
 
     weight: Tensor  # (C, F), with a gate (2C, F): the text's logits come last
     bias: Tensor  # (C,), (2C,)
-    gate: Tensor
+    gate: Tensor  # (3,), see `gated`
     unit: Tensor  # see `Distance`
     means: Tensor
     examples: Tensor
     margin: Tensor
 
-    @torch.no_grad()
-    def __init__(
-        self,
-        linear: Linear,
-        distance: Distance | None = None,
-        text: Linear | None = None,
-        gate: Tensor | None = None,
-        adapter: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, adapter: nn.Module | None = None, **tensors: Tensor) -> None:
         super().__init__()
         self.adapter = copy.deepcopy(adapter or nn.Identity())
-        weight, bias = linear
-        tensors = {"weight": weight, "bias": bias}
-        if text is not None and gate is not None:
-            text_weight, text_bias = text
-            tensors["weight"] = torch.cat([weight, text_weight])
-            tensors["bias"] = torch.cat([bias, text_bias])
-            tensors["gate"] = gate
-        if distance is not None:
-            tensors |= distance._asdict()
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.detach().clone())
 

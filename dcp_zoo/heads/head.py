@@ -101,7 +101,7 @@ class Head(nn.Module, ABC):
         self.text_probe: TextProbe | None = None
         self.fc: nn.Linear | None = None
         self.classes = list[str]()
-        self._replaced_classes: list[str] | None = None  # the method's, while `reset_classifier` has replaced them
+        self.own_classes = list[str]()  # of the method's own classifier, while `reset_classifier` has replaced it
         self.texts: Texts = TEMPLATE
         self.template = TEMPLATE
         self.method = ""
@@ -236,6 +236,13 @@ class Head(nn.Module, ABC):
     def classify(self, features: Tensor) -> Tensor:
         """f (B, F) -> logits z (B, C), in the precision of the classifier's weights. Raises ZooError like
         `linear`."""
+        if self.fc is None:
+            return self._classify(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.fc(features.to(self.fc.weight.dtype))
+
+    def _classify(self, features: Tensor) -> Tensor:
+        """`classify` by the head's own classifier."""
         probe = self.gated_probe
         weight, bias = self.linear() if probe is None else join(self.reads)
         with torch.autocast(features.device.type, enabled=False):
@@ -315,17 +322,18 @@ class Head(nn.Module, ABC):
     def _fused_classifier(self) -> FusedClassifier:
         """The classifier of the present classes; it shares no memory with the model. Raises ZooError like
         `linear`."""
-        linear = self.linear()
+        weight, bias = self.linear()
         probe = self.text_probe
         is_gated = self.gated_probe is not None
-        if probe is None or not (is_gated or not self.cannot_reject):
-            return FusedClassifier(linear)
-        distance = probe.measure(self.classes)
-        if not is_gated:
-            return FusedClassifier(linear, distance)
-        weight, bias = join(self.reads)
-        text = (probe.text_scale * weight, probe.text_scale * bias)
-        return FusedClassifier(linear, distance, text, probe.gate)
+        tensors = {}
+        if probe is not None and (is_gated or not self.cannot_reject):
+            tensors = probe.measure(self.classes)._asdict()
+            if is_gated:
+                text_weight, text_bias = join(self.reads)
+                weight = torch.cat([weight, probe.text_scale * text_weight])
+                bias = torch.cat([bias, probe.text_scale * text_bias])
+                tensors["gate"] = probe.gate
+        return FusedClassifier(weight=weight, bias=bias, **tensors)
 
     # --- images of none of the classes ---
 
@@ -379,11 +387,6 @@ class Head(nn.Module, ABC):
         """C; 0 after `reset_classifier(0)`."""
         return len(self.classes)
 
-    @property
-    def own_classes(self) -> list[str]:
-        """Those of the method's own classifier: the head's, unless `reset_classifier` replaced it."""
-        return self.classes if self._replaced_classes is None else self._replaced_classes
-
     def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None:
         """Classify into these classes from now on. A name that the head knows keeps its class, of repeated
         names the first class first; new names are encoded by CLIP. ZooError for no names or empty ones,
@@ -434,9 +437,7 @@ class Head(nn.Module, ABC):
 
     def _replace(self, classes: list[str], layer: nn.Linear | None) -> None:
         """Classify into these classes by this layer in place of the head's own classifier."""
-        own = self.own_classes
         self._restore()
-        self._replaced_classes = own
         self.classes = classes
         self.fc = layer
         if layer is not None:
@@ -447,7 +448,6 @@ class Head(nn.Module, ABC):
         del self.fc  # torch would drop the weights of a state for a module that it knows as None
         self.fc = None
         self.classes = self.own_classes
-        self._replaced_classes = None
 
     def drop_text_probe(self) -> None:
         """Classify by the method alone, if there is a text probe; the accuracy is then what was measured
@@ -472,8 +472,8 @@ class Head(nn.Module, ABC):
         if sorted(classes) != sorted(self.own_classes) or not same_texts(classes, texts, self.texts):
             self._drop_measured()
         self.classes = classes
+        self.own_classes = classes
         self.texts = texts
-        self._replaced_classes = None
 
     def _drop_measured(self) -> None:
         """Take out of `info` what was measured for other classes: the accuracy, what the threshold accepts,
@@ -575,7 +575,7 @@ class Head(nn.Module, ABC):
         class_texts(classes, sentences or block["texts"])
         self.text_probe = None
         self._restore()
-        self.classes = own_names(config)  # those of the tensors
+        self.own_classes = own_names(config)  # those of the tensors
         self.texts = block["texts"]
         if "fc.weight" in state:
             rows, columns = state["fc.weight"].shape
@@ -584,7 +584,6 @@ class Head(nn.Module, ABC):
         self.info = made(config)
         self._classify_into(classes, sentences)
         if self.fc is not None:
-            self._replaced_classes = self.classes
             self.classes = config["label_names"]
         self.pretrained_cfg = preprocessing_in(config["pretrained_cfg"])
         self.saved_as |= {config["weights_sha256"]}

@@ -49,10 +49,12 @@ from dcp_zoo.heads.head import Head
 
 CACHED = ("keys", "values", "alpha", "beta")  # tensors of a `CacheHead`, besides its weight
 
-NONLINEAR = (
-    "A head of {} {}, and its logits are no linear function of features: it cannot be {} or followed by a text probe. "
-    "Use a head of gda or text-probe, for example."
-)
+
+def not_linear(head: Head, reason: str, uses: str) -> ZooError:
+    return ZooError(
+        f"A head of {head.method} {reason}, and its logits are no linear function of features: it cannot be {uses} or "
+        "followed by a text probe. Use a head of gda or text-probe, for example."
+    )
 
 
 class LinearHead(Head):
@@ -85,11 +87,10 @@ class LinearHead(Head):
         original: FrozenCLIP | None = None,
     ) -> None:
         super().__init__(clip, original)
-        self.classes = check_classnames(classnames)
-        self.texts = texts
+        self._set_classes(check_classnames(classnames), texts)
         self.changed = list(changed)
         classes = self.num_classes
-        width = self.encoder.num_features
+        width = clip.num_features
         if weight.shape != (classes, width) or bias.shape != (classes,):
             problem = f"The classifier has the shapes {tuple(weight.shape)} and {tuple(bias.shape)}"
             raise ZooError(f"{problem}, which do not fit {classes} classes and {width} features.")
@@ -179,28 +180,22 @@ class AdapterHead(LinearHead):
         super().__init__(*args, **options)
         self.adapter = Adapter(self.encoder.num_features).requires_grad_(False)
 
-    def classify(self, features: Tensor) -> Tensor:
-        if self.fc is not None:
-            return super().classify(features)
+    def _classify(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
             return F.linear(self.adapter(features.to(self.weight.dtype)), self.weight, self.bias)
 
     def _fused_classifier(self) -> FusedClassifier:
         if self.fc is not None:
             return super()._fused_classifier()
-        return FusedClassifier((self.weight, self.bias), adapter=self.adapter)
+        return FusedClassifier(self.adapter, weight=self.weight, bias=self.bias)
 
     def own_linear(self) -> Linear:
-        raise ZooError(NONLINEAR.format(self.method, "changes features by a network", "explained"))
+        raise not_linear(self, "changes features by a network", "explained")
 
 
 class CacheHead(LinearHead):
-    """See the module. Only the keys require gradients, in training.
-
-    Args:
-        clip, classnames: see `LinearHead`.
-        tensors: W as "weight", and those of `CACHED`.
-    """
+    """See the module; its arguments are those of `LinearHead`, without a bias, and how many images it keeps,
+    whose tensors are at first 0. Only the keys require gradients, in training."""
 
     kind = "cache"
     trained = ("weight", *CACHED)
@@ -209,29 +204,18 @@ class CacheHead(LinearHead):
     alpha: Tensor
     beta: Tensor
 
-    def __init__(self, clip: FrozenCLIP, classnames: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
-        weight = tensors["weight"]
+    def __init__(self, clip: FrozenCLIP, classnames: Sequence[str], weight: Tensor, images: int) -> None:
         super().__init__(clip, classnames, weight, torch.zeros_like(weight[:, 0]))
-        for name in CACHED:
-            self.register_buffer(name, tensors[name])
+        classes, width = weight.shape
+        for name, shape in zip(CACHED, ((images, width), (images, classes), (), ()), strict=True):
+            self.register_buffer(name, weight.new_zeros(shape))
 
     @classmethod
     def from_config(cls, clip: FrozenCLIP, config: HeadConfig, shapes: Mapping[str, Tensor]) -> "CacheHead":
         names = own_names(config)
-        width = clip.num_features
-        images = len(torch.atleast_1d(shapes.get("keys", torch.empty(0))))
-        tensors = {
-            "weight": torch.zeros(len(names), width),
-            "keys": torch.zeros(images, width),
-            "values": torch.zeros(images, len(names)),
-            "alpha": torch.zeros(()),
-            "beta": torch.zeros(()),
-        }
-        return cls(clip, names, tensors)
+        return cls(clip, names, torch.zeros(len(names), clip.num_features), len(shapes.get("keys", ())))
 
-    def classify(self, features: Tensor) -> Tensor:
-        if self.fc is not None:
-            return super().classify(features)
+    def _classify(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(self.weight.dtype)
             return self.encoder.logits(features, self.weight) + self.alpha * self.cached(features, self.beta)
@@ -241,7 +225,7 @@ class CacheHead(LinearHead):
         return (-beta * (1 - features @ self.keys.T)).exp() @ self.values
 
     def own_linear(self) -> Linear:
-        raise ZooError(NONLINEAR.format(self.method, "keeps its training images", "fused, exported"))
+        raise not_linear(self, "keeps its training images", "fused, exported")
 
     def _classify_into(self, names: list[str], texts: Texts | None) -> None:
         """Among its own classes."""
@@ -348,9 +332,7 @@ class ConditionalHead(PromptHead):
         layers = [nn.Linear(width, width // 16), nn.ReLU(), nn.Linear(width // 16, self.encoder.text_tower.width)]
         self.shift = nn.Sequential(*layers).to(self.device)
 
-    def classify(self, features: Tensor) -> Tensor:
-        if self.fc is not None:
-            return super().classify(features)
+    def _classify(self, features: Tensor) -> Tensor:
         assert self.name_tokens is not None
         features = features.to(self.text_prompts[0].dtype)
         rows = []
@@ -361,4 +343,4 @@ class ConditionalHead(PromptHead):
         return torch.cat(rows)
 
     def own_linear(self) -> Linear:
-        raise ZooError(NONLINEAR.format(self.method, "encodes its names anew for every image", "fused, exported"))
+        raise not_linear(self, "encodes its names anew for every image", "fused, exported")

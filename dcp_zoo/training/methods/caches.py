@@ -81,14 +81,12 @@ def cache_head(task: Task, alpha: float) -> CacheHead:
     """The head before anything is chosen or trained, for a recipe with crops and beta."""
     text = task.text
     keys = F.normalize(task.train.rows(*augmented(task)).mean(0), dim=-1).to(text.device)
-    tensors = {
-        "weight": text,
-        "keys": keys,
-        "values": F.one_hot(task.train.labels, len(task.classnames)).to(keys),
-        "alpha": keys.new_tensor(alpha),
-        "beta": keys.new_tensor(task.recipe.beta),
-    }
-    return CacheHead(task.clip, task.classnames, tensors)
+    head = CacheHead(task.clip, task.classnames, text, len(keys))
+    head.keys = keys
+    head.values = F.one_hot(task.train.labels, len(task.classnames)).to(keys)
+    head.alpha.fill_(alpha)
+    head.beta.fill_(task.recipe.beta)
+    return head
 
 
 @torch.no_grad()
