@@ -407,5 +407,5 @@ def test_a_dataset_trains_as_its_images_do(small_model, tmp_path, monkeypatch):
     ):
         with pytest.raises(ZooError, match=message):
             dcp_zoo.train("dcp_mini", wrong)
-    with pytest.raises(ZooError, match="The labels of a dataset are its column `label`"):
+    with pytest.raises(ZooError, match="in the column `label`: omit labels"):
         dcp_zoo.train("dcp_mini", table, rows["label"])

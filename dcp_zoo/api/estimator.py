@@ -23,13 +23,11 @@ from dcp_zoo.api.inputs import (
     Images,
     Labelled,
     Labels,
-    check_is_no_table,
-    check_name_classes,
     is_nan,
     labelled,
-    one_column,
     unlabelled,
     with_classes,
+    with_labels,
 )
 from dcp_zoo.backbone._torch import out_of_inference_mode
 from dcp_zoo.data.unreadable import all_named
@@ -241,18 +239,17 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         ones. ZooError for a folder of another class."""
         if labels is None:
             items = with_classes(images, None, self.classes_.tolist(), self._head().classnames)
-            images = [item.path for item in items]
             labels = self.classes_[[item.label for item in items]]
-        check_is_no_table(one_column(images), len(labels))
-        predicted = self.predict(images)
-        check_consistent_length(predicted, labels, sample_weight)
+        else:
+            items, labels = with_labels(images, labels)
+        predicted = self.predict([item.path for item in items])
+        check_consistent_length(predicted, sample_weight)
         readable = [i for i, label in enumerate(predicted) if not is_nan(label)]
         if not readable:
             raise ZooError("None of these images can be read: pass readable ones.")
         if sample_weight is not None:
             sample_weight = np.asarray(sample_weight)[readable]
-        true = np.asarray(one_column(labels))[readable]
-        check_name_classes(true)
+        true = np.asarray(labels)[readable]
         labels = predicted[readable].astype(self.classes_.dtype)
         return float(accuracy_score(true, labels, sample_weight=sample_weight))
 

@@ -37,59 +37,39 @@ def list_labelled_images(folder: str | Path) -> tuple[list[str], list[str]]:
     """The images of a folder with one folder per class: their paths, and the class of each, for
     functions such as scikit-learn's `cross_val_score`; without those in `none of these`. ZooError for no
     such folder, no class folders, a class without images, or folders `train` and `test`."""
-    paths, labels, _ = _images_and_labels(folder, None)
-    return paths, labels
+    items, labels = with_labels(folder, None)
+    return [item.path for item in items], labels
 
 
 def is_folder(images: Images) -> bool:
     return isinstance(images, (str, Path)) and Path(images).is_dir()
 
 
-def check_name_classes(labels: np.ndarray) -> None:
-    """ZooError for labels that are no names of classes."""
-    if labels.dtype.kind == "f" and (labels % 1).any():
-        raise ZooError(f"Labels name classes, by text or whole numbers: {labels[labels % 1 != 0][0]} is a measurement.")
-
-
 def labelled(images: Images, labels: Labels = None, classnames: ClassNames = None, groups: Groups = None) -> Labelled:
     """Images with their labels, of which `none of these` is no class; arguments as in `dcp_zoo.train`."""
-    if is_folder(images) and labels is not None:
-        raise ZooError(f"The class folders in {images} are the labels: omit labels.")
-    images, labels, keys = _images_and_labels(images, labels, examples=True)
-    if any(label is None or is_nan(label) for label in labels):
-        raise ZooError("Some images have no label (None or NaN): leave them out, or label them.")
-    images = as_images(images)
-    has_class = [not (isinstance(label, str) and is_none(label)) for label in labels]
-    of_classes = labels if all(has_class) else list(compress(labels, has_class))
-    values = np.asarray(of_classes)
-    check_name_classes(values)
-    if values.ndim != 1:
-        raise ZooError(f"Labels must be one-dimensional, not of shape {values.shape}.")
-    classes, class_indices = np.unique(values, return_inverse=True)
-    if len(classes) < 2:
-        raise ZooError(f"Training needs at least two classes, not {len(classes)}.")
-    indices = np.full(len(has_class), NO_CLASS)
-    indices[has_class] = class_indices
-    items = _items(images, indices.tolist(), labels, keys)
+    items, labels = with_labels(images, labels, examples=True)
     if groups is not None:
         names = np.asarray(one_column(groups)).tolist()
         if len(names) != len(items):
             raise ZooError(f"{len(items)} images need as many groups, not {len(names)}.")
         items = [item._replace(group=f"given {name}") for item, name in zip(items, names, strict=True)]
-    in_classes = [item for item in items if item.label != NO_CLASS]
-    none = [item for item in items if item.label == NO_CLASS]
-    return Labelled(classes, _names(classes, classnames), in_classes, none)
+    has_class = [not (isinstance(label, str) and is_none(label)) for label in labels]
+    of_classes = labels if all(has_class) else list(compress(labels, has_class))
+    classes, indices = np.unique(np.asarray(of_classes), return_inverse=True)
+    if len(classes) < 2:
+        raise ZooError(f"Training needs at least two classes, not {len(classes)}.")
+    in_classes = compress(items, has_class)
+    in_their_classes = [item._replace(label=i) for item, i in zip(in_classes, indices.tolist(), strict=True)]
+    none = [item for item, has in zip(items, has_class, strict=True) if not has]
+    return Labelled(classes, _names(classes, classnames), in_their_classes, none)
 
 
 def with_classes(images: Images, labels: Labels, classes: Sequence[Any], names: Sequence[str] = ()) -> list[Item]:
-    """Images with their labels among known classes; those of a folder are their `names`, or the labels as
-    text."""
-    index: dict[Any, int] = {label: i for i, label in enumerate(classes)}
-    if labels is None:
-        of_names = {name: i for i, name in enumerate(names)}
-        index = index | of_names | {str(label): i for label, i in index.items()}
-    images, labels, keys = _images_and_labels(images, labels)
-    return _items(as_images(images), _class_indices(labels, index, classes), labels, keys)
+    """Images with their labels among known classes: these, as text, too, or their `names`."""
+    index: dict[Any, int] = {name: i for i, name in enumerate(names)}
+    for i, label in enumerate(classes):
+        index |= {str(label): i, label: i}
+    return _in_classes(*with_labels(images, labels), index, classes)
 
 
 def among(items: Sequence[Item], names: Sequence[str], classes: Sequence[str]) -> list[Item]:
@@ -98,12 +78,14 @@ def among(items: Sequence[Item], names: Sequence[str], classes: Sequence[str]) -
     if list(names) == list(classes):  # of which some may be repeated
         return list(items)
     index = {label: i for i, label in enumerate(classes)}
-    indices = _class_indices([names[item.label] for item in items], index, classes)
-    return [item._replace(label=label) for item, label in zip(items, indices, strict=True)]
+    return _in_classes(items, [names[item.label] for item in items], index, classes)
 
 
-def _class_indices(labels: Iterable[Any], index: Mapping[Any, int], classes: Sequence[Any]) -> list[int]:
-    """The class of each label, by the index of labels; ZooError for a label of no class, or of several."""
+def _in_classes(
+    items: Sequence[Item], labels: Sequence[Any], index: Mapping[Any, int], classes: Sequence[Any]
+) -> list[Item]:
+    """Images in the classes of their labels, by the index of labels; ZooError for a label of no class, or of
+    several."""
     unknown = sorted({str(label) for label in labels if label not in index})
     if unknown:
         known = shorten([str(label) for label in classes])
@@ -113,23 +95,7 @@ def _class_indices(labels: Iterable[Any], index: Mapping[Any, int], classes: Seq
         raise ZooError(
             f"Several classes are named {', '.join(repeated)}, so that this label fits each: train with other names."
         )
-    return [index[label] for label in labels]
-
-
-def _items(images: Sequence[Any], indices: Sequence[int], labels: Sequence[Any], keys: list[str] | None) -> list[Item]:
-    """Images with the indices of their classes, by default with keys by their paths or positions. ZooError
-    for a path with two labels."""
-    if len(labels) != len(images):
-        raise ZooError(f"{len(images)} images need as many labels, not {len(labels)}.")
-    last_label: dict[str, Any] = {}
-    items = []
-    for i, (image, index, label) in enumerate(zip(images, indices, labels, strict=True)):
-        is_path = isinstance(image, str)
-        if is_path and last_label.setdefault(image, label) != label:
-            raise ZooError(f"{image} has two labels, {last_label[image]!r} and {label!r}: keep one of them.")
-        key = image if is_path else f"image {i}"
-        items.append(Item(image, keys[i] if keys else key, index))
-    return items
+    return [item._replace(label=index[label]) for item, label in zip(items, labels, strict=True)]
 
 
 def hashed(items: Iterable[Item]) -> list[Item]:
@@ -137,37 +103,51 @@ def hashed(items: Iterable[Item]) -> list[Item]:
     return [item if item.is_file else item._replace(key=pixels_sha256(item.path)) for item in items]
 
 
-def _images_and_labels(images: Images, labels: Labels, examples: bool = False) -> tuple[Any, Any, list[str] | None]:
-    """Images and labels as they are; or without labels those of a folder and their keys, as of `dcp-zoo
-    train`, in the same order, with `examples` of no class behind. ZooError for images alone."""
+def with_labels(images: Images, labels: Labels, examples: bool = False) -> tuple[list[Item], Any]:
+    """Images, and the label of each as it is given; or those of a dataset, or of a folder, in the order of
+    `dcp-zoo train`, with `examples` of no class behind. ZooError for images without labels, for labels that
+    are no names of classes, and for a path with two labels."""
     columns = table_columns(images)
-    if columns and labels is not None:
-        raise ZooError("The labels of a dataset are its column `label`: omit labels.")
+    if labels is not None and (columns or is_folder(images)):
+        raise ZooError("These images have labels, as class folders or in the column `label`: omit labels.")
     if columns:
         images, labels = columns
-    if labels is not None:
-        images = one_column(images)
-        labels = one_column(labels)
-        check_is_no_table(images, len(labels))
-        return images, labels, None
-    if not isinstance(images, (str, Path)) or Path(images).is_file():
-        raise ZooError("Pass labels, one per image, or a folder with one folder per class.")
-    split = load_labelled("folder", images)
-    if split.has_parts:
-        raise ZooError(f"{images} has images for training and for a test: pass {images}/train or {images}/test.")
-    items = all_for_training(split).train
-    labels = [split.classnames[item.label] for item in items]
-    if examples:
-        items = items + split.no_class
-        labels += [NONE] * len(split.no_class)
-    return [item.path for item in items], labels, [item.key for item in items]
+    if labels is None:
+        if not isinstance(images, (str, Path)) or Path(images).is_file():
+            raise ZooError("Pass labels, one per image, or a folder with one folder per class.")
+        split = load_labelled("folder", images)
+        if split.has_parts:
+            raise ZooError(f"{images} has images for training and for a test: pass {images}/train or {images}/test.")
+        found = [*all_for_training(split).train, *(split.no_class if examples else ())]
+        names = [*split.classnames, NONE]  # the last one for NO_CLASS, -1
+        return [Item(item.path, item.key, NO_CLASS) for item in found], [names[item.label] for item in found]
+    labels = one_column(labels)
+    check_is_no_table(images, len(labels))
+    items = unlabelled(images)
+    if len(labels) != len(items):
+        raise ZooError(f"{len(items)} images need as many labels, not {len(labels)}.")
+    if any(label is None or is_nan(label) for label in labels):
+        raise ZooError("Some images have no label (None or NaN): leave them out, or label them.")
+    values = np.asarray(labels)
+    if values.ndim != 1:
+        raise ZooError(f"Labels must be one-dimensional, not of shape {values.shape}.")
+    if values.dtype.kind == "f" and (values % 1).any():
+        raise ZooError(f"Labels name classes, by text or whole numbers: {values[values % 1 != 0][0]} is a measurement.")
+    last_label: dict[str, Any] = {}
+    for item, label in zip(items, labels, strict=True):
+        if item.is_file and last_label.setdefault(item.path, label) != label:
+            raise ZooError(f"{item.path} has two labels, {last_label[item.path]!r} and {label!r}: keep one of them.")
+    return items, labels
 
 
 def unlabelled(images: Images) -> list[Item]:
-    """`as_images`, or the images of a folder, see `find_images`."""
+    """`as_images`, or the images of a folder, see `find_images`; with keys by their paths or positions."""
     if is_folder(images):
         images = find_images([str(images)])
-    return [Item(image, f"image {i}", NO_CLASS) for i, image in enumerate(as_images(images))]
+    items = []
+    for i, image in enumerate(as_images(images)):
+        items.append(Item(image, image if isinstance(image, str) else f"image {i}", NO_CLASS))
+    return items
 
 
 def one_column(values: Any) -> Any:
@@ -186,7 +166,7 @@ def one_column(values: Any) -> Any:
 def check_is_no_table(images: Images, count: int) -> None:
     """ZooError for an array that has so many rows in place of so many images, as scikit-learn's classifiers
     take: it would be one grey image."""
-    shape: Any = getattr(images, "shape", ())
+    shape: Any = getattr(one_column(images), "shape", ())
     if len(shape) == 2 and shape[0] == count > 1:
         raise ZooError(
             f"An array of shape {tuple(shape)} is one grey image, not {count}: reshape flat pixels to (n, H, W), and "
