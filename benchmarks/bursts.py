@@ -14,6 +14,7 @@ import io
 import math
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -103,7 +104,7 @@ def read(clip: FrozenCLIP, images: Sequence[ImageLike]) -> Tensor:
     """All that the image tower says of images (n, W); of files, it is kept."""
     items = [Item(image, str(i), 0) for i, image in enumerate(images)]
     are_files = bool(images) and isinstance(images[0], str)
-    with users_cache(are_files):
+    with users_cache() if are_files else nullcontext():
         return FeatureExtractor(clip)(Photos(items)).rows()[0]
 
 

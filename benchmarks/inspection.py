@@ -101,7 +101,7 @@ class Images:
     def __init__(self, clip: FrozenCLIP, split: Split) -> None:
         self.split = replace(split, test=split.test[:TESTED])
         items = [*split.train, *split.test[:TESTED]]
-        table = comparable(items, clip, progress_bar, keep=False)
+        table = comparable(items, clip, progress_bar)
         parts = table.rows()[0]
         weight, bias = clip.scaled(clip.zero_shot_classifier(split.classnames, TEMPLATE))
         self.text = (weight.detach(), bias.detach())

@@ -37,13 +37,13 @@ from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.data import Item, Split, load_image
 from dcp_zoo.data.groups import group_ids
+from dcp_zoo.data.groups import with_groups as set_groups
 from dcp_zoo.errors import ZooWarning
-from dcp_zoo.features import PLAIN, FeatureTable
 from dcp_zoo.features.cache import kept_features
 from dcp_zoo.features.extract import FeatureExtractor
 from dcp_zoo.features.loader import ImageLoader
 from dcp_zoo.features.photos import Photos
-from dcp_zoo.features.subjects import in_subjects, looks_few
+from dcp_zoo.features.subjects import looks_few, with_subjects
 from dcp_zoo.fields import Values
 from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.progress import no_progress
@@ -196,8 +196,7 @@ def without_sign(items: Sequence[Item]) -> list[Item]:
 
 def by_embeddings(items: list[Item], embeddings: np.ndarray, groups: Sequence[list[int]] = ()) -> list[Item]:
     """The items in these groups, or in subjects."""
-    table = FeatureTable(items, {PLAIN: torch.from_numpy(embeddings)}, [embeddings.shape[1:]])
-    return in_subjects(items, lambda: list(groups), lambda: table)
+    return with_subjects(set_groups(items, groups), embeddings)
 
 
 def alarms(items: Sequence[Item], embeddings: np.ndarray, images: int, classes: int) -> int:

@@ -19,10 +19,9 @@ from sets import CHOOSING, REPORTING
 
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.data import Item, Split
-from dcp_zoo.data.groups import grouped
 from dcp_zoo.features.cache import kept_features
 from dcp_zoo.features.extract import FeatureExtractor
-from dcp_zoo.features.groups import groups_in
+from dcp_zoo.features.groups import group_images
 from dcp_zoo.features.loader import ImageLoader
 from dcp_zoo.features.photos import Photos
 from dcp_zoo.progress import no_progress
@@ -40,7 +39,7 @@ SEEDS = range(1, 7)
 def with_groups(items: list[Item]) -> list[Item]:
     """The items of a set with their groups."""
     images = ImageLoader(Photos(items, facts={}), FeatureExtractor(plain_clip(MODEL)))
-    return grouped(items, lambda: groups_in([images]))
+    return group_images([images])
 
 
 def measured(split: Split, others: list[Item], seed: int) -> tuple[float | str, ...]:

@@ -256,7 +256,7 @@ def test_search_finds_by_text_and_by_photo(folder, cache, tmp_path, run, image_w
     assert {path.name for path in (tmp_path / "cats").iterdir()} == {"found.csv", "found.html"}
     image_work.reset()
     best = dcp_zoo.search(folder, like=folder / "cat" / "0.jpg", count=2)
-    assert (image_work.decoded, image_work.encoded) == (1, 1)  # the photo alone: features of the others are kept
+    assert (image_work.decoded, image_work.encoded) == (0, 0)  # features are kept
     assert [Path(match.path).name for match in best] == ["0.jpg", "twin.png"]
     assert best[0].similarity == pytest.approx(1, abs=1e-3)
 

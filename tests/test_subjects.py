@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from helpers import read_csv
 from shared import CommandLine
 from sklearn.metrics import silhouette_score
@@ -15,10 +14,10 @@ from subjects import crops
 
 from dcp_zoo import FewShotClassifier
 from dcp_zoo.data import Item, load_image
+from dcp_zoo.data.groups import with_groups
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.errors import ZooWarning
-from dcp_zoo.features import PLAIN, FeatureTable
-from dcp_zoo.features.subjects import clustered, in_subjects, silhouette
+from dcp_zoo.features.subjects import clustered, silhouette, with_subjects
 
 CLASSES = {"animals": ("cat", "otter", "osprey"), "things": ("coffee", "flowers", "lake")}
 pytestmark = pytest.mark.filterwarnings("always:These look like about")
@@ -41,8 +40,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def found_in(items: list[Item], x: np.ndarray, groups: Sequence[list[int]] = ()) -> list[Item]:
     """The items in groups or subjects, by these embeddings."""
-    table = FeatureTable(items, {PLAIN: torch.from_numpy(x)}, [(x.shape[1],)])
-    return in_subjects(items, lambda: list(groups), lambda: table)
+    return with_subjects(with_groups(items, groups), x)
 
 
 def vectors(classes: int, subjects: int, photographs: int) -> tuple[list[Item], np.ndarray]:
@@ -91,14 +89,12 @@ def test_single_images_stay_as_they_are(images: int) -> None:
     assert found_in(items, x) == items
 
 
-def test_unreadable_images_and_given_groups_stay_out() -> None:
+def test_unreadable_images_stay_out() -> None:
     items, x = vectors(3, 4, 5)
     x[::7] = np.nan
     with pytest.warns(ZooWarning, match="about 4 subjects"):
         found = found_in(items, x)
     assert [item.group for item in found[::7]] == [""] * len(found[::7])
-    given = [item._replace(group="given a") for item in items]
-    assert found_in(given, x) == given
 
 
 def test_train_tells_a_range_and_what_to_name(run: CommandLine, few: Path, tmp_path: Path) -> None:

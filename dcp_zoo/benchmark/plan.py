@@ -96,9 +96,11 @@ def read_split(dataset: str, data_root: Path | None) -> Split:
     two parts."""
     images = load_labelled(dataset, data_root)
     if dataset == FOLDER and not images.has_parts:
-        from dcp_zoo.features.groups import with_own_groups  # with torch: groups are found by features
+        from dcp_zoo.features.cache import users_cache  # with torch: groups are found by features
+        from dcp_zoo.features.groups import group_own_images
 
-        images = replace(images, train=with_own_groups(images.train))
+        with users_cache():
+            images = replace(images, train=group_own_images(images.train))
     return split_images(images)
 
 

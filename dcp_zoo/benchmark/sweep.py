@@ -26,7 +26,7 @@ from dcp_zoo.features import (
     ImageLoader,
     Photos,
     decoders,
-    keeping,
+    kept_features,
     pick_device,
     pick_precision,
 )
@@ -135,7 +135,7 @@ def run_trial(
     if run.recipe.is_trained or len(trial.targets) > 1:  # otherwise it is trained again in seconds
         folder = unfinished.head
         unfinished.keep(unfinished.results)
-    with keeping(images.features):
+    with kept_features(images.features):
         head = _trained(run, folder, subset, images)
         trained = time.perf_counter()
         results = _tests(trial, head, images, unfinished)

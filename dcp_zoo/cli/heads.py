@@ -88,7 +88,7 @@ def evaluate(
         show_spot_check(found, output_dir, as_json)
         return
     from dcp_zoo.features.cache import shared_features
-    from dcp_zoo.features.groups import with_own_groups
+    from dcp_zoo.features.groups import group_own_images
     from dcp_zoo.prediction.heads import loaded
     from dcp_zoo.release import claimed
 
@@ -113,7 +113,7 @@ def evaluate(
             read_classes(images, each, name)
     with shared_features(), all_named(test, MOVE):  # two heads often read the same CLIP
         if dataset == "folder":
-            test = with_own_groups(test, keep=False)
+            test = group_own_images(test)
         measurements = [measured(each, test, images.classnames, precision, claim) for each in models]
     if len(heads) == 2:
         show_comparison(heads, models, measurements, shown, as_json)
@@ -169,7 +169,7 @@ def show_comparison(
 ) -> None:
     """Print which of two heads is better on the images that both were measured on, and the size and cost of
     both."""
-    from dcp_zoo.data.groups import in_groups  # after NumPy, which is slow
+    from dcp_zoo.data.groups import count_of_groups  # after NumPy, which is slow
     from dcp_zoo.features.device import seconds_per_image
     from dcp_zoo.training.comparison import Comparison
 
@@ -198,7 +198,7 @@ def show_comparison(
         }
         print(json.dumps({"heads": rows} | values))
         return
-    counted = in_groups(compared.first.items) or f"{len(compared.first):,} images"
+    counted = count_of_groups(compared.first.items) or f"{len(compared.first):,} images"
     output.print(f"{counted}, of {shown}, that neither head was trained on, as far as they say:", markup=False)
     cells = [
         (

@@ -11,7 +11,7 @@ that was turned by 90 or 180 degrees are others: so the nearest by a mean of the
 to turn and mirror it are looked at, too, if they are alike in one of these, both without frames.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -75,18 +75,16 @@ def find_groups(features: np.ndarray, facts: np.ndarray) -> list[list[int]]:
     return joined([*near_copies(features, facts), *bursts(facts)])
 
 
-def grouped(items: Sequence[Item], find: Callable[[], list[list[int]]]) -> list[Item]:
-    """The items with the groups that they were given or, if none has one, with those that `find` finds."""
-    if any(item.group for item in items):
-        return list(items)
-    names = [""] * len(items)
-    for number, group in enumerate(find(), 1):
+def with_groups(items: Sequence[Item], groups: Iterable[Sequence[int]]) -> list[Item]:
+    """The items in these groups of positions, which are named by their numbers; the others are alone."""
+    grouped = [item._replace(group="") for item in items]
+    for number, group in enumerate(groups, 1):
         for i in group:
-            names[i] = str(number)
-    return [item._replace(group=name) for item, name in zip(items, names, strict=True)]
+            grouped[i] = items[i]._replace(group=str(number))
+    return grouped
 
 
-def in_groups(items: Sequence[Item]) -> str:
+def count_of_groups(items: Sequence[Item]) -> str:
     """Such as "80 images in 23 groups"; "" if each is alone."""
     groups = len({item.group or i for i, item in enumerate(items)})
     return "" if groups == len(items) else f"{len(items):,} images in {groups:,} groups that were taken together"

@@ -1,5 +1,4 @@
 from .cache import FeatureCache as FeatureCache
-from .cache import keeping as keeping
 from .cache import kept_features as kept_features
 from .cache import shared_features as shared_features
 from .device import autocast as autocast
@@ -8,14 +7,14 @@ from .device import pick_device as pick_device
 from .device import pick_precision as pick_precision
 from .extract import FeatureExtractor as FeatureExtractor
 from .extract import is_plain_reading as is_plain_reading
-from .groups import groups_in as groups_in
-from .groups import with_own_groups as with_own_groups
+from .groups import group_images as group_images
+from .groups import group_own_images as group_own_images
 from .loader import Batch as Batch
 from .loader import ImageLoader as ImageLoader
 from .photos import CACHE_BYTES as CACHE_BYTES
 from .photos import Photos as Photos
 from .table import FeatureTable as FeatureTable
-from .table import Labelled as Labelled
+from .table import LabelledItems as LabelledItems
 from .views import MIRRORED as MIRRORED
 from .views import PLAIN as PLAIN
 from .views import Views as Views

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import version
@@ -60,8 +60,8 @@ class FeatureCache:
     def get(self, setting: str, keys: Sequence[str]) -> dict[str, Tensor]:
         """The rows that are kept of the images with these keys."""
         if self.folder is None:
-            found = {key: self._memory.get((setting, key)) for key in keys}
-            return {key: row for key, row in found.items() if row is not None}
+            with self._lock:
+                return {key: self._memory[setting, key] for key in keys if (setting, key) in self._memory}
         names = {text_sha256(key): key for key in keys if key}
         rows: dict[str, Tensor] = {}
         for path in (self.folder / text_sha256(setting)).glob(f"*{END}"):
@@ -106,23 +106,16 @@ def kept_features(memory: Any = None) -> Iterator[None]:
     """Inside this context a `FeatureExtractor` keeps what it computes.
 
     Args:
-        memory: a folder or a joblib.Memory, in whose folder features are kept. None keeps them in the
-            memory of this process; False keeps nothing.
+        memory: a folder or a joblib.Memory, in whose folder features are kept, or a `FeatureCache`. None
+            keeps them in the memory of this process; False keeps nothing.
     """
-    folder = getattr(memory, "location", memory)
+    cache = getattr(memory, "location", memory)
     if memory is False:
         cache = None
-    elif folder is None:
+    elif cache is None:
         cache = _memory
-    else:
-        cache = FeatureCache(Path(folder).expanduser().absolute())
-    with keeping(cache):
-        yield
-
-
-@contextmanager
-def keeping(cache: FeatureCache | None) -> Iterator[None]:
-    """`kept_features` in this cache."""
+    elif not isinstance(cache, FeatureCache):
+        cache = FeatureCache(Path(cache).expanduser().absolute())
     token = active_cache.set(cache)
     try:
         yield
@@ -130,19 +123,19 @@ def keeping(cache: FeatureCache | None) -> Iterator[None]:
         active_cache.reset(token)
 
 
-def users_cache(keep: bool = True) -> AbstractContextManager[None]:
+@contextmanager
+def users_cache() -> Iterator[None]:
     """Inside this context features are kept in the user's cache folder, or in memory if that folder is
-    switched off. Without `keep`, they are kept where they are outside."""
-    if not keep:
-        return nullcontext()
-    return kept_features(None if os.environ.get(OFF) else cache_folder("features"))
+    switched off."""
+    with kept_features(None if os.environ.get(OFF) else cache_folder("features")):
+        yield
 
 
 @contextmanager
 def shared_features() -> Iterator[None]:
     """Inside this context no feature is computed twice: they are kept as they are outside or, if
     nothing is kept there, until its end."""
-    with keeping(active_cache.get() or FeatureCache()):
+    with kept_features(active_cache.get() or FeatureCache()):
         yield
 
 

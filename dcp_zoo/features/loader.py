@@ -20,7 +20,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.features import MANY
 from dcp_zoo.features.extract import FeatureExtractor
 from dcp_zoo.features.photos import Photos
-from dcp_zoo.features.table import FeatureTable, Labelled
+from dcp_zoo.features.table import FeatureTable, LabelledItems
 from dcp_zoo.features.views import MIRRORED, PLAIN, View, Views
 from dcp_zoo.zoo.factory import create_transform
 
@@ -29,7 +29,7 @@ TOKEN_BYTES = 2**30  # tokens of a hybrid CLIP are kept up to this size
 
 
 @dataclass
-class ImageLoader(Labelled):
+class ImageLoader(LabelledItems):
     """The training images of a method, as photographs, or as what is known of them already: features,
     or tokens after a frozen stem.
 

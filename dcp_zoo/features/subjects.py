@@ -8,16 +8,15 @@ small. Clusters are guesses: a head that keeps them together is measured as too 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import pdist, squareform
 
 from dcp_zoo.data import Item
-from dcp_zoo.data.groups import group_ids, grouped
+from dcp_zoo.data.groups import group_ids
 from dcp_zoo.errors import warn
-from dcp_zoo.features.table import FeatureTable
 
 SUBJECT = "subject "  # begins the name of a group that is a cluster
 SIGN = 0.26  # least mean silhouette of many images,
@@ -25,21 +24,13 @@ VARIES = 0.45  # and this over the root of their number more, as it varies. See 
 LEAST, MOST = 4, 200  # images of a class that is looked at
 
 
-def in_subjects(
-    items: Sequence[Item], find: Callable[[], list[list[int]]], read: Callable[[], FeatureTable]
-) -> list[Item]:
-    """The items with their groups, see `grouped`; or where they look like few subjects, by CLIP's embeddings
-    in what `read` returns, with these as groups, and a warning. A group that was found counts as one image,
-    and stays together."""
-    if any(item.group for item in items):
-        return list(items)
-    alone = grouped(items, find)
-    table = read().first_parts(1)
-    embeddings = table.rows()[0].numpy()
-    ids = group_ids([item.group for item in alone]).numpy()
+def with_subjects(items: list[Item], embeddings: np.ndarray) -> list[Item]:
+    """The items, by CLIP's embeddings (n, E); or where they look like few subjects, with these as groups,
+    and a warning. A group that was found counts as one image, and stays together."""
+    ids = group_ids([item.group for item in items]).numpy()
     first = np.unique(ids, return_index=True)[1]
     first = first[~np.isnan(embeddings[first, 0])]
-    labels = table.labels.numpy()[first]
+    labels = np.array([items[i].label for i in first])
     silhouettes = []
     names = dict[int, str]()  # by the group's id
     for label in np.unique(labels):
@@ -49,13 +40,13 @@ def in_subjects(
             silhouettes.append(silhouette)
             names |= {ids[i]: f"{SUBJECT}{label} {cluster}" for i, cluster in zip(own, clusters, strict=True)}
     if not names or np.mean(silhouettes) < SIGN + VARIES / math.sqrt(len(names)):
-        return alone
+        return items
     number = len(set(names.values())) / len(silhouettes)
     warn(
         f"These look like about {number:.0f} subjects in each class, each photographed several times: a head may be "
         "less accurate on others. To know, name the subjects (column `group`, --group-by, in Python groups=)."
     )
-    return [item._replace(group=names.get(i, item.group)) for i, item in zip(ids, alone, strict=True)]
+    return [item._replace(group=names.get(i, item.group)) for i, item in zip(ids, items, strict=True)]
 
 
 def looks_few(items: Sequence[Item]) -> bool:

@@ -14,7 +14,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.features.views import PLAIN, View
 
 
-class Labelled:
+class LabelledItems:
     """Base class of what is known of labelled images: features, predictions, loaders."""
 
     items: Sequence[Item]
@@ -39,7 +39,7 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class FeatureTable(Labelled):
+class FeatureTable(LabelledItems):
     """Features of n images, in float32 on the CPU.
 
     Attributes:

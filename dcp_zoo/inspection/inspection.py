@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +17,15 @@ from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.api.inputs import Groups, Images, Labels, is_folder, labelled
 from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.data import Item, Split, load_labelled
-from dcp_zoo.data.groups import bursts, group_ids, joined, near_copies
+from dcp_zoo.data.groups import bursts, group_ids, joined, near_copies, with_groups
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.splits import PARTS
 from dcp_zoo.data.unreadable import unreadable_summary
 from dcp_zoo.errors import ZooError, shorten
+from dcp_zoo.features.cache import users_cache
 from dcp_zoo.features.device import pick_device
 from dcp_zoo.features.groups import comparable
-from dcp_zoo.features.subjects import in_subjects, looks_few
+from dcp_zoo.features.subjects import looks_few, with_subjects
 from dcp_zoo.features.table import FeatureTable
 from dcp_zoo.files import write_file
 from dcp_zoo.pages import templates
@@ -242,7 +244,8 @@ def inspect(
     data = _read(images, labels, groups)
     check_classnames(data.classnames)
     clip = plain_clip(model).to(pick_device(device))
-    seen = comparable(data.items, clip, progress, keep=isinstance(images, (str, Path, Split)))
+    with users_cache() if isinstance(images, (str, Path, Split)) else nullcontext():
+        seen = comparable(data.items, clip, progress)
     assert seen.facts is not None
     facts = seen.facts.numpy()
     readable = seen.readable
@@ -254,8 +257,11 @@ def inspect(
     text = on_cpu(clip.scaled(clip.zero_shot_classifier(data.classnames)))
     features = ReadingFeatures(seen.rows()[:, readable], text, seen.widths[0])
     copies = near_copies(seen.joined.numpy(), facts)
-    in_groups = in_subjects(data.items, lambda: joined([*copies, *bursts(facts)]), lambda: seen)
-    groups = group_ids([item.group for item in in_groups])
+    items = data.items
+    if not any(item.group for item in items):
+        grouped = with_groups(items, joined([*copies, *bursts(facts)]))
+        items = with_subjects(grouped, seen.first_parts(1).rows()[0].numpy())
+    groups = group_ids([item.group for item in items])
     judged = out_of_fold(features, target, groups[readable])
     left_out = judged.left_out
     tested = [data.items[readable[i]] for i in left_out]
@@ -268,7 +274,7 @@ def inspect(
         [readable[i] for i in of_no_class(judged.log_probabilities, judged.distances, target)],
         joined(copies),
         groups,
-        looks_few(in_groups),
+        looks_few(items),
         learning_curve(judged),
     )
 

@@ -24,6 +24,7 @@ from dcp_zoo.data.images import GREY, thumbnails
 from dcp_zoo.data.load import LabelFiles, listed_images
 from dcp_zoo.data.splits import not_trained_on
 from dcp_zoo.errors import ZooError
+from dcp_zoo.features.cache import users_cache
 from dcp_zoo.features.device import pick_device
 from dcp_zoo.features.groups import comparable
 from dcp_zoo.files import check_empty, check_outside, check_writable, write_file
@@ -54,6 +55,7 @@ class Match(NamedTuple):
         return f"{self.similarity:.3f}"
 
 
+@users_cache()
 @fair_threads()
 @torch.no_grad()
 def search(
@@ -87,7 +89,7 @@ def search(
         wanted = clip.zero_shot_classifier([str(text)])[0].float().cpu().numpy()
         features = comparable(items, clip, progress).first_parts(1).rows()[0].numpy()  # CLIP's embeddings
     else:
-        photo = comparable(as_items([str(like)]), clip, keep=False)
+        photo = comparable(as_items([str(like)]), clip)
         if photo.errors:
             raise photo.errors[0]
         wanted = photo.joined[0].numpy()
@@ -114,6 +116,7 @@ class Suggestion(NamedTuple):
         return "" if self.probability is None else f"{self.guess}? {100 * self.probability:.0f} %"
 
 
+@users_cache()
 @fair_threads()
 @torch.no_grad()
 def suggest(

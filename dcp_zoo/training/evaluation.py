@@ -19,7 +19,7 @@ from dcp_zoo.backbone._torch import in_eval_mode
 from dcp_zoo.backbone.clip import parts_of
 from dcp_zoo.data import Item
 from dcp_zoo.errors import warn
-from dcp_zoo.features import ImageLoader, Labelled
+from dcp_zoo.features import ImageLoader, LabelledItems
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import NO_CLASSIFIER
 from dcp_zoo.heads.head import Head
@@ -64,7 +64,7 @@ class Bin(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Evaluation(Labelled):
+class Evaluation(LabelledItems):
     """The predictions of a head on labelled images. `logits` (n, C), for its class names, are on the CPU;
     `refused` (n,): which images the head's threshold rejects, if it has one; `at_most`: of `Accuracy`."""
 

@@ -22,7 +22,7 @@ from dcp_zoo.backbone._torch import construction
 from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_user_data
-from dcp_zoo.data.groups import grouped, in_groups
+from dcp_zoo.data.groups import count_of_groups
 from dcp_zoo.data.images import Facts
 from dcp_zoo.data.splits import (
     all_for_training,
@@ -37,7 +37,7 @@ from dcp_zoo.features import AUTO
 from dcp_zoo.features.cache import shared_features
 from dcp_zoo.features.device import pick_device, pick_precision
 from dcp_zoo.features.extract import FeatureExtractor
-from dcp_zoo.features.groups import grouped_in, groups_in
+from dcp_zoo.features.groups import group_images
 from dcp_zoo.features.loader import ImageLoader
 from dcp_zoo.features.photos import CACHE_BYTES, Photos
 from dcp_zoo.features.subjects import looks_few
@@ -106,8 +106,8 @@ class Run:
             return list(images.items)
         features = METHODS[self.method].features
         reads_flips = features not in (None, plain) or self.recipe.classifier != "none"
-        items = grouped_in(images, images.with_flips if reads_flips else (PLAIN,))
-        found_groups = in_groups(items)
+        items = group_images([images], images.with_flips if reads_flips else (PLAIN,), subjects=True)
+        found_groups = count_of_groups(items)
         if found_groups:
             options.log(f"{found_groups}: none is on both sides of a measurement.")
         sides = [facts.sides for facts in self.facts.values()]  # of those that were read now
@@ -411,7 +411,7 @@ def _warn_of_shared_groups(given: Sequence[Item], train: ImageLoader, test: Imag
     """Warn of test images that were taken together with training images, which are `given` without the
     groups that were found. How accurate the head is without them is not said: there may be others that are
     not found."""
-    both = grouped([*given, *test.items], lambda: groups_in([train, test]))
+    both = group_images([train.with_items(given), test])
     first = {item.group: item for item in reversed(both[: len(train.items)]) if item.group}
     shared = [item for item in both[len(train.items) :] if item.group in first]
     if shared:
@@ -456,7 +456,7 @@ def _as_single(run: Run, task: Task) -> float:
     """The upper end of the interval that `_by_folds` tells where images that look like few subjects are taken
     for single photographs."""
     images = task.images
-    task = replace(task, images=images.with_items(grouped(images.items, lambda: groups_in([images]))))
+    task = replace(task, images=images.with_items(group_images([images])))
     with without_warnings():
         told = _by_folds(run, task, fit_head(run.method, task))
     assert told

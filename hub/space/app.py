@@ -29,7 +29,7 @@ from dcp_zoo.data import Item, load_image, load_split
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.splits import divide
 from dcp_zoo.errors import ZooError, shorten
-from dcp_zoo.features.groups import with_own_groups
+from dcp_zoo.features.groups import group_own_images
 from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.heads import loaded
 from dcp_zoo.serve import LOCAL_HOSTS, listen
@@ -177,7 +177,7 @@ def train_on(clip: str, classes: dict[str, list[str]], folder: str) -> list[obje
     folder."""
     names, began = list(classes), time.monotonic()
     items = [Item(path, path, label) for label, paths in enumerate(classes.values()) for path in paths]
-    train, _, test = divide(with_own_groups(items, keep=False), HELD_OUT)  # visitors' images are not kept
+    train, _, test = divide(group_own_images(items), HELD_OUT)  # visitors' images are not kept
     shots = [item.path for item in train], [names[item.label] for item in train]
     own = FewShotClassifier(clip, memory=False).fit(*shots)
     lines = [f"Trained on {len(train)} photographs in {time.monotonic() - began:.0f} s. *Classify* now uses your head."]
