@@ -43,7 +43,7 @@ from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, top1
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import on_cpu
-from dcp_zoo.training.run import plan
+from dcp_zoo.training.run import Source, plan
 from dcp_zoo.training.task import Task
 from dcp_zoo.zoo.build import plain_clip
 
@@ -84,7 +84,7 @@ def planned(split: Split, method: str, seed: int) -> Task:
     if not METHODS[name].chooses:
         split = Split(split.name, split.classnames, split.train, [], split.test)
     run = plan(split, MODEL, name, seed=seed, recipe=RECIPES.get(method), classifier=classifier, device="cpu")
-    return run.task(split, frozen_clip(), progress_bar)
+    return run.task(Source(run, progress_bar, frozen_clip()))
 
 
 @cache

@@ -44,7 +44,7 @@ from dcp_zoo.training.evaluation import EVAL_BATCH, top1
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.text_probe import fit_probe, on_cpu
 from dcp_zoo.training.recipes import AUTHORS, Recipe
-from dcp_zoo.training.run import plan
+from dcp_zoo.training.run import Source, plan
 from dcp_zoo.training.task import Task
 
 STYLES = ("PACS, photos", "PACS, art paintings", "PACS, cartoons", "PACS, sketches")
@@ -129,7 +129,7 @@ def prompts(
             recipe = Recipe(**AUTHORS[NAMED[method]]) if method in NAMED else recipe
             run = plan(split, MODEL, first, seed=seed, recipe=recipe, classifier="none", device="cpu")
             tested = {target: (pools[target][0], test_of(pools[target])) for target in targets_of(protocol, name)}
-            task = run.task(split, frozen_clip(), progress_bar)
+            task = run.task(Source(run, progress_bar, frozen_clip()))
             table.add((*key, *row) for row in measured(first, task, tests_of(protocol, tested)))
 
 
@@ -149,7 +149,7 @@ def parts(data_root: Data, draws: Draws = 2) -> None:
             test = test_images(tuple(split.test))
             rows = list[Sequence[Any]]()
             run = plan(split, MODEL, "dcp", seed=seed, recipe="paper", changes=changes, device="cpu")
-            head: Any = fit_head("dcp", run.task(split, frozen_clip()))
+            head: Any = fit_head("dcp", run.task(Source(run, clip=frozen_clip())))
             seconds = round(process_time() - started, 1)
             for head.stats in ("stored", "batch"):
                 logits = torch.from_numpy(outputs_of_loader(head, test, run.recipe.eval_batch_size).logits)
@@ -173,7 +173,7 @@ def coupling(data_root: Data, draws: Draws = 3) -> None:
             split = without_validation(draw(pools[name], images, seed))
             all_changes = CROSS_ENTROPY | changes if method == "dcp" else changes
             run = plan(split, MODEL, method, seed=seed, changes=all_changes, classifier="none", device="cpu")
-            task = run.task(split, frozen_clip())
+            task = run.task(Source(run, clip=frozen_clip()))
             started = process_time()
             head = fit_head(method, task)
             seconds = round(process_time() - started, 1)

@@ -357,9 +357,8 @@ def test_the_table_of_a_real_clip_is_submitted(small, monkeypatch, capsys):
 def planned_task(data_root: Path) -> Task:
     images = TrialImages("dcp_mini", Settings(data_root, data_root, "cpu"))
     trial = Trial("few-shot", "dcp_mini", real_table.EMBEDDING, "caltech101", 1, 1)
-    subset = images.subset("caltech101", "all", 1, 1)
     run = plan(images.split("caltech101"), "dcp_mini", trial.method, shots=1, recipe=trial.recipe, device="cpu")
-    return run.task(subset, images.clip, read=images.read)
+    return run.task(images)
 
 
 def test_rows_of_a_table_are_submissions(tmp_path):

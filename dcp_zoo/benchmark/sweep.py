@@ -46,7 +46,7 @@ from dcp_zoo.training.evaluation import (
 from dcp_zoo.training.folder import is_finished
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import VALIDATION
-from dcp_zoo.training.run import Run, RunOptions, train_head
+from dcp_zoo.training.run import Run, RunOptions, Source, train_head
 from dcp_zoo.training.run import plan as plan_run
 from dcp_zoo.zoo.build import plain_clip, trained_head
 from dcp_zoo.zoo.resolve import resolve
@@ -65,7 +65,7 @@ class Event(NamedTuple):
     seconds: float = 0.0  # that it took
 
 
-class TrialImages:
+class TrialImages(Source):
     """Images for one CLIP, shared by its trials. Decoded images, tokens after a frozen stem, and features
     are each kept up to a quarter of the machine's memory; the least recently used ones leave."""
 
@@ -88,7 +88,7 @@ class TrialImages:
         return subsample_classes(few_shot(whole, shots, seed) if shots else whole, part)
 
     def read(self, items: Sequence[Item], augment: str = "none", again: bool = True) -> ImageLoader:
-        """These images, see `Run.images`; trials share what was read."""
+        """These images, see `Source.read`; trials share what was read."""
         # images in memory have no hash, and as the splits keep them, no other gets their id
         content = tuple((item.label, item.path if item.is_file else id(item.path)) for item in items)
         key = (content, augment, again)
@@ -130,17 +130,18 @@ def run_trial(
         recipe=trial.recipe,
         device=settings.device,
         precision=settings.precision,
+        drawn=subset,
     )
     folder = None
     if run.recipe.is_trained or len(trial.targets) > 1:  # otherwise it is trained again in seconds
         folder = unfinished.head
         unfinished.keep(unfinished.results)
     with kept_features(images.features):
-        head = _trained(run, folder, subset, images)
+        head = _trained(run, folder, images)
         trained = time.perf_counter()
         results = _tests(trial, head, images, unfinished)
     test_seconds = time.perf_counter() - trained
-    known = run.info(subset)
+    known = run.info()
     result: Values = {
         "trial": asdict(trial),
         **unfinished.conditions,
@@ -168,13 +169,13 @@ def run_trial(
     }
 
 
-def _trained(run: Run, folder: Path | None, subset: Split, images: TrialImages) -> Head:
+def _trained(run: Run, folder: Path | None, images: TrialImages) -> Head:
     """The head that a run trains, or has trained in this folder before."""
     if folder and is_finished(folder):
         return trained_head(images.clip, resolve(f"local-dir:{folder}")).eval().to(images.device)
     options = RunOptions(test=False, progress=images.extract.progress)
     run = replace(run, describes=folder is not None)
-    return train_head(run, folder, options, clip=images.clip, subset=subset, read=images.read)[0]
+    return train_head(run, folder, options, images)[0]
 
 
 def _tests(trial: Trial, head: Head, images: TrialImages, unfinished: store.Unfinished) -> list[Values]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date
-from functools import partial
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
@@ -60,7 +60,6 @@ from dcp_zoo.zoo.build import check_encoders, load_encoders, plain_clip
 from dcp_zoo.zoo.specs import SIZES
 
 BEFORE_REFIT = "before_refit"  # folder of the training whose head is measured
-Reader = Callable[[Sequence[Item], str, bool], ImageLoader]  # see `Run.images`; in a sweep, what trials share
 
 
 @dataclass(frozen=True)
@@ -82,23 +81,19 @@ class Run:
     encoders: tuple[str, ...] = ()  # image models of timm that the text probe reads beside CLIP
     describes: bool = True  # whether to estimate what the head's threshold accepts, see `ProbeInputs`
     facts: dict[str, Facts] = field(default_factory=dict)  # of own images: filled as they are read
+    drawn: Split | None = None  # see `subset`; default: by shots and seed
 
+    @cached_property
     def subset(self) -> Split:
-        """The split with the training images that are used: drawn by shots and seed, or all."""
+        """The split with the training images that are used: some that are drawn, or all."""
+        if self.drawn is not None:
+            return self.drawn
         return self.split if self.shots is None else few_shot(self.split, self.shots, self.seed)
 
-    def images(
-        self, clip: FrozenCLIP, progress: Progress, items: Sequence[Item], augment: str = "none", again: bool = False
-    ) -> ImageLoader:
-        """Loader for a CLIP on the run's device, shown as in training: those that are read `again` and again
-        stay in memory, decoded or after a frozen stem."""
-        facts = self.facts if is_user_data(self.split.name) else None
-        photos = Photos(items, CACHE_BYTES if again else 0, facts)
-        loader = ImageLoader(photos, FeatureExtractor(clip, self.precision, progress), augment, self.workers)
-        if not again:
-            return loader
-        needs_flips = augment == "none" and self.recipe.classifier != "none"
-        return loader.after_stem(loader.with_flips if needs_flips else loader.views)
+    @property
+    def fitted(self) -> BaseRecipe:
+        """The recipe for the training images."""
+        return self.recipe.fitted(len(self.subset.train), len(self.subset.classnames))
 
     def grouped(self, images: ImageLoader, options: "RunOptions") -> list[Item]:
         """The items with their groups; of own images these are found, unless they were given."""
@@ -116,37 +111,36 @@ class Run:
             options.log("The model reads the central square, less than two thirds of most of these images.")
         return items
 
-    def task(
-        self, subset: Split, clip: FrozenCLIP, progress: Progress = no_progress, read: Reader | None = None
-    ) -> Task:
-        """What the method is given: the images of `subset`, for a CLIP on the run's device."""
+    def task(self, source: "Source") -> Task:
+        """What the method is given: the images, as this source reads them."""
         method = METHODS[self.method]
-        read = read or partial(self.images, clip, progress)
-        needed = method.needs_images(self.recipe)
-        val = read(subset.val, "none", False) if needed and subset.val else None
+        subset = self.subset
+        val = None
+        if subset.val and method.needs_images(self.recipe):
+            val = source.read(subset.val)
         return Task(
-            clip,
+            source.clip,
             self.model,
             subset.classnames,
             self.descriptions or find_spec(self.split.name).template,
-            read(subset.train, self.recipe.augment, method.features is None),
+            source.read(subset.train, self.recipe.augment, method.features is None),
             val.table().first_parts(1) if val and method.chooses else None,
             self.recipe,
             self.seed,
             self.precision,
-            progress,
+            source.extract.progress,
             probe=ProbeInputs(
                 weights=None if self.sample_weight is None else torch.tensor(self.sample_weight),
-                none=read(subset.no_class, "none", False) if subset.no_class else None,
+                none=source.read(subset.no_class) if subset.no_class else None,
                 checks=val if is_user_data(self.split.name) else None,
-                encoders=load_encoders(self.encoders, clip),
+                encoders=load_encoders(self.encoders, source.clip),
                 describes=self.describes,
             ),
         )
 
-    def info(self, subset: Split) -> Values:
-        """What a checkpoint stores about how it was trained, on the training images of `subset`."""
-        recipe = self.recipe.fitted(len(subset.train), len(subset.classnames))
+    def info(self) -> Values:
+        """What a checkpoint stores about how it was trained."""
+        subset = self.subset
         stored: Values = {
             "dataset": self.split.name,
             "shots": self.shots,
@@ -164,16 +158,17 @@ class Run:
             stored["none_sha256"] = subset_sha256(subset.no_class)
         if self.test_share is not None:
             stored["test_share"] = self.test_share
-        stored["recipe"] = recipe.training | {"precision": self.precision}
+        stored["recipe"] = self.fitted.training | {"precision": self.precision}
         return stored
 
-    def identity(self, subset: Split, clip: FrozenCLIP, info: Values) -> Values:
+    def identity(self, clip: FrozenCLIP) -> Values:
         """What the state of a training belongs to: its `info`, with one hash of its images in place of
         several, and more. The state of another run is rejected."""
+        info = self.info()
         of_images = {name: info.get(name) for name in ("split_sha256", "subset_sha256", "image_hashes")}
         return {
             **{name: value for name, value in info.items() if name not in (*of_images, "recipe")},
-            **self.recipe.fitted(len(subset.train), len(subset.classnames)).as_dict(),
+            **self.fitted.as_dict(),
             "precision": self.precision,
             "hash of the images": sha256(repr(of_images).encode()).hexdigest()[:12],
             "model": self.model,
@@ -184,6 +179,26 @@ class Run:
             "preprocessing": clip.preprocessing,
             **({"descriptions": self.descriptions} if self.descriptions else {}),
         }
+
+
+class Source:
+    """The CLIP of a run on its device, and what reads images for it; trials of a sweep share one."""
+
+    def __init__(self, run: Run, progress: Progress = no_progress, clip: FrozenCLIP | None = None) -> None:
+        self.run = run
+        self.clip = clip or plain_clip(run.model).to(run.device)
+        self.extract = FeatureExtractor(self.clip, run.precision, progress)
+
+    def read(self, items: Sequence[Item], augment: str = "none", again: bool = False) -> ImageLoader:
+        """Images, shown as in training: those that are read `again` and again stay in memory, decoded or
+        after a frozen stem."""
+        facts = self.run.facts if is_user_data(self.run.split.name) else None
+        photos = Photos(items, CACHE_BYTES if again else 0, facts)
+        loader = ImageLoader(photos, self.extract, augment, self.run.workers)
+        if not again:
+            return loader
+        needs_flips = augment == "none" and self.run.recipe.classifier != "none"
+        return loader.after_stem(loader.with_flips if needs_flips else loader.views)
 
 
 def plan(
@@ -230,13 +245,6 @@ def plan(
     return Run(model, split, shots, seed, fitting, picked, method, precision, encoders=encoders, **options)
 
 
-def check_supported(run: Run, callbacks: Sequence[Callback]) -> None:
-    """ZooError for callbacks of a method that does not train by epochs."""
-    if callbacks and not run.recipe.is_trained:
-        able = [name for name in METHODS if METHODS[name].recipe(run.model, run.split.name, 1, "few-shot").is_trained]
-        raise ZooError(f"{run.method} does not support callbacks: choose from {', '.join(able)}.")
-
-
 @dataclass(frozen=True)
 class RunOptions:
     """What a run writes and shows; nothing here but a callback changes what is learnt.
@@ -263,11 +271,8 @@ def train_head(
     run: Run,
     output: Path | None = None,
     options: RunOptions | None = None,
-    known_metrics: Mapping[str, object] | None = None,
+    source: Source | None = None,
     *,
-    clip: FrozenCLIP | None = None,
-    subset: Split | None = None,
-    read: Reader | None = None,
     by_folds: bool = False,
 ) -> tuple[Head, dict[str, float]]:
     """Train, measure and save one head of any method. Returns it, and its top-1 accuracies in percent.
@@ -281,100 +286,99 @@ def train_head(
         run, options: the run, see `plan` and `RunOptions`.
         output: folder for `model.safetensors`, `config.json` and, of a training, until the run has finished
             its state. None writes nothing.
-        known_metrics: accuracies to store instead of measuring.
-        clip: of the run, where it is loaded already, on its device.
-        subset, read: the images of the run, where they are read already, and what reads them.
+        source: of the images, where there is one already.
         by_folds: whether the accuracy is measured by folds of the training images, not on test images.
     """
     options = options or RunOptions()
-    subset = subset or run.subset()
     with alone_in(output) if output else nullcontext():
-        check_supported(run, options.callbacks)
-        if output:
-            if options.overwrite and run.recipe.is_trained:
-                remove_state(output)
-            check_free(output, options.overwrite, resumes=run.recipe.is_trained)
-        head, metrics, evaluation = _fit_and_measure(
-            run, output, options, known_metrics, clip=clip, subset=subset, read=read, by_folds=by_folds
-        )
-        if METHODS[run.method].needs_images(run.recipe):
-            _warn_of_two_classes(subset, head.info)
-        if is_user_data(run.split.name) and known_metrics is None and run.test_share != 0 and not metrics:
+        head, evaluation = _fit_and_measure(run, output, options, source, by_folds)
+        if is_user_data(run.split.name) and run.test_share != 0 and not evaluation:
             options.log("There are too few images, or groups, of a class to leave any out: the accuracy is not known.")
-        untested = head.info.get("untested")
-        if untested:
-            advice = "to leave one out, a class needs two images, or groups"
-            options.log(f"No image of {shorten(untested)} was tested: {advice}.")
-        if output:
-            head.save_pretrained(output, overwrite=True)  # as was checked before
-            remove_state(output)
+        _save(run, head, output, options)
         if evaluation:  # last, as a report that cannot be written must not cost the head
             options.show(evaluation)
-        return head, metrics
+    return head, head.info.get("metrics", {})
+
+
+def _check(run: Run, output: Path | None, options: RunOptions) -> None:
+    """ZooError for callbacks of a method that does not train by epochs, or an output folder that is not
+    free."""
+    resumes = run.recipe.is_trained
+    if options.callbacks and not resumes:
+        able = [name for name in METHODS if METHODS[name].recipe(run.model, run.split.name, 1, "few-shot").is_trained]
+        raise ZooError(f"{run.method} does not support callbacks: choose from {', '.join(able)}.")
+    if output:
+        if options.overwrite and resumes:
+            remove_state(output)
+        check_free(output, options.overwrite, resumes=resumes)
 
 
 @shared_features()
 def _fit_and_measure(
-    run: Run,
-    output: Path | None,
-    options: RunOptions,
-    known_metrics: Mapping[str, object] | None = None,
-    *,
-    clip: FrozenCLIP | None = None,
-    subset: Split,
-    read: Reader | None = None,
-    by_folds: bool = False,
-) -> tuple[Head, dict[str, float], Evaluation | None]:
-    """What `train_head` saves, its accuracies, and its predictions on the test images or `by_folds`. The
-    state of a training stays in `output`."""
+    run: Run, output: Path | None, options: RunOptions, source: Source | None, by_folds: bool = False
+) -> tuple[Head, Evaluation | None]:
+    """What `train_head` saves, and its predictions on the test images or `by_folds`. The state of a training
+    stays in `output`."""
+    _check(run, output, options)
     started = time.perf_counter()
-    earlier = 0.0  # seconds of the training that is resumed
-    info = Values()
-    clip = clip or plain_clip(run.model).to(run.device)
-    task = run.task(subset, clip, options.progress, read)
+    source = source or Source(run, options.progress)
+    subset = run.subset
+    task = run.task(source)
     method = METHODS[run.method]
     options.log(f"{method.title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
     needs_images = method.needs_images(run.recipe)
     images = task.images
     if needs_images:
-        task.images = task.images.with_items(run.grouped(task.images, options))
+        task.images = images.with_items(run.grouped(images, options))
     if run.recipe.is_trained:
-        info = run.info(subset)
         state_path = output and output / STATE_NAME
-        identity = run.identity(subset, clip, info)
-        task.state = TrainingState(state_path, identity, options.save_every, options.log)
+        task.state = TrainingState(state_path, run.identity(source.clip), options.save_every, options.log)
         task.callbacks = options.callbacks
-        earlier = task.state.seconds
+        started -= task.state.seconds  # of the training that is resumed
     head = fit_head(run.method, task)
-    if not info:  # made after the fit, which has read and hashed each image
-        info = run.info(subset)
-    seconds = round(earlier + time.perf_counter() - started, 2)
-    metrics: dict[str, float] = {}
+    head.info = run.info() | head.info | {"trained": f"{date.today()}"}  # after the fit, which has hashed each image
+    head.info["train_seconds"] = round(time.perf_counter() - started, 2)
     evaluation = None
-    outcome = dict(known_metrics or {})
+    metrics: dict[str, float] = {}
     if by_folds:
         metrics, evaluation = _by_folds(run, task, head) or ({}, None)
         if evaluation and looks_few(task.images.items):
             evaluation = replace(evaluation, at_most=_as_single(run, replace(task, images=images)))
-    elif known_metrics is None and options.test and run.split.test:
+    elif options.test and run.split.test:
         is_read_twice = head.stats_modes != ("stored",)  # once for each kind of statistics
-        test = run.images(clip, options.progress, run.split.test, again=is_read_twice)
+        test = source.read(run.split.test, again=is_read_twice)
         metrics, evaluation = measure(head, test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH))
         if is_user_data(run.split.name) and needs_images and not run.split.held_out:
             _warn_of_shared_groups(subset.train, task.images, test)
     if evaluation:
-        outcome = {"metrics": metrics, **evaluation.info}
+        head.info |= {"metrics": metrics, **evaluation.info}
         _tell_smallest(subset, evaluation, options.log)
     if needs_images:
         groups = task.images.groups.unique().numel()
         if groups < len(task.images):
-            outcome["groups"] = groups
+            head.info["groups"] = groups
     if head.text_probe is not None:
         head.text_probe.held_out = None  # it is measured
-    if clip.note:
-        outcome["clip_note"] = clip.note
-    head.info = {**info, **head.info, "trained": f"{date.today()}", "train_seconds": seconds, **outcome}
-    return head, metrics, evaluation
+    if source.clip.note:
+        head.info["clip_note"] = source.clip.note
+    return head, evaluation
+
+
+def _save(run: Run, head: Head, output: Path | None, options: RunOptions) -> None:
+    """Save a head that is measured; a warning for own training images that are in several classes."""
+    if METHODS[run.method].needs_images(run.recipe):
+        several = in_several_classes(learnt_from(run.subset), head.info.get("image_hashes", {}))
+        pairs = [f"{group[0].name} and {group[1].name}" for group in several]
+        if pairs:
+            problem = f"The same image is in several classes: {shorten(pairs)}"
+            warn(f"{problem}. Leave out the wrong ones: a head learns both.")
+    untested = head.info.get("untested")
+    if untested:
+        advice = "to leave one out, a class needs two images, or groups"
+        options.log(f"No image of {shorten(untested)} was tested: {advice}.")
+    if output:
+        head.save_pretrained(output, overwrite=True)  # as was checked before
+        remove_state(output)
 
 
 def _tell_smallest(subset: Split, evaluation: Evaluation, log: Log) -> None:
@@ -397,14 +401,6 @@ def _tell_smallest(subset: Split, evaluation: Evaluation, log: Log) -> None:
 def learnt_from(subset: Split) -> list[Item]:
     """All images that a head is fitted to or chosen by, the examples of no class included."""
     return subset.train + subset.val + subset.no_class
-
-
-def _warn_of_two_classes(subset: Split, info: Values) -> None:
-    """Warn of own training images that are in several classes, by the hashes in a head's `info`."""
-    several = in_several_classes(learnt_from(subset), info.get("image_hashes", {}))
-    pairs = [f"{group[0].name} and {group[1].name}" for group in several]
-    if pairs:
-        warn(f"The same image is in several classes: {shorten(pairs)}. Leave out the wrong ones: a head learns both.")
 
 
 def _warn_of_shared_groups(given: Sequence[Item], train: ImageLoader, test: ImageLoader) -> None:
@@ -430,26 +426,28 @@ def _by_folds(run: Run, task: Task, head: Head) -> tuple[dict[str, float], Evalu
         held_out = head.text_probe.held_out  # the fit of a text probe alone has left them out already
         if held_out is None:
             return None
+        positions = held_out.positions
         rejected = None if held_out.rejected is None else held_out.rejected.numpy()
         outputs = {
             "stored": Outputs(held_out.logits.numpy(), rejected),
             NO_CLASSIFIER: Outputs(held_out.text_logits.numpy()),
         }
-        return measured(outputs, head.classnames, [images.items[i] for i in held_out.positions.tolist()])
-    parts = folds(images.labels, images.groups)
-    if not parts:
-        return None
-    found = []
-    with without_warnings():
+    else:
+        parts = folds(images.labels, images.groups)
+        if not parts:
+            return None
+        positions = torch.cat(parts)
+        found = []
         for out in parts:
             kept = without(out, len(images)).nonzero().flatten().tolist()
             probe = task.probe._replace(describes=False)
             if probe.weights is not None:
                 probe = probe._replace(weights=probe.weights[kept])
-            trained = fit_head(run.method, replace(task, images=images.of(kept), probe=probe))
-            found.append(outputs_by_mode(trained, images.of(out.tolist())))
-    outputs = {mode: Outputs.joined([each[mode] for each in found]) for mode in found[0]}
-    return measured(outputs, head.classnames, [images.items[i] for i in torch.cat(parts).tolist()])
+            with without_warnings():
+                trained = fit_head(run.method, replace(task, images=images.of(kept), probe=probe))
+                found.append(outputs_by_mode(trained, images.of(out.tolist())))
+        outputs = {mode: Outputs.joined([each[mode] for each in found]) for mode in found[0]}
+    return measured(outputs, head.classnames, [images.items[i] for i in positions.tolist()])
 
 
 def _as_single(run: Run, task: Task) -> float:
@@ -463,12 +461,11 @@ def _as_single(run: Run, task: Task) -> float:
     return told[1].accuracy.interval[1]
 
 
-def hold_out(run: Run, options: RunOptions, clip: FrozenCLIP | None = None) -> Run:
+def hold_out(run: Run, options: RunOptions, source: Source | None = None) -> Run:
     """A run of own images without a test part that holds out some of each class, whole groups, for the
     test."""
-    clip = clip or plain_clip(run.model).to(run.device)
-    again = METHODS[run.method].features is None
-    images = run.images(clip, options.progress, run.split.train, run.recipe.augment, again)
+    source = source or Source(run, options.progress)
+    images = source.read(run.split.train, run.recipe.augment, METHODS[run.method].features is None)
     whole = replace(run.split, train=run.grouped(images, options))
     return replace(run, split=training_split(whole, run.test_share))
 
@@ -483,24 +480,21 @@ def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> t
     learns = METHODS[run.method].features is not None and METHODS[run.method].needs_images(run.recipe)
     by_folds = learns and run.test_share is None and not parted
     with alone_in(output):
-        check_supported(run, options.callbacks)
-        check_free(output, options.overwrite, resumes=run.recipe.is_trained)
-        first = output / BEFORE_REFIT
-        if options.overwrite:
-            remove_state(first)
-        clip = plain_clip(run.model).to(run.device)
-        part = run if by_folds or parted else hold_out(run, options, clip)
+        _check(run, output, options)
+        source = Source(run, options.progress)
+        part = run if by_folds or parted else hold_out(run, options, source)
         if by_folds or not part.split.test:
-            head, metrics = train_head(run, output, options, clip=clip, by_folds=by_folds)
-        else:
-            part = replace(part, describes=False)
-            trained, metrics, evaluation = _fit_and_measure(part, first, options, clip=clip, subset=part.subset())
-            took = format_duration(trained.info["train_seconds"])
-            final = replace(run, split=all_for_training(part.split), shots=None, test_share=0.0)  # with its groups
-            options.log(f"Refitting on all {len(final.split.train):,} images; the first fit took {took}.")
-            known_metrics = {name: trained.info[name] for name in MEASURED if name in trained.info}
-            head, _ = train_head(final, output, options, known_metrics, clip=clip)
-            shutil.rmtree(first, ignore_errors=True)
-            if evaluation:
-                options.show(evaluation)
-    return head, metrics
+            return train_head(run, output, options, source, by_folds=by_folds)
+        first = output / BEFORE_REFIT
+        measured_head, evaluation = _fit_and_measure(replace(part, describes=False), first, options, source)
+        known = measured_head.info
+        final = replace(run, split=all_for_training(part.split), shots=None, test_share=0.0)  # with its groups
+        took = format_duration(known["train_seconds"])
+        options.log(f"Refitting on all {len(final.split.train):,} images; the first fit took {took}.")
+        head, _ = _fit_and_measure(final, output, options, source)
+        head.info |= {name: known[name] for name in MEASURED if name in known}
+        _save(final, head, output, options)
+        shutil.rmtree(first, ignore_errors=True)
+        if evaluation:
+            options.show(evaluation)
+    return head, head.info.get("metrics", {})
