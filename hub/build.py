@@ -167,7 +167,9 @@ def release_head(
         others = other_figures(head, trials, results)
         repo = f"{org or HUB_ORG}/{head.name}"
         release = prepare(output / SAVED_HEADS / head.name, repo, others=others)
-        reasons = refusals(results[trial.key], results[plain], release, note)
+        reasons = refusals(release, results[plain], note)
+        if release.sha256 != results[trial.key]["head_sha256"]:
+            reasons.append("the checkpoint is not the one that was measured")
         if release.head is None:
             reasons.append("it is not one of the zoo's heads, by dataset, shots and seed")
     except ZooError as error:  # the checkpoint does not load

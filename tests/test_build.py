@@ -373,31 +373,27 @@ def test_rows_of_a_table_are_submissions(tmp_path):
         submit.read_submissions(path)
 
 
-def result(stored: float = 70.0, batch: float = 70.5, **changes: object) -> dict:
-    entry = {"images": 1000}
-    return {
-        "results": [entry | {"stats": "stored", "top1": stored}, entry | {"stats": "batch", "top1": batch}],
-        "info": {"first_loss": 2.0, "last_loss": 0.5},
-        "split_sha256": "split",
-        "head_sha256": "head",
-    } | changes
-
-
 INFO = dict.fromkeys(("dataset", "shots", "seed", "recipe", "split_sha256", "subset_sha256"), "known")
-RELEASE = Release(Path(), registry.HeadEntry("dcp_mini.dtd-1shot"), "org/head", "head", None, INFO, "mit")
+MEASURED = {"first_loss": 2.0, "last_loss": 0.5, "metrics": {"top1_stored": 70.0, "top1_batch": 70.5}}
 
 
 def test_gates():
-    zero_shot = {"results": [{"images": 1000, "top1": 69.0, "stats": ""}], "split_sha256": "split"}
+    zero_shot = {"results": [{"images": 1000, "top1": 69.0, "stats": ""}], "split_sha256": "known"}
     for change, reason in (
         ({}, ""),
-        ({"stored": 65.0, "batch": 65.0}, ""),  # within 2 points and chance
-        ({"stored": 64.0, "batch": 64.0}, "is over 4.9 percentage points below zero-shot CLIP's 69.00"),
-        ({"batch": 74.5}, "over 3.8 percentage points apart"),
-        ({"info": {"first_loss": 1.0, "last_loss": float("nan")}}, "not finite"),
-        ({"head_sha256": "other"}, "not the one that was measured"),
+        ({"test_images": 1000}, ""),
+        ({"metrics": {"top1_stored": 65.0, "top1_batch": 65.0}}, ""),  # within 2 points and chance
+        (
+            {"metrics": {"top1_stored": 64.0, "top1_batch": 64.0}},
+            "is over 4.9 percentage points below zero-shot CLIP's 69.00",
+        ),
+        ({"metrics": {"top1_stored": 70.0, "top1_batch": 74.5}}, "over 3.8 percentage points apart"),
+        ({"last_loss": float("nan")}, "not finite"),
         ({"split_sha256": "other"}, "tested on other images"),
-        ({"results": result()["results"][:1]}, "not measured with both kinds of statistics"),
+        ({"test_images": 999}, "tested on other images"),
+        ({"metrics": {"top1_stored": 70.0}}, "not measured with both kinds of statistics"),
     ):
-        found = refusals(result(**change), zero_shot, RELEASE, "")
+        head = registry.HeadEntry("dcp_mini.dtd-1shot")
+        release = Release(Path(), head, "org/head", "head", None, INFO | MEASURED | change, "mit")
+        found = refusals(release, zero_shot, "")
         assert [reason in text for text in found] == ([True] if reason else []), found

@@ -52,9 +52,9 @@ def make_card(
     spec = MODELS.get(model.encoder.architecture)
     base = spec.clip_repo if spec and model.encoder.source == spec.clip_pretrained else None
     options, _ = model.method_config()
-    measured = accuracies(info.get("metrics") or {})
+    top1 = accuracies(info.get("metrics") or {})
     return ModelCard.from_template(
-        _metadata(repo_id, license, base, dataset, measured),
+        _metadata(repo_id, license, base, dataset, top1),
         template_path=str(Path(__file__).parent / "model_card.md"),
         model=model,
         info=info,
@@ -62,17 +62,15 @@ def make_card(
         options=options,
         base=base,
         repo_id=repo_id,
-        size=f"{size / 1e6:.1f} MB",
+        size=size,
         onnx=onnx,
-        others=others or {},
+        others=others,
         trust=trust_note(info),
         told=accuracy_text(info),
         dataset=dataset,
-        part_note=DATASETS[dataset].part_note if dataset in DATASETS else "",
-        whose=COUPLINGS.get(options.get("coupling", "")),
-        args=", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None),
-        top1=dict.fromkeys(MODES, "not measured") | measured if measured else None,
-        alone={"dcp": "DCP alone", "text-probe": "zero-shot CLIP"}.get(model.method, f"{model.method} alone"),
+        data=DATASETS.get(dataset or ""),
+        couplings=COUPLINGS,
+        top1=top1,
     )
 
 

@@ -17,7 +17,6 @@ from dcp_zoo.backbone._torch import skip_init
 from dcp_zoo.benchmark import Settings, plan_trials, store
 from dcp_zoo.benchmark.plan import read_split
 from dcp_zoo.benchmark.sweep import sweep
-from dcp_zoo.data import DATASETS
 from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
@@ -33,7 +32,7 @@ from dcp_zoo.hub import (
     forget_index,
     is_offline,
 )
-from dcp_zoo.release import CARD_NAME, LICENSE, ONNX_FILE, make_card, not_of_dataset, upload
+from dcp_zoo.release import CARD_NAME, LICENSE, ONNX_FILE, accuracies, make_card, not_of_dataset, upload
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import HeadEntry, IndexRow, get_head, has_head
 from dcp_zoo.zoo.resolve import resolve
@@ -118,24 +117,6 @@ def zoo_head(config: HeadConfig, name: str) -> HeadEntry | None:
     return head
 
 
-def measured(release: Release, head: HeadEntry) -> Values:
-    """What the checkpoint of a zoo's head says was measured of it, as a sweep stores it."""
-    info = release.info
-    counts = DATASETS[head.dataset].counts
-    images = info.get("test_images", counts and counts[2])  # a sweep leaves it out of a head: there it is the whole
-    entries = []
-    for stats in ("stored", "batch"):
-        top1 = info.get("metrics", {}).get(f"top1_{stats}")
-        if top1 is not None:
-            entries.append({"stats": stats, "top1": top1, "images": images})
-    return {
-        "results": entries,
-        "info": info,
-        "split_sha256": info.get("split_sha256"),
-        "head_sha256": release.sha256,
-    }
-
-
 def zero_shot(head: HeadEntry, settings: Settings) -> tuple[Values, str]:
     """What a sweep stores of zero-shot CLIP on the test images of a head's dataset, which is measured unless
     its folder has it, and the note of the dataset's split. ZooError if that fails."""
@@ -158,35 +139,35 @@ def check_accuracy(release: Release, data_root: Path | None, device: str = "auto
         )
     with tempfile.TemporaryDirectory() as sweep_folder:
         plain, note = zero_shot(release.head, Settings(Path(sweep_folder), data_root, device))
-    reasons = refusals(measured(release, release.head), plain, release, note)
+    reasons = refusals(release, plain, note)
     if reasons:
         raise ZooError(f"{release.folder} is refused: {'; '.join(reasons)}.")
 
 
-def refusals(result: Values, zero_shot: Values, release: Release, split_note: str) -> list[str]:
+def refusals(release: Release, zero_shot: Values, split_note: str) -> list[str]:
     """Why a head of the zoo must not be published; [] if it may.
 
     Args:
-        result, zero_shot: what was measured of it and of zero-shot CLIP, as a sweep stores it.
+        release: the checkpoint, with what it says was measured of it.
+        zero_shot: what was measured of zero-shot CLIP, as a sweep stores it.
         split_note: what is wrong with the dataset's split, or "".
     """
     found = []
-    first, last = (result["info"].get(name, math.nan) for name in ("first_loss", "last_loss"))
+    info = release.info
+    first, last = (info.get(name, math.nan) for name in ("first_loss", "last_loss"))
     if not (math.isfinite(first) and math.isfinite(last)):
         found.append("its losses are missing or not finite")
     elif last > first:
         found.append(f"its loss rose from {first:.3f} to {last:.3f}")
-    if release.sha256 != result["head_sha256"]:
-        found.append("the checkpoint is not the one that was measured")
     (plain,) = zero_shot["results"]
     images = plain["images"]
-    tested = {(result["split_sha256"], entry["images"]) for entry in result["results"]}
-    if tested - {(zero_shot["split_sha256"], images)}:
+    is_same_split = info.get("split_sha256") == zero_shot["split_sha256"]
+    if not is_same_split or info.get("test_images", images) != images:  # a sweep always tests on all
         found.append("it and zero-shot CLIP were tested on other images")
-    missing = [name for name in CARD_INFO if not release.info.get(name)]
+    missing = [name for name in CARD_INFO if not info.get(name)]
     if missing:
         found.append(f"its card lacks {', '.join(missing)}")
-    top1 = {entry["stats"]: entry["top1"] for entry in result["results"]}
+    top1 = accuracies(info.get("metrics", {}))
     if {"stored", "batch"} <= top1.keys():
         stored = top1["stored"]
         batch = top1["batch"]
