@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import version
 from itertools import product
@@ -61,10 +62,23 @@ MESSAGES: dict[object, str] = {
 }
 
 
+DOWNLOADS = ContextVar[str | None](
+    "DOWNLOADS", default=None
+)  # the folder where they are kept; None: the client's cache
+
+
 @contextmanager
-def explained(
-    repo_id: str, filename: str = "", revision: str | None = None, cache_dir: str | Path | None = None
-) -> Iterator[None]:
+def downloads_in(folder: str | Path | None) -> Iterator[None]:
+    """A context in which downloads are kept in this folder, by default in the client's cache."""
+    token = DOWNLOADS.set(None if folder is None else str(folder))
+    try:
+        yield
+    finally:
+        DOWNLOADS.reset(token)
+
+
+@contextmanager
+def explained(repo_id: str, filename: str = "", revision: str | None = None) -> Iterator[None]:
     """Turn the client's errors into one ZooError that names the cause and what you can do."""
     try:
         yield
@@ -85,7 +99,7 @@ def explained(
             silence=silence(error),
             files=files,
             folder=f"models--{repo_id.replace('/', '--')}",
-            cache=cache_dir or constants.HF_HUB_CACHE,
+            cache=DOWNLOADS.get() or constants.HF_HUB_CACHE,
         )
         raise ZooError(message) from error
 
@@ -150,18 +164,13 @@ INDEX_SECONDS = 3  # the longest wait for the index
 HUB_LIBRARY = "dcp-zoo"  # as the Hub knows this package: in cards, and in requests, which it counts
 
 
-def download_head(
-    repo_id: str,
-    revision: str | None = None,
-    sha256: str | None = None,
-    cache_dir: str | Path | None = None,
-) -> Path:
+def download_head(repo_id: str, revision: str | None = None, sha256: str | None = None) -> Path:
     """The folder of a checkpoint in a Hub repo (at a branch, tag or commit, by default the newest) in the
-    client's cache, downloaded if missing. ZooError if the download failed, or model.safetensors has another
+    cache, downloaded if missing. ZooError if the download failed, or model.safetensors has another
     `sha256`."""
-    config = download_file(repo_id, constants.CONFIG_NAME, revision, cache_dir)
+    config = download_file(repo_id, constants.CONFIG_NAME, revision)
     # the folder is named after the commit: the second file must come from the same one
-    weights = download_file(repo_id, constants.SAFETENSORS_SINGLE_FILE, config.parent.name, cache_dir)
+    weights = download_file(repo_id, constants.SAFETENSORS_SINGLE_FILE, config.parent.name)
     if sha256 is not None and sha256_of(weights) != sha256:
         raise ZooError(
             f"{weights} is rejected: its sha256 is {sha256_of(weights)}, but {sha256} is pinned. Delete "
@@ -179,10 +188,10 @@ def origin(file: Path) -> str:
     return f"{file.name} of {repo.name.removeprefix('models--').replace('--', '/')} at {commit.name}"
 
 
-def download_file(repo_id: str, filename: str, revision: str | None, cache_dir: str | Path | None) -> Path:
-    """A file of a Hub repo at a revision, by default the newest, in the client's cache. ZooError as of
-    `explained`."""
-    with explained(repo_id, filename, revision, cache_dir):
+def download_file(repo_id: str, filename: str, revision: str | None = None) -> Path:
+    """A file of a Hub repo at a revision, by default the newest, in the cache. ZooError as of `explained`."""
+    cache_dir = DOWNLOADS.get()
+    with explained(repo_id, filename, revision):
         known = try_to_load_from_cache(repo_id, filename, cache_dir, revision)
         if not isinstance(known, str) and not constants.HF_HUB_OFFLINE:
             check_connection(constants.ENDPOINT)
@@ -277,7 +286,7 @@ def check_connection(endpoint: str, seconds: float = constants.HF_HUB_ETAG_TIMEO
         raise errors.LocalEntryNotFoundError(f"{endpoint} does not answer: {error}") from error
 
 
-def fetch_clip(place: str, cache_dir: str | Path | None = None, revision: str | None = None) -> Path:
+def fetch_clip(place: str, revision: str | None = None) -> Path:
     """The file with CLIP's weights, downloaded if missing: at "org/repo/file", or at "org/repo/" as
     safetensors or else pickled; open_clip would hide reasons of failures. In a folder called like its
     commit: that of the newest, if the repo has no such `revision`, or if that is not in the cache and the
@@ -289,11 +298,11 @@ def fetch_clip(place: str, cache_dir: str | Path | None = None, revision: str | 
     problems = []
     for commit, name in tries:
         try:
-            return download_file(repo_id, name, commit, cache_dir)
+            return download_file(repo_id, name, commit)
         except ZooError as error:
             if isinstance(error.__cause__, errors.LocalEntryNotFoundError):  # the Hub does not answer
                 for commit, name in tries:
-                    path = try_to_load_from_cache(repo_id, name, cache_dir, commit)
+                    path = try_to_load_from_cache(repo_id, name, DOWNLOADS.get(), commit)
                     if isinstance(path, str):
                         return Path(path)
                 raise
@@ -305,12 +314,12 @@ def fetch_clip(place: str, cache_dir: str | Path | None = None, revision: str | 
     raise problems[0]
 
 
-def clip_config(clip: str, cache_dir: str | Path | None = None) -> tuple[Values, Values]:
+def clip_config(clip: str) -> tuple[Values, Values]:
     """How "hf-hub:ORG/REPO" or "local-dir:FOLDER" describes its CLIP in open_clip's format: where the
     weights are and their preprocessing, and the sizes of the towers."""
     kind, _, place = clip.partition(":")
     name = "open_clip_config.json"
-    path = download_file(place, name, None, cache_dir) if kind == "hf-hub" else Path(place) / name
+    path = download_file(place, name) if kind == "hf-hub" else Path(place) / name
     with as_zoo_error(f"{path} of {clip} is missing, damaged, or not open_clip's description of a CLIP ({{}})."):
         config = json.loads(read_plain(path))
         weights = dict(config.get("preprocess_cfg", {}))

@@ -39,7 +39,7 @@ from dcp_zoo.cli.benchmark import (
     show_events,
     split_commas,
 )
-from dcp_zoo.cli.console import log, output
+from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.data import DATASETS, DatasetSpec, list_datasets
 from dcp_zoo.data import download as downloads
 from dcp_zoo.errors import ZooError, attempted, check_choice
@@ -267,7 +267,7 @@ def build(
         numbers(chosen["shots"], "--shots"),
         numbers(chosen["seeds"], "--seeds"),
     )
-    settings = Settings(output_dir or Path(os.devnull), data_root, device, precision)
+    settings = Settings(output_dir or Path(os.devnull), data_root, device, precision, progress=progress_bar)
     if state_repo and output_dir and not output_dir.exists():
         build_state.restore(state_repo, output_dir)
     left = remaining(settings.output, trials)

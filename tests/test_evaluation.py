@@ -104,7 +104,7 @@ def test_eval_on_a_dataset_of_other_classes_is_the_cross_dataset_protocol(run, f
     FewShotClassifier(small_model, method="zero-shot").fit(flowers).save("head")
     code, out, err = run("eval", "digits", "--head", "head", "--precision", "float32", "--json")
     assert code == 0, err
-    assert "Note: head was trained on 2 classes, and is tested with the 10 class names of digits" in err
+    assert "Note: a head of 2 classes is tested with the 10 class names of digits" in err
     digits = load_split("digits")
     images, labels = [item.path for item in digits.test], [digits.classnames[item.label] for item in digits.test]
     head = dcp_zoo.create_model("head", True).eval()

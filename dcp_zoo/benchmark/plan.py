@@ -17,6 +17,7 @@ from dcp_zoo.errors import ZooError, attempted, check_choice
 from dcp_zoo.features import LIBRARIES
 from dcp_zoo.fields import Values
 from dcp_zoo.files import file_name, sha256_of, text_sha256
+from dcp_zoo.progress import Progress, no_progress
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import BaseRecipe, check_seed
 from dcp_zoo.zoo.registry import SHOTS
@@ -77,6 +78,7 @@ class Settings:
     device: str = "auto"
     precision: str = "float32"
     save_heads: str = ""  # the method whose heads are written to `output`/heads
+    progress: Progress = no_progress
 
     def conditions(self, trial: Trial) -> Values:
         """What a trial's result depends on besides its seed: it is stored with the result, and a trial

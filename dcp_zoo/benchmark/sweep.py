@@ -34,7 +34,6 @@ from dcp_zoo.fields import Values
 from dcp_zoo.files import alone_in, sha256_of
 from dcp_zoo.heads.config import WEIGHTS_NAME, library_versions
 from dcp_zoo.heads.head import Head
-from dcp_zoo.progress import Progress, no_progress
 from dcp_zoo.training.evaluation import (
     EVAL_BATCH,
     Evaluation,
@@ -73,7 +72,9 @@ class TrialImages(Source):
         self.data_root = settings.data_root
         self.device = pick_device(settings.device)
         self.clip = plain_clip(model).to(self.device)
-        self.extract = FeatureExtractor(self.clip, pick_precision(settings.precision, model, self.device))
+        self.extract = FeatureExtractor(
+            self.clip, pick_precision(settings.precision, model, self.device), settings.progress
+        )
         self.features = FeatureCache(limit=MEMORY // 4)
         self._loaders: OrderedDict[tuple, ImageLoader] = OrderedDict()
 
@@ -107,17 +108,11 @@ class TrialImages(Source):
 shared_images = lru_cache(maxsize=1)(TrialImages)  # those for the previous model are freed
 
 
-def run_trial(
-    trial: Trial,
-    settings: Settings,
-    progress: Progress = no_progress,
-    images: TrialImages | None = None,
-) -> Values:
+def run_trial(trial: Trial, settings: Settings, images: TrialImages | None = None) -> Values:
     """Train and test: the content of the trial's result file. ZooError for missing or damaged data, or
     divergence. `images`: what reads them, by default those that trials of a model share."""
     unfinished = store.Unfinished(trial, settings)
     images = images or shared_images(trial.model, settings)
-    images.extract.progress = progress
     split = images.split(trial.dataset)
     part = PROTOCOLS[trial.protocol].parts[0]
     subset = images.subset(trial.dataset, part, trial.shots, trial.seed)
@@ -210,17 +205,12 @@ def _tests(trial: Trial, head: Head, images: TrialImages, unfinished: store.Unfi
     return entries
 
 
-def execute(
-    trial: Trial,
-    settings: Settings,
-    progress: Progress = no_progress,
-    images: TrialImages | None = None,
-) -> Event:
+def execute(trial: Trial, settings: Settings, images: TrialImages | None = None) -> Event:
     """Run one trial, in this process or on a worker, and write its file, or that of its error. ZooError
     for an output folder that is not writable."""
     started = time.perf_counter()
     try:
-        result = run_trial(trial, settings, progress=progress, images=images)
+        result = run_trial(trial, settings, images)
     except Exception as error:  # whatever it is, the other trials can continue
         message = str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}"
         store.save_failure(settings.output, trial, message, traceback.format_exc())
@@ -233,9 +223,9 @@ def execute(
     return Event(trial, "done", ", ".join(accuracies), seconds=time.perf_counter() - started)
 
 
-def run_in_process(trials: Sequence[Trial], settings: Settings, progress: Progress = no_progress) -> Iterator[Event]:
+def run_in_process(trials: Sequence[Trial], settings: Settings) -> Iterator[Event]:
     for trial in trials:
-        yield execute(trial, settings, progress)
+        yield execute(trial, settings)
 
 
 # --- on Ray ---

@@ -52,7 +52,7 @@ def backend(ray: str | None, per_trial: str | None) -> Callable[..., Any]:
     if ray is None and per_trial:
         raise ZooError("--per-trial applies to Ray: add --ray local, or a cluster's address.")
     if ray is None:
-        return partial(run_in_process, progress=progress_bar)
+        return run_in_process
     resources: Values = {}
     wrong = f"--per-trial takes cpus=N, gpus=N or both, such as cpus=2,gpus=0.5, not {per_trial}."
     with as_zoo_error(wrong, ValueError):
@@ -106,7 +106,7 @@ def benchmark(
     )
     done = store.done(output_dir) if output_dir else set()
     todo = [trial for trial in trials if trial.key not in done]
-    settings = Settings(output_dir or Path(os.devnull), data_root, device, precision)
+    settings = Settings(output_dir or Path(os.devnull), data_root, device, precision, progress=progress_bar)
     if dry_run:
         output.print(grid_table(trials, done))
         output.print(f"{len(trials)} trials, {len(todo)} to run.")

@@ -78,12 +78,12 @@ def advise(text: str) -> None:
 
 
 @contextmanager
-def resumable(advice: str = "What was computed is kept: repeat the command to go on.") -> Iterator[None]:
-    """Print this advice if the work in the context is stopped by Ctrl-C."""
+def resumable() -> Iterator[None]:
+    """Print how to go on if the work in the context is stopped by Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:
-        log(f"Stopped. {advice}")
+        log("Stopped. What was computed is kept: repeat the command to go on.")
         raise
 
 

@@ -94,58 +94,41 @@ def evaluate(
 
     models = [loaded(name, device) for name in names]
     head = heads[0]
-    model = models[0]
-    claims = claimed(names[0], model) if claim else {}
-    is_cross_dataset = dataset is not None and not is_user_data(dataset)
-    dataset = dataset or trained_on(head, model, data_root)
+    claims = claimed(names[0], models[0]) if claim else {}
+    dataset = dataset or trained_on(head, models[0], data_root)
     images = load_labelled(dataset, data_root, labels)
     if images.note:
         log(printable(images.note))
     shown = str(data_root) if dataset == "folder" else dataset
-    test, title = test_images(images, model, head, claim)
+    test, title = test_images(images, models[0], head, claim)
     for other, name in zip(models[1:], heads[1:], strict=True):
         known = {item.key for item in test_images(images, other, name, claim)[0]}
         test = [item for item in test if item.key in known]
         if not test:
             raise ZooError(f"Each of these images is one that {head} or {name} was trained on: pass other images.")
-    if is_cross_dataset:
-        for each, name in zip(models, heads, strict=True):
-            read_classes(images, each, name)
     with shared_features(), all_named(test, MOVE):  # two heads often read the same CLIP
         if dataset == "folder":
             test = group_own_images(test)
-        measurements = [measured(each, test, images.classnames, precision, claim) for each in models]
+        answers = [measured(each, test, images, precision, claim) for each in models]
     if len(heads) == 2:
-        show_comparison(heads, models, measurements, shown, as_json)
+        show_comparison(heads, models, answers, shown, as_json)
         return
-    metrics, evaluation, conditions = measurements[0]
+    metrics, evaluation, conditions = answers[0]
     if report:
-        from dcp_zoo.training.mistakes import write_mistakes  # after torch, which is slow
-
-        write_mistakes(evaluation, report, f"{head} on {dataset}")
-        log(f"Wrote {report}")
+        report_mistakes(evaluation, report, f"{head} on {dataset}")
     if as_json:
         print(json.dumps({"head": head, "dataset": dataset} | conditions | as_values(evaluation)))
         return
     kind = title.removesuffix("top-1")
-    output.print(f"{head} on {len(test)} {kind}images of {shown}, {model.stats} statistics:", markup=False)
+    output.print(f"{head} on {len(test)} {kind}images of {shown}, {conditions['stats']} statistics:", markup=False)
     show_evaluation(evaluation, title)
     if claim:
         compare(claims, metrics)
 
 
-def read_classes(images: Split, model: "Head", head: str) -> None:
-    """Let a head classify into the classes of a dataset, if these are others than its own."""
-    if set(images.classnames) != set(model.classnames):
-        log(
-            f"Note: {head} was trained on {model.num_classes} classes, and is tested with the "
-            f"{len(images.classnames)} class names of {images.name}, as in the cross-dataset protocol."
-        )
-        model.set_classnames(images.classnames, find_spec(images.name).template)
-
-
-def measured(model: "Head", test: Sequence[Item], classnames: Sequence[str], precision: str, claim: bool) -> Measured:
-    """`measure` on images whose labels count these class names, with the precision and the batch size."""
+def measured(model: "Head", test: Sequence[Item], images: Split, precision: str, claim: bool) -> Measured:
+    """A head measured on test images of a split, in all modes for a `claim`. Of a dataset with other classes
+    it classifies into these."""
     from dcp_zoo.api.inputs import among
     from dcp_zoo.features.device import pick_precision
     from dcp_zoo.features.extract import FeatureExtractor
@@ -153,7 +136,13 @@ def measured(model: "Head", test: Sequence[Item], classnames: Sequence[str], pre
     from dcp_zoo.features.photos import Photos
     from dcp_zoo.training.evaluation import measure
 
-    items = among(test, classnames, model.classnames)
+    if not is_user_data(images.name) and set(images.classnames) != set(model.classnames):
+        log(
+            f"Note: a head of {model.num_classes} classes is tested with the {len(images.classnames)} class names of "
+            f"{images.name}, as in the cross-dataset protocol."
+        )
+        model.set_classnames(images.classnames, find_spec(images.name).template)
+    items = among(test, images.classnames, model.classnames)
     recipe = model.info.get("recipe", {})
     batch_size = recipe.get("eval_batch_size", 16)
     if claim and precision == AUTO:  # as it was measured
@@ -161,11 +150,12 @@ def measured(model: "Head", test: Sequence[Item], classnames: Sequence[str], pre
     precision = pick_precision(precision, model.encoder.architecture, model.device)
     loader = ImageLoader(Photos(items), FeatureExtractor(model.frozen, precision, progress_bar))
     metrics, evaluation = measure(model, loader, batch_size, all_modes=claim)
-    return metrics, evaluation, {"stats": model.stats, "precision": precision, "batch_size": batch_size}
+    conditions = {"stats": model.stats, "precision": precision, "batch_size": batch_size}
+    return metrics, evaluation, conditions
 
 
 def show_comparison(
-    heads: Sequence[str], models: Sequence["Head"], measurements: Sequence[Measured], shown: str, as_json: bool
+    heads: Sequence[str], models: Sequence["Head"], answers: Sequence[Measured], shown: str, as_json: bool
 ) -> None:
     """Print which of two heads is better on the images that both were measured on, and the size and cost of
     both."""
@@ -173,9 +163,9 @@ def show_comparison(
     from dcp_zoo.features.device import seconds_per_image
     from dcp_zoo.training.comparison import Comparison
 
-    compared = Comparison(*[evaluation for _, evaluation, _ in measurements])
+    compared = Comparison(*[evaluation for _, evaluation, _ in answers])
     rows = list[Values]()
-    for head, model, (_, evaluation, conditions) in zip(heads, models, measurements, strict=True):
+    for head, model, (_, evaluation, conditions) in zip(heads, models, answers, strict=True):
         size = model.pretrained_cfg["input_size"]
         row: Values = {
             "head": head,
@@ -303,6 +293,13 @@ def trained_on(head: str, model: "Head", data_root: Path | None) -> str:
         raise ZooError(f"{head} was trained on your own images: pass a folder with images of its classes, {classes}.")
     opt.check_data_root(dataset, data_root)
     return dataset
+
+
+def report_mistakes(evaluation: "Evaluation", page: Path, title: str) -> None:
+    from dcp_zoo.training.mistakes import write_mistakes  # after torch, which is slow
+
+    write_mistakes(evaluation, page, title)
+    log(f"Wrote {page}")
 
 
 def show_evaluation(evaluation: "Evaluation", title: str = TEST) -> None:

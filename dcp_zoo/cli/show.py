@@ -137,7 +137,7 @@ def describe(name: str) -> Values:
     if kind == "hf-hub":
         from dcp_zoo.hub import download_file
 
-        return describe_checkpoint(name, download_file(place, CONFIG_NAME, tag or None, None).parent)
+        return describe_checkpoint(name, download_file(place, CONFIG_NAME, tag or None).parent)
     if kind == "open_clip":
         return describe_model(get_spec(name))
     if tag in ("", registry.CLIP_TAG):

@@ -9,7 +9,7 @@ from typer import Option
 
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import advise, log, output, progress_bar, rejection_note, resumable
-from dcp_zoo.cli.heads import TEST, show_evaluation
+from dcp_zoo.cli.heads import TEST, report_mistakes, show_evaluation
 from dcp_zoo.data import is_user_data, load_for_training
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.data.unreadable import all_named
@@ -143,10 +143,7 @@ def train(
 
     def show(evaluation: "Evaluation") -> None:
         if report:
-            from dcp_zoo.training.mistakes import write_mistakes  # after torch, which is slow
-
-            write_mistakes(evaluation, report, f"{output_dir} on {run.split.name}")
-            log(f"Wrote {report}")
+            report_mistakes(evaluation, report, f"{output_dir} on {run.split.name}")
         show_evaluation(evaluation, f"{TEST}, {REFITTED}" if refit else TEST)
 
     settings = RunOptions(overwrite=overwrite, progress=progress_bar, log=log, show=show)

@@ -149,7 +149,7 @@ def claimed(name: str, model: Head) -> dict[str, float]:
     """Top-1 accuracies in percent by mode, of the manifest or the checkpoint; what a head's card states
     comes first. ZooError for none."""
     kind, place, tag = parse_name(name)
-    card = download_file(place, CARD_NAME, tag or None, None) if kind == "hf-hub" else Path(place) / CARD_NAME
+    card = download_file(place, CARD_NAME, tag or None) if kind == "hf-hub" else Path(place) / CARD_NAME
     metrics = newest(get_head(name)).metrics if kind == "zoo" and tag else {}
     claims = accuracies(metrics or model.info.get("metrics") or {})
     results = ModelCard.load(card).data.eval_results if card.is_file() else None

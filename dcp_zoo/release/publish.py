@@ -202,7 +202,7 @@ def publish(release: Release, replaces: str | None = None) -> str:
         rows = {release.head.name: release.row(revision)}
         retried(lambda: add_to_index(release.repo_id.split("/")[0], rows))
     if replaces:
-        card = ModelCard.load(download_file(replaces, CARD_NAME, None, None))
+        card = ModelCard.load(download_file(replaces, CARD_NAME))
         card.data["new_version"] = release.repo_id
         with explained(replaces, CARD_NAME):
             HfApi(library_name=HUB_LIBRARY).upload_file(

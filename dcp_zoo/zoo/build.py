@@ -30,10 +30,10 @@ from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.file import read_tensors
 from dcp_zoo.heads.head import Head
 from dcp_zoo.heads.kinds import AdapterHead, CacheHead, ConditionalHead, LinearHead, PromptHead
-from dcp_zoo.hub import fetch_clip, origin
+from dcp_zoo.hub import DOWNLOADS, fetch_clip, origin
 from dcp_zoo.zoo.registry import clip_cfg
-from dcp_zoo.zoo.resolve import Source, resolve
-from dcp_zoo.zoo.specs import OPEN_CLIP, ModelSpec, described
+from dcp_zoo.zoo.resolve import Source
+from dcp_zoo.zoo.specs import OPEN_CLIP, ModelSpec, described, get_spec
 
 logger = logging.getLogger(__name__)
 KINDS: Values = {kind.kind: kind for kind in (LinearHead, AdapterHead, PromptHead, ConditionalHead, CacheHead, DCP)}
@@ -52,7 +52,7 @@ def build_head(
     """The head that a source stands for, on its CLIP; a fresh DCP, for these classes, if it stands for none.
     For the arguments see `create_model`; ZooError for options of a DCP that the checkpoint does not have."""
     config = _dcp_config(source, {name: value for name, value in options.items() if value is not None})
-    clip = load_clip(source.spec, source.pretrained is not False, tokenizer, source.cache_dir)
+    clip = load_clip(source.spec, source.pretrained is not False, tokenizer)
     clip.pretrained_cfg = source.data_cfg
     if source.is_trained:
         head = trained_head(clip, source)
@@ -123,18 +123,13 @@ def trained_head(clip: FrozenCLIP, source: Source) -> Head:
 def plain_clip(model: str, *, with_weights: bool = True) -> FrozenCLIP:
     """The CLIP of a model of the zoo such as "dcp_vitb16", with its weights, or random ones, which need no
     download; on the CPU."""
-    return load_clip(resolve(model, "clip").spec, with_weights)
+    return load_clip(get_spec(model), with_weights)
 
 
-def load_clip(
-    spec: ModelSpec,
-    with_weights: bool,
-    tokenizer: Tokenizer | None = None,
-    cache_dir: str | Path | None = None,
-) -> FrozenCLIP:
+def load_clip(spec: ModelSpec, with_weights: bool, tokenizer: Tokenizer | None = None) -> FrozenCLIP:
     """The CLIP of a model's row with its weights, or random ones; see `create_model`."""
-    tokenizer = tokenizer or build_tokenizer(spec, cache_dir)
-    built, note = build_clip(spec, with_weights, cache_dir)
+    tokenizer = tokenizer or build_tokenizer(spec)
+    built, note = build_clip(spec, with_weights)
     clip = FrozenCLIP(built, tokenizer, spec.data_cfg, spec.name, spec.clip_pretrained)
     clip.note = note
     if with_weights:
@@ -142,15 +137,15 @@ def load_clip(
     return clip
 
 
-def build_clip(spec: ModelSpec, with_weights: bool, cache_dir: str | Path | None = None) -> tuple[nn.Module, str]:
+def build_clip(spec: ModelSpec, with_weights: bool) -> tuple[nn.Module, str]:
     """CLIP itself, in float32, with QuickGELU for weights trained with it (such as OpenAI's), and
     `FrozenCLIP.note`."""
     if spec.clip is None:
         if with_weights:
             logger.info("CLIP of %s: %s", spec.name, origin(MINI_WEIGHTS))
         return build_mini_clip(MINI_WEIGHTS if with_weights else None), ""
-    weights, config = described(spec.clip, spec.clip_pretrained, cache_dir)
-    file = Path(_weights_file(spec, weights, cache_dir)) if with_weights else Path()
+    weights, config = described(spec.clip, spec.clip_pretrained)
+    file = Path(_weights_file(spec, weights)) if with_weights else Path()
     repo = weights.get("hf_hub", "").rpartition("/")[0]
     remedy = f"hf cache rm model/{repo}" if repo else "replace them"
     failed = (
@@ -173,13 +168,13 @@ def build_clip(spec: ModelSpec, with_weights: bool, cache_dir: str | Path | None
     return clip.eval(), note
 
 
-def _weights_file(spec: ModelSpec, weights: Values, cache_dir: str | Path | None) -> str | Path:
+def _weights_file(spec: ModelSpec, weights: Values) -> str | Path:
     """The file with CLIP's weights, downloaded if needed, of the row's pinned revision if it has one, see
     `fetch_clip`; `weights` is open_clip's description of it. ZooError if open_clip has moved the weights to
     another repo."""
     place = weights.get("hf_hub")
     if not place:
-        return open_clip.download_pretrained(weights, cache_dir=cache_dir and str(cache_dir))
+        return open_clip.download_pretrained(weights, cache_dir=DOWNLOADS.get())
     repo = place.rpartition("/")[0]
     if spec.clip_revision and repo != spec.clip_repo:
         raise ZooError(
@@ -187,7 +182,7 @@ def _weights_file(spec: ModelSpec, weights: Values, cache_dir: str | Path | None
             f"and {spec.name} has them from {spec.clip_repo}. Upgrade dcp_zoo, or take the weights as they are now: "
             f"{OPEN_CLIP}{spec.clip}/{spec.clip_pretrained}."
         )
-    return fetch_clip(place, cache_dir, spec.clip_revision)
+    return fetch_clip(place, spec.clip_revision)
 
 
 def build_open_clip(config: Values, quick_gelu: bool) -> nn.Module:
@@ -218,14 +213,14 @@ def load_weights(clip: nn.Module, path: Path) -> None:
     open_clip.load_checkpoint(clip, str(path))
 
 
-def build_tokenizer(spec: ModelSpec, cache_dir: str | Path | None = None) -> Tokenizer | None:
+def build_tokenizer(spec: ModelSpec) -> Tokenizer | None:
     """The tokenizer of a model's text tower; None means open_clip's default."""
     if spec.clip is None:
         return None
     try:
-        return open_clip.get_tokenizer(spec.clip, cache_dir=cache_dir and str(cache_dir))
+        return open_clip.get_tokenizer(spec.clip, cache_dir=DOWNLOADS.get())
     except Exception as error:  # of `transformers`, which reports a missing file in many ways
-        text_cfg = described(spec.clip, spec.clip_pretrained, cache_dir)[1].get("text_cfg", {})
+        text_cfg = described(spec.clip, spec.clip_pretrained)[1].get("text_cfg", {})
         repo = text_cfg.get("hf_tokenizer_name", spec.clip)
         import_extra("transformers", "tokenizers")
         raise ZooError(

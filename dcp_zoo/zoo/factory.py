@@ -25,6 +25,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import is_checkpoint, without
 from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head import Head
+from dcp_zoo.hub import downloads_in
 from dcp_zoo.zoo.build import build_head
 from dcp_zoo.zoo.registry import CLIP_TAG, is_model
 from dcp_zoo.zoo.resolve import get_pretrained_cfg, resolve
@@ -125,8 +126,9 @@ def create_model(
     overlay = dict(pretrained_cfg_overlay or {})
     name = _head_of_cfg(model_name, pretrained_cfg, overlay)
     fresh_classes = None if classnames else num_classes
-    source = resolve(name, pretrained, cache_dir, 0 if features_only else fresh_classes)
-    model = build_head(source, classnames, descriptions, tokenizer, without_fixed(source.spec, options))
+    with downloads_in(cache_dir):
+        source = resolve(name, pretrained, 0 if features_only else fresh_classes)
+        model = build_head(source, classnames, descriptions, tokenizer, without_fixed(source.spec, options))
     model.stats = stats
     model.pretrained_cfg = without(overlay, NOT_PREPROCESSING)
     if classifier == "none":

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict, overload
+from typing import Any, TypedDict
 
 from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.data.packaged import DATASETS, list_datasets
@@ -24,9 +24,6 @@ from dcp_zoo.errors import ZooError, check_choice, nearest, warn
 from dcp_zoo.fields import Values, problems
 from dcp_zoo.heads.config import WEIGHTS_NAME
 from dcp_zoo.zoo.specs import MODELS, SIZES, ModelSpec, get_spec
-
-if TYPE_CHECKING:
-    from dcp_zoo.hub import FoundHead
 
 CLIP_TAG = "clip"  # in place of a head's: CLIP's own weights, without a head
 SHOTS = (1, 2, 4, 8, 16)
@@ -113,10 +110,11 @@ class HeadEntry:
     @property
     def pretrained_cfg(self) -> Values:
         """timm's `pretrained_cfg`: preprocessing, number of classes, licence, and where the weights are."""
-        file = self.bundled_dir / WEIGHTS_NAME if self.status == "bundled" else None
-        revision, _ = self.pin
-        spec = get_spec(self.model)
-        return _pretrained_cfg(spec, self.tag, self.dataset, self.license, file, self.repo_id, revision)
+        if self.status == "bundled":
+            place = of_file(self.bundled_dir / WEIGHTS_NAME)
+        else:
+            place = of_repo(self.repo_id, self.pin[0])
+        return weights_cfg(get_spec(self.model), self.tag, self.dataset, self.license, place)
 
     @property
     def train_command(self) -> str:
@@ -126,31 +124,27 @@ class HeadEntry:
 def clip_cfg(spec: ModelSpec) -> Values:
     """timm's `pretrained_cfg` of CLIP's own weights, for the classes that a model has without others."""
     dataset = HeadEntry(f"{spec.name}.{spec.default_tag}").dataset
-    file = MINI_WEIGHTS if spec.clip is None else None
-    return _pretrained_cfg(spec, CLIP_TAG, dataset, spec.license, file, spec.clip_repo, spec.clip_revision)
+    place = of_repo(spec.clip_repo, spec.clip_revision) if spec.clip else of_file(MINI_WEIGHTS)
+    return weights_cfg(spec, CLIP_TAG, dataset, spec.license, place)
 
 
-def _pretrained_cfg(
-    spec: ModelSpec,
-    tag: str,
-    dataset: str,
-    license: str | None,
-    file: Path | None,
-    repo: str | None,
-    revision: str | None,
-) -> Values:
-    """timm's `pretrained_cfg` of weights in a file, or else in a Hub repo at a revision, by default the
-    newest."""
-    cfg = spec.data_cfg | {"architecture": spec.name, "tag": tag}
-    if file:
-        cfg |= {"file": str(file), "source": "file"}
-    else:
-        cfg |= {"hf_hub_id": f"{repo}@{revision}" if revision else repo, "source": "hf-hub"}
+def weights_cfg(spec: ModelSpec, tag: str, dataset: str, license: str | None, place: Values) -> Values:
+    """timm's `pretrained_cfg` of weights for the classes of a dataset, which are at this place."""
+    cfg = spec.data_cfg | {"architecture": spec.name, "tag": tag} | place
     if dataset in DATASETS:
         cfg["num_classes"] = DATASETS[dataset].num_classes
     if license:
         cfg["license"] = license
     return cfg
+
+
+def of_file(file: Path) -> Values:
+    return {"file": str(file), "source": "file"}
+
+
+def of_repo(repo: str | None, revision: str | None) -> Values:
+    """A repo of the Hub at a revision, by default the newest."""
+    return {"hf_hub_id": f"{repo}@{revision}" if revision else repo, "source": "hf-hub"}
 
 
 @cache
@@ -215,8 +209,8 @@ def loadable_heads() -> dict[str, HeadEntry]:
     published, problem = indexed_heads()
     if problem:
         warn(f"The Hub may have more heads than are known here: {problem}")
-    fixed = {name: head for name, head in trained_heads().items() if head.is_fixed}
-    return trained_heads() | published | fixed
+    heads = published | trained_heads()
+    return {name: head if head.is_fixed else published.get(name, head) for name, head in heads.items()}
 
 
 def known_heads() -> dict[str, HeadEntry]:
@@ -322,15 +316,7 @@ def matching(names: Iterable[str], filter: Wildcards, exclude: Wildcards = "") -
     return [name for name in names if matches(name, filter or "*") and not matches(name, exclude)]
 
 
-@overload
-def list_heads(filter: str = "", status: str | None = None, hub: Literal[False] = False) -> list[str]: ...
-
-
-@overload
-def list_heads(filter: str = "", status: None = None, *, hub: Literal[True]) -> "list[FoundHead]": ...
-
-
-def list_heads(filter: str = "", status: str | None = None, hub: bool = False) -> "list[str] | list[FoundHead]":
+def list_heads(filter: str = "", status: str | None = None, hub: bool = False) -> list[Any]:
     """Names `model.tag` of all heads, including planned ones; the Hub's index is read. A warning says why if
     the Hub does not answer.
 

@@ -71,7 +71,6 @@ class Source:
     head: HeadEntry | None = None  # of the name, or the model's default head; None for names that are not the zoo's
     folder: Path | None = None  # of the checkpoint; None if there is none, or none is needed
     config: HeadConfig | None = None  # the checkpoint's checked config.json
-    cache_dir: str | Path | None = None  # where downloads are kept
     pretrained: bool | str = True  # as asked for, see `create_model`
 
     @property
@@ -94,7 +93,7 @@ class Source:
                 f"The head in {self.folder} was trained on a CLIP outside the zoo. Build model = dcp_zoo.DCP(clip, "
                 f"classnames, ...) around it, then call dcp_zoo.load_head(model, {str(self.folder)!r})."
             )
-        spec = get_spec(self.architecture, self.cache_dir)
+        spec = get_spec(self.architecture)
         tag = self.config["dcp"]["clip"] if self.config else spec.clip_pretrained
         if tag != spec.clip_pretrained:
             raise ZooError(
@@ -104,17 +103,12 @@ class Source:
         return spec
 
 
-def resolve(
-    name: str,
-    pretrained: bool | str = True,
-    cache_dir: str | Path | None = None,
-    num_classes: int | None = None,
-) -> Source:
+def resolve(name: str, pretrained: bool | str = True, num_classes: int | None = None) -> Source:
     """What a name stands for; a head's checkpoint is in the package, in the local cache or downloaded from
     the Hub. Checkpoint folders and Hub repos are read in any case.
 
     Args:
-        name, pretrained, cache_dir: see `create_model`.
+        name, pretrained: see `create_model`.
         num_classes: of a fresh classifier, or 0 for none. If the model's default head has another number and
             nobody has published it, the name of the model stands for CLIP's own weights, and a warning says
             so.
@@ -123,9 +117,9 @@ def resolve(
     if kind == "open_clip":
         if pretrained not in FRESH:
             raise ZooError(f"{name} has no heads: pass pretrained='clip' for CLIP's weights and fresh prompts.")
-        return Source(name, cache_dir=cache_dir, pretrained=pretrained)
+        return Source(name, pretrained=pretrained)
     if kind == "zoo":
-        return _of_the_zoo(place, tag, pretrained, cache_dir, num_classes)
+        return _of_the_zoo(place, tag, pretrained, num_classes)
     if pretrained not in (*FRESH, True):
         raise ZooError(
             f"{name} is one head, and pretrained={pretrained!r} names another: pass True for its weights, "
@@ -135,16 +129,14 @@ def resolve(
     if kind == "hf-hub":
         from dcp_zoo.hub import download_head  # slow to import
 
-        folder = download_head(place, tag or None, cache_dir=cache_dir)
+        folder = download_head(place, tag or None)
         if folder.name != tag:
             warn(f"{name} is not pinned: this is its commit {folder.name}. Pin it: {kind}:{place}@{folder.name}")
     config = read_config(folder)
-    return Source(config["architecture"], None, folder, config, cache_dir, pretrained)
+    return Source(config["architecture"], None, folder, config, pretrained)
 
 
-def _of_the_zoo(
-    model: str, tag: str, pretrained: bool | str, cache_dir: str | Path | None, num_classes: int | None
-) -> Source:
+def _of_the_zoo(model: str, tag: str, pretrained: bool | str, num_classes: int | None) -> Source:
     """What `model.tag` stands for, or the head of the model that `pretrained` names."""
     if isinstance(pretrained, str) and tag and pretrained != tag:
         raise ZooError(f"'{model}.{tag}' names {tag!r}, but pretrained={pretrained!r} another: pass only one.")
@@ -153,7 +145,7 @@ def _of_the_zoo(
         pretrained = CLIP_TAG if pretrained else False
     head = get_head(f"{model}.{tag or get_spec(model).default_tag}")
     if pretrained in FRESH:
-        return Source(model, head, cache_dir=cache_dir, pretrained=pretrained)
+        return Source(model, head, pretrained=pretrained)
     if pretrained is not True:
         head = get_head(f"{model}.{pretrained}")
     folder = trained_here(head)
@@ -161,15 +153,15 @@ def _of_the_zoo(
         head = registry.newest(head)
         # nobody has asked for the classes of a default head, whose classifier is replaced
         is_optional = not tag and pretrained is True and num_classes not in (None, head.pretrained_cfg["num_classes"])
-        folder = head.bundled_dir if head.status == "bundled" else _download(head, cache_dir, is_optional)
+        folder = head.bundled_dir if head.status == "bundled" else _download(head, is_optional)
     if folder is None:
         warn(
             f"CLIP's own weights of {model} are loaded, with fresh prompts, as by {model}.{CLIP_TAG}: its default head "
             f"{head.name} is not published yet, and its classifier is not asked for."
         )
-        return Source(model, head, cache_dir=cache_dir, pretrained=CLIP_TAG)
+        return Source(model, head, pretrained=CLIP_TAG)
     config = read_config(folder)
-    return Source(config["architecture"], head, folder, config, cache_dir, pretrained)
+    return Source(config["architecture"], head, folder, config, pretrained)
 
 
 def trained_here(head: HeadEntry) -> Path | None:
@@ -201,16 +193,16 @@ def name_of(folder: Path) -> str:
     return f"local-dir:{name}" if is_taken else name
 
 
-def _download(head: HeadEntry, cache_dir: str | Path | None, is_optional: bool) -> Path | None:
+def _download(head: HeadEntry, is_optional: bool) -> Path | None:
     """The folder of a registered head at its pinned revision, or unpinned with a warning; None if it is
     optional and the Hub has none."""
     from dcp_zoo.hub import download_head, is_absent  # slow to import
 
     revision, sha256 = head.pin
     if revision is not None:
-        return download_head(head.repo_id, revision, sha256, cache_dir)
+        return download_head(head.repo_id, revision, sha256)
     try:
-        folder = download_head(head.repo_id, cache_dir=cache_dir)
+        folder = download_head(head.repo_id)
     except ZooError as error:
         if is_optional and is_absent(error):
             return None

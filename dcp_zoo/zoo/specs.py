@@ -90,11 +90,11 @@ DEFAULT_HEAD = f"dcp_mini.{MODELS['dcp_mini'].default_tag}"
 MINIATURE_NOTE = "dcp_mini is a miniature for trying things out. For real use: train --model small; see dcp-zoo list."
 
 
-def get_spec(model: str, cache_dir: str | Path | None = None) -> ModelSpec:
+def get_spec(model: str) -> ModelSpec:
     """The row of `MODELS`, by name or size, or one made for "open_clip:ARCH/TAG"; ZooError with the nearest
     names if it is unknown."""
     if model.startswith(OPEN_CLIP):
-        return open_clip_spec(model, cache_dir)
+        return open_clip_spec(model)
     model = SIZES.get(model, model)
     if model not in MODELS:
         close = ", ".join(nearest(model, MODELS) or MODELS)
@@ -114,19 +114,19 @@ def open_clip_hint(name: str) -> str:
     return f" open_clip's {clip} is {OPEN_CLIP}{clip}/{tag or 'TAG'}, with a tag of open_clip.list_pretrained()."
 
 
-def described(clip: str, tag: str, cache_dir: str | Path | None = None) -> tuple[Values, Values]:
+def described(clip: str, tag: str) -> tuple[Values, Values]:
     """open_clip's two configurations of a CLIP: of the weights (where they are, their preprocessing), and of
     the model (the sizes of both towers)."""
     if clip.startswith((CLIP_REPO, CLIP_FOLDER)):
         from dcp_zoo.hub import clip_config
 
-        return clip_config(clip, cache_dir)
+        return clip_config(clip)
     import open_clip
 
     return open_clip.get_pretrained_cfg(clip, tag), open_clip.get_model_config(clip)
 
 
-def open_clip_spec(name: str, cache_dir: str | Path | None = None) -> ModelSpec:
+def open_clip_spec(name: str) -> ModelSpec:
     """A row for "open_clip:ARCH/TAG", "open_clip:hf-hub:ORG/REPO", or "open_clip:local-dir:FOLDER", made
     absolute."""
     place = name.removeprefix(OPEN_CLIP)
@@ -148,7 +148,7 @@ def open_clip_spec(name: str, cache_dir: str | Path | None = None) -> ModelSpec:
                 f"names are {OPEN_CLIP}ARCH/TAG, {OPEN_CLIP}{CLIP_REPO}ORG/REPO, or {OPEN_CLIP}{CLIP_FOLDER}FOLDER."
             )
         clip, _, tag = place.partition("/")
-    weights, model = described(clip, tag, cache_dir)
+    weights, model = described(clip, tag)
     return ModelSpec(
         name,
         clip,
