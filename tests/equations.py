@@ -21,7 +21,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data.images import crop, load_image, normalise
 from dcp_zoo.features.loader import ImageLoader
 from dcp_zoo.features.table import FeatureTable
-from dcp_zoo.training.methods import promptsrc
+from dcp_zoo.training.methods import prompts as prompt_methods
 from dcp_zoo.training.task import Task
 
 NAMES = ["red", "blue_sky", "dark green"]
@@ -482,7 +482,7 @@ def prompt_src(given: Task, depth: int) -> Tensor:
     clip, (text, vision) = given.clip, [random_prompts(depth, 4, width) for width in (64, 128)]
     text[0] = words(clip, "a photo of a")
     with torch.no_grad():
-        raw = [clip.clip.encode_text(tokens(clip, fill(template))) for template in promptsrc.TEMPLATES]
+        raw = [clip.clip.encode_text(tokens(clip, fill(template))) for template in prompt_methods.TEMPLATES]
     frozen_texts = F.normalize(sum(raw), dim=-1)
 
     def encode(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ from dcp_zoo.cli import app, main
 from dcp_zoo.data import Item
 from dcp_zoo.hub import CLIP_WEIGHTS_NAME
 from dcp_zoo.release import onnx
-from dcp_zoo.training.methods import promptsrc
+from dcp_zoo.training.methods import prompts
 from dcp_zoo.zoo.build import build_open_clip
 from dcp_zoo.zoo.registry import WEIGHTS
 
@@ -182,7 +182,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def clip(golden, monkeypatch) -> FrozenCLIP:
     """The small CLIP, for which PromptSRC averages 3 templates in place of 60."""
-    monkeypatch.setattr(promptsrc, "TEMPLATES", promptsrc.TEMPLATES[:3])
+    monkeypatch.setattr(prompts, "TEMPLATES", prompts.TEMPLATES[:3])
     return FrozenCLIP(build_tiny_clip(golden, text_cfg={"layers": 4}), default_tokenizer(), CFG)
 
 

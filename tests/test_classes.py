@@ -19,7 +19,7 @@ from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.data.readers import read_descriptions
 from dcp_zoo.heads.config import read_config
-from dcp_zoo.training.methods import METHODS, fit_head, promptsrc
+from dcp_zoo.training.methods import METHODS, fit_head, prompts
 from dcp_zoo.zoo.factory import create_model
 
 CRANES = ["crane", "crane", "b"]
@@ -94,7 +94,7 @@ def test_two_copies_of_a_text_change_nothing(method, clip, photos, monkeypatch):
         "promptsrc",
         "dcp",
     )  # the text follows prompts
-    monkeypatch.setattr(promptsrc, "TEMPLATES", ("{}.",))
+    monkeypatch.setattr(prompts, "TEMPLATES", ("{}.",))
     changes = {"clip-lora": {"dropout": 0.0}, "maple": {"ctx_init": "a photo"}, "dcp": {"classifier": "none"}}
     options = changes.get(method, {})
     given = task(method, clip, photos, **options)

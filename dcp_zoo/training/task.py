@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dcp_zoo.backbone.classes import Texts, check_classnames
+from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP, ImageEncoder
 from dcp_zoo.features import PLAIN, FeatureTable, ImageLoader
 from dcp_zoo.heads.kinds import LinearHead
@@ -97,7 +97,7 @@ class Task:
     @property
     def text(self) -> Tensor:
         """Zero-shot CLIP's normalised text features (C, E) of the class names."""
-        return self.clip.zero_shot_classifier(check_classnames(self.classnames), self.texts)
+        return self.clip.zero_shot_classifier(self.classnames, self.texts)
 
     def embeddings(self, table: FeatureTable) -> Tensor:
         """The plain view's embeddings (n, E), on the device."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.backbone.classes import check_classnames, class_texts
+from dcp_zoo.backbone.classes import class_texts
 from dcp_zoo.fields import option
 from dcp_zoo.heads.config import Abilities
 from dcp_zoo.heads.kinds import AdapterHead, LinearHead
@@ -46,9 +46,8 @@ def fit_taskres(task: Task) -> LinearHead:
         w_c      = t_c + alpha x_c
         logits_c = s f w_c^T / |w_c|                                         (B,)
     """
-    names = check_classnames(task.classnames)
-    sentences, counts = class_texts(names, task.texts)
-    text = task.clip.encode_sentences(names, task.texts)
+    sentences, counts = class_texts(task.classnames, task.texts)
+    text = task.clip.encode_sentences(task.classnames, task.texts)
     if counts is not None:
         raw = task.clip.encode_sentences(sentences, "{}")
         text = torch.stack([of_class.mean(0) for of_class in raw.split(counts)])
@@ -94,7 +93,7 @@ def fit_clip_adapter(task: Task) -> AdapterHead:
         return F.cross_entropy(head.classify(features).float(), labels)
 
     train_on_rows(task, [*head.adapter.requires_grad_().parameters()], loss)
-    return head.requires_grad_(False)
+    return head
 
 
 PAPER = "Yu et al., Task Residual for Tuning Vision-Language Models, CVPR 2023"

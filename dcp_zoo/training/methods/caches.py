@@ -73,7 +73,6 @@ def fit_tip_adapter_f(task: Task) -> CacheHead:
 
     batches = shuffled(source, recipe.batch_size, task.seed)
     minimise(task, loss, optimizer, batches, cosine(recipe.lr, steps), steps)
-    head.keys.requires_grad_(False)
     return choose_strength(head, task)
 
 

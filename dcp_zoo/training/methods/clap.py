@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.probe.estimates import class_means
 from dcp_zoo.training.methods.base import CLOSED, Method, RowsRecipe, augmented, train_on_rows
@@ -42,11 +41,10 @@ class CLAPRecipe(RowsRecipe):
 def fit(task: Task) -> LinearHead:
     recipe: CLAPRecipe = task.recipe
     clip = task.clip
-    names = check_classnames(task.classnames)
     features = task.train.rows(*augmented(task))  # (V, n, E)
     rows = features.flatten(0, 1)  # (V n, E)
     labels = task.train.labels.repeat(len(features))
-    start = clip.encode_sentences(names, task.texts)
+    start = clip.encode_sentences(task.classnames, task.texts)
     if recipe.unit:
         start = F.normalize(start, dim=-1)
     prototypes = start.clone()
@@ -60,7 +58,7 @@ def fit(task: Task) -> LinearHead:
 
     probabilities = torch.cat([classify(chunk.to(start)).softmax(-1).cpu() for chunk in rows.split(1000)])
     own = probabilities.gather(1, labels[:, None])  # (V n, 1) of each row's own class
-    strength = class_means(own, labels, len(names))[:, 0].to(start)  # (C,), the a_c
+    strength = class_means(own, labels, len(task.classnames))[:, 0].to(start)  # (C,), the a_c
     train_on_rows(task, [prototypes.requires_grad_()], loss)
     return task.text_head(F.normalize(prototypes.detach(), dim=-1))
 

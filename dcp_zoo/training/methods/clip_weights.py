@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from dcp_zoo.backbone.classes import check_classnames, class_texts, mean_of_texts
+from dcp_zoo.backbone.classes import class_texts, mean_of_texts
 from dcp_zoo.backbone.clip import FrozenCLIP, Reading
 from dcp_zoo.backbone.inputs import Inputs
 from dcp_zoo.backbone.tokens import end_positions
@@ -77,7 +77,7 @@ def train_steps(task: Task, trained: Iterable[Tensor], loss: Loss, source: Image
 def train_weights(clip: FrozenCLIP, task: Task, trained: Iterable[Tensor], steps: int) -> None:
     """Train these weights of a CLIP by zero-shot classification, encoding images and sentences in every
     step."""
-    sentences, counts = class_texts(check_classnames(task.classnames), task.texts)
+    sentences, counts = class_texts(task.classnames, task.texts)
     ids = task.clip.tokenize(sentences)  # (S, L)
     if shares_prefix(task.clip.text):  # in a causal tower tokens after an end token have no effect
         ids = ids[:, : int(end_positions(task.clip.text, ids).max()) + 1]
@@ -93,7 +93,7 @@ def train_weights(clip: FrozenCLIP, task: Task, trained: Iterable[Tensor], steps
 
 def zero_shot_of(clip: FrozenCLIP, task: Task) -> LinearHead:
     """Zero-shot classification by a copy of CLIP that was trained."""
-    text = clip.zero_shot_classifier(check_classnames(task.classnames), task.texts)
+    text = clip.zero_shot_classifier(task.classnames, task.texts)
     return task.text_head(text, clip=clip, texts=task.texts)
 
 
@@ -253,7 +253,7 @@ def fit_two_sfs(task: Task) -> LinearHead:
     norms = nn.ModuleList(module for module in clip.clip.modules() if isinstance(module, nn.LayerNorm))
     first = int(recipe.steps * recipe.first_stage)
     train_weights(clip, task, norms.requires_grad_().parameters(), first)
-    weight = clip.zero_shot_classifier(check_classnames(task.classnames), task.texts).requires_grad_()
+    weight = clip.zero_shot_classifier(task.classnames, task.texts).requires_grad_()
     if not source.crops:
         trained = Reading(clip, clip.parts, clip.read).only()
         source = ImageLoader.of_features(source.table([trained], source.views), source.augment)
