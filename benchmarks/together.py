@@ -44,7 +44,6 @@ from dcp_zoo.features.photos import Photos
 from dcp_zoo.prediction import together as rule
 from dcp_zoo.prediction.together import together
 from dcp_zoo.probe import ReadingFeatures, fit_on_features
-from dcp_zoo.progress import no_progress
 from dcp_zoo.training.evaluation import expected_calibration_error, top1
 from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.zoo.build import plain_clip
@@ -261,7 +260,7 @@ def changes_by_constants(head: Head) -> Iterator[tuple[tuple[float, ...], float]
     for _, f, labels, logits in folders(head.data, head.images, head.draw, head.others):
         known = (labels >= 0).numpy()
         p = logits.softmax(1).numpy()
-        average = rule._average(f.numpy(), min(rule.NEAREST, len(f) - 1), no_progress)
+        average = rule._average(f.numpy(), min(rule.NEAREST, len(f) - 1))
         right = (p.argmax(1) == labels.numpy())[known].mean()
         for each in product(*GRID.values()):
             constants = dict(zip(GRID, each, strict=True))

@@ -93,81 +93,73 @@ def weight_of(head: Head, features: Tensor, label: int) -> Tensor:
 
 def _shares(tower: VisionTower, reading: Reading, weights: Mapping[str, Tensor], image: Tensor) -> Iterator[Tensor]:
     """The shares of the parts of a reading in the logit of a class, in grids of positions (h, w)."""
-    tower_pass = _TowerPass(tower, reading, image)
-    patches = tower_pass.patches
+    patches = slice(tower.num_prefix, tower.num_tokens)
     middle = tower.middle
     last = len(tower.blocks) - 1
-    if STEM in weights:
-        *earlier, maps = tower.stem.stages(tower.checked(image))
-        yield from _of_means([tower.stem.widen(maps)], weights[STEM])
-        if STAGE in weights:
-            yield from _of_means(earlier, weights[STAGE])
+    prompts = reading.prompts() if reading.prompts else []
+    embedded = tower.embed(image).x
+
+    def tokens_into(block: int) -> Tensor:
+        """The tokens (1, N, Dv) that enter a block."""
+        return tower.run(embedded, prompts, 0, block)
+
+    def shares_by_class_token(i: int, value: Callable[[Tensor], Tensor]) -> Tensor:
+        """Shares of the patches in a value of the class token after block i: by its attention to their
+        values."""
+        x = tokens_into(i)
+        block = tower.blocks[i]
+        if i < len(prompts):
+            x = append_prompts(x, prompts[i])
+        normed = block.norm(x)
+        key, taken = block.key_value(normed)
+        query = block.query(normed[:, :1])
+
+        def value_of(taken: Tensor) -> Tensor:
+            return value(block.finish(x[:, :1], attend(query, key, taken, None, False)))
+
+        values = taken[0, :, patches]
+        shares = _gradient(value_of, taken)[0, :, patches] * (values - values.mean(1, keepdim=True))
+        return shares.sum((0, 2)).view(tower.grid)
 
     def logit_of_last(x: Tensor) -> Tensor:
         hidden = tower.hidden(x[:, : tower.pooled])
         both = {EMBEDDING: tower.project(hidden)[0], HIDDEN: hidden[0]}
         return torch.stack([_along(both[name], w) for name, w in weights.items() if name in both]).sum()
 
+    if STEM in weights:
+        *earlier, maps = tower.stem.stages(tower.checked(image))
+        yield from _of_means([tower.stem.widen(maps)], weights[STEM])
+        if STAGE in weights:
+            yield from _of_means(earlier, weights[STAGE])
     if tower.pooled == 1:
-        yield tower_pass.shares_by_class_token(last, logit_of_last)
+        yield shares_by_class_token(last, logit_of_last)
     else:
-        yield tower_pass.shares_by_all_tokens(logit_of_last)
+        x = tower.run(embedded, prompts)
+        tokens = x[0, patches]
+        shares = _gradient(logit_of_last, x)[0, patches] * (tokens - tokens.mean(0))
+        yield shares.sum(-1).view(tower.grid)
     if MIDDLE in weights:
         norm = tower.blocks[middle].norm
-        x = norm(tower_pass.tokens_into(middle))
+        x = norm(tokens_into(middle))
         token = x[0, : tower.num_prefix > 0].flatten()
         mean = x[0, patches].mean(0)
         w = weights[MIDDLE] / torch.cat([token, mean]).norm()
         yield (x[0, patches] @ w[len(token) :] / (patches.stop - patches.start)).view(tower.grid)
         if len(token):
-            yield tower_pass.shares_by_class_token(middle - 1, lambda x: norm(x)[0, 0] @ w[: len(token)])
+            yield shares_by_class_token(middle - 1, lambda x: norm(x)[0, 0] @ w[: len(token)])
     if LAST in weights:
-        x = tower.norm(tower.blocks[last](tower_pass.tokens_into(last), rows=slice(0, None, EVERY)))[0]
+        x = tower.norm(tower.blocks[last](tokens_into(last), rows=slice(0, None, EVERY)))[0]
         shown = torch.arange(0, tower.num_tokens, EVERY) >= tower.num_prefix
         shares = x.new_zeros(tower.num_tokens)
         shares[::EVERY] = x @ weights[LAST] / x[shown].mean(0).norm() / shown.sum()
         yield shares[patches].view(tower.grid)
 
 
-class _TowerPass:
-    """The forward pass of an image (1, 3, H, W) through a tower, with the prompts of a reading."""
-
-    def __init__(self, tower: VisionTower, reading: Reading, image: Tensor) -> None:
-        self.tower = tower
-        self.image = image
-        self.prompts = reading.prompts() if reading.prompts else []
-        self.patches = slice(tower.num_prefix, tower.num_tokens)
-
-    def tokens_into(self, block: int) -> Tensor:
-        """The tokens (1, N, Dv) that enter a block."""
-        return self.tower.run(self.tower.embed(self.image).x, self.prompts, 0, block)
-
-    def shares_by_class_token(self, i: int, value: Callable[[Tensor], Tensor]) -> Tensor:
-        """Shares of the patches in a value of the class token after block i: by its attention to their
-        values."""
-        x = self.tokens_into(i)
-        block = self.tower.blocks[i]
-        if i < len(self.prompts):
-            x = append_prompts(x, self.prompts[i])
-        normed = block.norm(x)
-        key, taken = block.key_value(normed)
-        with torch.enable_grad():
-            taken = taken.detach().requires_grad_()
-            attended = attend(block.query(normed[:, :1]), key, taken, None, False)
-            (gradient,) = torch.autograd.grad(value(block.finish(x[:, :1], attended)), taken)
-        values = taken.detach()[0, :, self.patches]
-        shares = gradient[0, :, self.patches] * (values - values.mean(1, keepdim=True))
-        return shares.sum((0, 2)).view(self.tower.grid)
-
-    def shares_by_all_tokens(self, value: Callable[[Tensor], Tensor]) -> Tensor:
-        """Shares of the patches in a value of all tokens after the last block."""
-        x = self.tower.run(self.tower.embed(self.image).x, self.prompts)
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(value(x), x)
-        tokens = x.detach()[0, self.patches]
-        shares = gradient[0, self.patches] * (tokens - tokens.mean(0))
-        return shares.sum(-1).view(self.tower.grid)
+def _gradient(value: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The gradient of a value of x."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(value(x), x)[0]
 
 
 def _along(part: Tensor, weight: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def classify(images: Sequence[str], predictor: Predictor, together: bool = False
         yield rows, kept
 
 
-def refine(rows: Iterable[Row], kept: np.ndarray, predictor: Predictor, progress: Progress = no_progress) -> list[Row]:
+def refine(rows: Iterable[Row], kept: np.ndarray, predictor: Predictor) -> list[Row]:
     """The rows with the answers that `refined` gives, from what `classify` kept of them; "alone" is the
     class that each image had without the others. Rejected and unreadable images stay as they are and
     influence no other."""
@@ -59,7 +59,7 @@ def refine(rows: Iterable[Row], kept: np.ndarray, predictor: Predictor, progress
     features, logits = np.split(kept, [-len(classnames)], axis=1)
     rows = [row if "error" in row else row | {"alone": row["class"]} for row in rows]
     accepted = np.array([row.get("alone", NONE) != NONE for row in rows], bool)
-    probabilities = refined(Outputs(logits, features=features), accepted, progress)
+    probabilities = refined(Outputs(logits, features=features), accepted)
     ranked = top_classes(probabilities, classnames, predictor.top_k)
     for row, predictions, is_accepted in zip(rows, ranked, accepted, strict=True):
         if is_accepted:
@@ -142,7 +142,7 @@ def run(
                 f"Another process is writing {outputs.partial('.jsonl')}: wait for it, or choose another --output."
             )
         _compute(images, predictor, outputs, plan, progress)
-        summary = _finish(images, predictor, outputs, together, progress)
+        summary = _finish(images, predictor, outputs, together)
         for suffix in (".jsonl", ".float32"):
             outputs.partial(suffix).unlink(missing_ok=True)
     return summary
@@ -245,14 +245,12 @@ def _put(content: bytes, file: Path, position: int) -> None:
         os.fsync(opened.fileno())
 
 
-def _finish(
-    images: Sequence[str], predictor: Predictor, outputs: OutputFiles, together: bool, progress: Progress
-) -> Summary:
+def _finish(images: Sequence[str], predictor: Predictor, outputs: OutputFiles, together: bool) -> Summary:
     """Write the outputs of a run whose rows are complete."""
     rows: Any = _Rows(outputs.partial(".jsonl"), images)
     kept: Any = rows.features(outputs.partial(".float32")) if together or outputs.features else None
     if together:
-        rows = refine(rows, kept, predictor, progress)
+        rows = refine(rows, kept, predictor)
         kept = kept[:, : -len(predictor.backend.classnames)]
     if outputs.features:
         write_file(outputs.features, partial(writers.write_features, names=images, features=kept), LATER)

@@ -24,11 +24,9 @@ from typing import Any
 import numpy as np
 
 from dcp_zoo.answers import Outputs
-from dcp_zoo.progress import Progress, no_progress
 
 NEAREST = 8
 ROUNDS = 10
-ROWS = 2000  # images that are compared with all others at a time
 AGREEMENT = 0.5  # the factor in a
 SHARES = 1.0  # the factor in b
 # a folder is left as it is with a larger share of the classes, or a lower mean confidence
@@ -36,14 +34,14 @@ FEW = 0.7
 CONFIDENT = 0.4
 
 
-def together(probabilities: np.ndarray, features: np.ndarray, progress: Progress = no_progress) -> np.ndarray:
+def together(probabilities: np.ndarray, features: np.ndarray) -> np.ndarray:
     """Refine the probabilities (n, C) of images by each other's, with their features (n, E) of length 1;
     all in float32. A folder that is left as it is gets back `probabilities` itself. The images are those
     of the classes: any other would mislead its neighbours."""
     n, classes = probabilities.shape
     if n < 2 or classes < 2 or _share_of_classes(probabilities) >= FEW or probabilities.max(1).mean() <= CONFIDENT:
         return probabilities
-    average = _average(features, min(NEAREST, n - 1), progress)
+    average = _average(features, min(NEAREST, n - 1))
     logs = np.log(probabilities.clip(min=1e-9))
     agree = (probabilities * (average @ probabilities)).sum() / np.square(probabilities).sum()
     lean = np.float32(AGREEMENT * np.log(classes) * min(1.0, agree))
@@ -56,7 +54,7 @@ def together(probabilities: np.ndarray, features: np.ndarray, progress: Progress
     return z
 
 
-def refined(outputs: Outputs, chosen: np.ndarray, progress: Progress = no_progress) -> np.ndarray:
+def refined(outputs: Outputs, chosen: np.ndarray) -> np.ndarray:
     """The probabilities (n, C) of images: of those that are of the classes, `chosen` (n,), refined by
     each other. Those that cannot be read, NaN, stay so."""
     probabilities = outputs.probabilities
@@ -64,7 +62,7 @@ def refined(outputs: Outputs, chosen: np.ndarray, progress: Progress = no_progre
     chosen = chosen & ~np.isnan(probabilities[:, 0])
     if features is not None and chosen.any():
         lengths = np.linalg.norm(features[chosen], axis=1, keepdims=True)
-        probabilities[chosen] = together(probabilities[chosen], features[chosen] / lengths, progress)
+        probabilities[chosen] = together(probabilities[chosen], features[chosen] / lengths)
     return probabilities
 
 
@@ -74,20 +72,9 @@ def _share_of_classes(probabilities: np.ndarray) -> float:
     return float(np.exp(-(shares * np.log(shares.clip(min=1e-9))).sum()) / min(probabilities.shape))
 
 
-def _average(features: np.ndarray, nearest: int, progress: Progress) -> Any:
+def _average(features: np.ndarray, nearest: int) -> Any:
     """W, sparse (n, n): a mean over the `nearest` images of each, found exactly, in O(n^2) time."""
-    from scipy.sparse import csr_array
     from sklearn.neighbors import NearestNeighbors  # slow to import
 
-    n = len(features)
-    index = NearestNeighbors(algorithm="brute").fit(features)
-    neighbours = []
-    parts = [np.arange(start, min(start + ROWS, n)) for start in range(0, n, ROWS)]
-    for part in progress(parts, "Comparing images, in parts", len(parts)):
-        near = index.kneighbors(features[part], nearest + 1, return_distance=False)
-        is_other = near != part[:, None]
-        is_other[is_other.all(1), -1] = False  # of many copies, an image may not find itself
-        neighbours.append(near[is_other])
-    weights = np.full(n * nearest, 1 / nearest, np.float32)
-    row_ends = np.arange(0, n * nearest + 1, nearest)
-    return csr_array((weights, np.concatenate(neighbours), row_ends), (n, n))
+    index = NearestNeighbors(n_neighbors=nearest, algorithm="brute").fit(features)
+    return index.kneighbors_graph().astype(np.float32) / np.float32(nearest)
