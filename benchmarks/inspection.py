@@ -163,9 +163,9 @@ def labels(images: Images, seed: int) -> Measured:
     given = images.labels[rows].clone()
     for i in swapped:
         given[i] = rng.choice([label for label in range(classes) if label != given[i]])
-    chances = out_of_fold(images.read(rows), given, torch.arange(len(rows))).log_probabilities
-    found = suspected(chances, given)
-    doubt = chances.amax(1) - chances.gather(1, given[:, None])[:, 0]
+    judged = out_of_fold(images.read(rows), given, torch.arange(len(rows)))
+    found = suspected(judged)
+    doubt = judged.log_probabilities.amax(1) - judged.of_label
     kinds = {"": found, "twice as many": doubt.argsort(descending=True)[: 2 * len(swapped)].tolist()}
     yield "images", len(rows)
     yield "swapped", len(swapped)
@@ -219,7 +219,7 @@ def strangers(images: Images, others: Images, seed: int) -> Measured:
     parts = torch.cat([images.train[rows], others.train[planted]])
     labels = torch.cat([images.labels[rows], torch.tensor([rng.randrange(classes) for _ in planted])])
     judged = out_of_fold(ReadingFeatures(parts[None], images.text, images.widths), labels, torch.arange(len(labels)))
-    found = of_no_class(judged.log_probabilities, judged.distances, labels)
+    found = of_no_class(judged)
     right = sum(i >= len(rows) for i in found)
     yield "images", len(rows)
     yield "planted", len(planted)

@@ -72,9 +72,7 @@ def measured(confidence: np.ndarray, right: np.ndarray, labels: int) -> Values:
     found = []
     for seed in range(CHOICES):
         chosen, strata = choose(confidence, labels, seed)
-        sizes = np.bincount(strata)
-        labelled = np.bincount(strata[chosen])
-        share = share_of_all(sizes, labelled, np.bincount(strata[chosen], right[chosen]) / labelled)
+        share = share_of_all(np.bincount(strata), strata[chosen], right[chosen])
         at_random = right[rng.choice(images, labels, replace=False)].mean()
         low, high = wilson(at_random, labels * (images - 1) / (images - labels))
         found.append(

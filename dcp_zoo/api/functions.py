@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dcp_zoo.answers import Prediction, Promises, best
+from dcp_zoo.answers import Outputs, Prediction, Promises, best
 from dcp_zoo.api.inputs import (
     ClassNames,
     Groups,
@@ -176,13 +176,22 @@ def evaluate(
     """
     with lent(model, device) as head:
         items = with_classes(images, labels, head.classnames)
-        outputs, broken = outputs_of(head, items, batch_size, precision, progress, promised(head), errors, alone=False)
-        if broken:
-            warn_of(items, broken)
-        readable = [i for i in range(len(items)) if i not in broken]
-        if not readable:
-            refuse(items, broken)
-        return Evaluation.of(outputs.of(readable), head.classnames, [items[i] for i in readable])
+        outputs, readable = outputs_of_readable(head, items, batch_size, precision, progress, errors)
+        return Evaluation.of(outputs, head.classnames, readable)
+
+
+def outputs_of_readable(
+    head: Head, items: Sequence[Item], batch_size: int, precision: str, progress: Progress, errors: str = "keep"
+) -> tuple[Outputs, list[Item]]:
+    """What a head says of the images that can be read, with what it promises, and these images; `errors` as of
+    `evaluate`. ZooError if there are none."""
+    outputs, broken = outputs_of(head, items, batch_size, precision, progress, promised(head), errors, alone=False)
+    if broken:
+        warn_of(items, broken)
+    readable = [i for i in range(len(items)) if i not in broken]
+    if not readable:
+        refuse(items, broken)
+    return outputs.of(readable), [items[i] for i in readable]
 
 
 @fair_threads()

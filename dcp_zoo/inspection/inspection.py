@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import mean, stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.api.inputs import Groups, Images, Labels, is_folder, labelled
 from dcp_zoo.backbone.classes import check_classnames
-from dcp_zoo.data import Item, Split, load_labelled
+from dcp_zoo.data import Split, load_labelled
 from dcp_zoo.data.groups import bursts, group_ids, joined, near_copies, with_groups
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.data.splits import PARTS
@@ -65,13 +66,13 @@ class Inspected(NamedTuple):
 
     file: str  # its path in the folder, or for an image in memory its number
     label: str  # its class
-    part: str  # train, val or test
-    problems: str  # cannot be read, label?, no class? and twice, joined by ";"
-    looks_like: str  # the most probable class by the other images
-    label_probability: float | None  # of its own class, from 0 to 1
-    same_as: str  # another file with the same picture
-    group: str  # the same for images that were taken together, or ""
-    suggestion: str  # what to do: "leave out", the name of another class, or ""
+    part: str = PARTS[0]  # train, val or test
+    problems: str = ""  # cannot be read, label?, no class? and twice, joined by ";"
+    looks_like: str = ""  # the most probable class by the other images
+    label_probability: float | None = None  # of its own class, from 0 to 1
+    same_as: str = ""  # another file with the same picture
+    group: str = ""  # the same for images that were taken together, or ""
+    suggestion: str = ""  # what to do: "leave out", the name of another class, or ""
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,17 @@ class Inspection:
         classes."""
         return [group for group in self.together if len({self.data.items[i].label for i in group}) > 1]
 
-    @cached_property
+    @property
     def rows(self) -> list[Inspected]:
         """One for each image, those with a suggestion first."""
+        return sorted(self.in_order, key=lambda row: (not row.suggestion, not row.problems))
+
+    @cached_property
+    def in_order(self) -> list[Inspected]:
+        """The rows in the order of the images."""
         items = self.data.items
         names = self.data.classnames
-        parts = parts_of(self.data)
+        parts = [part for part in PARTS for _ in getattr(self.data, part)]
         probabilities = dict(zip(self.seen.readable, self.log_probabilities.exp(), strict=True))
         group_of = {i: str(number) for number, group in enumerate(self.together, 1) for i in group}
         copies_of = {i: group for group in self.copies for i in group}
@@ -133,10 +139,11 @@ class Inspection:
         of_no_class = set(self.of_no_class)
         superfluous = set(self.seen.errors)
         for group in self.copies:  # of copies in a class a test image stays, else the first; of those in two, all stay
-            stays: dict[int, int] = {}
+            kept = set[int]()
             for i in sorted(group, key=lambda i: (parts[i] != "test", i)):
-                stays.setdefault(items[i].label, i)
-            superfluous.update(set(group) - set(stays.values()))
+                if items[i].label in kept:
+                    superfluous.add(i)
+                kept.add(items[i].label)
         rows = []
         for i, item in enumerate(items):
             copies = [other for other in copies_of.get(i, []) if other != i]
@@ -167,7 +174,7 @@ class Inspection:
                     suggestion=suggestion,
                 )
             )
-        return sorted(rows, key=lambda row: (not row.suggestion, not row.problems))
+        return rows
 
     def write(self, folder: str | Path) -> tuple[Path, Path]:
         """Write the page and the CSV file into a folder; their paths. The file is a labels file: in its
@@ -176,14 +183,13 @@ class Inspection:
         table = Path(folder) / INSPECTION_TABLE
         write_file(page, self.page())
         columns = ["file", "class", *Inspected._fields[2:]]
-        none = [Inspected(item.key, NONE, PARTS[0], "", "", None, "", "", "") for item in self.data.no_class]
+        none = [Inspected(item.key, NONE) for item in self.data.no_class]
         write_file(table, lambda temporary: write_csv(temporary, columns, [*self.rows, *none]))
         return page, table
 
     def page(self) -> str:
         """The page as HTML, with everything in it."""
-        items = self.data.items
-        parts = parts_of(self.data)
+        rows = self.in_order
         listed = self.together if self.few_subjects else self.across_classes
         spanning = [group for group in listed if group not in self.copies]
         groups = (self.copies + spanning)[: SHOWN // 2]
@@ -194,27 +200,25 @@ class Inspection:
             .render(
                 title=f"Inspection of {Path(self.data.source).name}",
                 inspection=self,
-                rows={row.file: row for row in self.rows},
-                items=items,
-                names=self.data.classnames,
-                parts=parts if len(set(parts)) > 1 else None,
-                pictures=dict(zip(shown, thumbnails([items[i].path for i in shown]), strict=True)),
-                groups=[(_title(group, items, parts), group[:8]) for group in groups],
+                rows=rows,
+                has_parts=len({row.part for row in rows}) > 1,
+                pictures=dict(zip(shown, thumbnails(self.data.items[i].path for i in shown), strict=True)),
+                groups=[(_title([rows[i] for i in group]), group[:8]) for group in groups],
                 shown=SHOWN,
                 weakest=sorted(self.answers.per_class, key=lambda row: (row.percent, row.images)),
             )
         )
 
 
-def _title(group: list[int], items: Sequence[Item], parts: Sequence[str]) -> str:
+def _title(group: Sequence[Inspected]) -> str:
     """Such as "3 images, across 2 classes, across test and train"."""
     title = f"{len(group)} images"
-    classes = {items[i].label for i in group}
+    classes = {row.label for row in group}
     if len(classes) > 1:
         title += f", across {len(classes)} classes"
-    parts_of_group = {parts[i] for i in group}
-    if len(parts_of_group) > 1:
-        title += f", across {' and '.join(sorted(parts_of_group))}"
+    parts = {row.part for row in group}
+    if len(parts) > 1:
+        title += f", across {' and '.join(sorted(parts))}"
     return title
 
 
@@ -263,25 +267,19 @@ def inspect(
         items = with_subjects(grouped, seen.first_parts(1).rows()[0].numpy())
     groups = group_ids([item.group for item in items])
     judged = out_of_fold(features, target, groups[readable])
-    left_out = judged.left_out
-    tested = [data.items[readable[i]] for i in left_out]
+    tested = [data.items[readable[i]] for i in judged.left_out]
     return Inspection(
         data,
         seen,
         judged.log_probabilities,
-        Evaluation(data.classnames, tested, judged.log_probabilities[left_out]),
-        [readable[i] for i in suspected(judged.log_probabilities, target)],
-        [readable[i] for i in of_no_class(judged.log_probabilities, judged.distances, target)],
+        Evaluation(data.classnames, tested, judged.log_probabilities[judged.left_out]),
+        [readable[i] for i in suspected(judged)],
+        [readable[i] for i in of_no_class(judged)],
         joined(copies),
         groups,
         looks_few(items),
         learning_curve(judged),
     )
-
-
-def parts_of(data: Split) -> list[str]:
-    """The part of each image, in the order of `data.items`."""
-    return [part for part in PARTS for _ in getattr(data, part)]
 
 
 def _read(images: Images, labels: Labels, groups: Groups) -> Split:
@@ -303,6 +301,11 @@ class OutOfFold:
     images: TrainingSet
     groups: Tensor  # (n,)
 
+    @property
+    def of_label(self) -> Tensor:
+        """The log-probability (n,) of each image's label."""
+        return self.log_probabilities.gather(1, self.images.labels[:, None])[:, 0]
+
 
 def out_of_fold(given: ReadingFeatures, labels: Tensor, groups: Tensor) -> OutOfFold:
     """What the images of other groups say of each, in four folds, of features (1, n, ..), labels and groups
@@ -322,25 +325,25 @@ def out_of_fold(given: ReadingFeatures, labels: Tensor, groups: Tensor) -> OutOf
     return OutOfFold(log_probabilities, distances, left_out.sort().values, images, groups)
 
 
-def suspected(log_probabilities: Tensor, labels: Tensor) -> list[int]:
+def suspected(judged: OutOfFold) -> list[int]:
     """The images for which another class is `SURE` times as probable as their label, or with many classes,
     one of which is easily like the image, `PER_CLASS` times their number; the most suspicious first.
     At equal numbers, this order finds more wrong labels than confident learning: see
     `benchmarks/inspection.py`."""
-    doubt = log_probabilities.amax(1) - log_probabilities.gather(1, labels[:, None])[:, 0]
+    doubt = judged.log_probabilities.amax(1) - judged.of_label
     order = doubt.argsort(descending=True, stable=True)
-    return order[doubt[order] > math.log(max(SURE, PER_CLASS * log_probabilities.shape[1]))].tolist()
+    return order[doubt[order] > math.log(max(SURE, PER_CLASS * judged.log_probabilities.shape[1]))].tolist()
 
 
-def of_no_class(log_probabilities: Tensor, distances: Tensor, labels: Tensor) -> list[int]:
+def of_no_class(judged: OutOfFold) -> list[int]:
     """The images that may show none of the classes, the least like them first: their `in_distribution_score`
     lies three standard deviations, estimated from the quartiles, below the median, or one if their own class
     has a probability below 1 / `SURE`. Chosen on art paintings, cartoons and Tiny ImageNet, see
     `benchmarks/inspection.py`."""
-    scores = torch.from_numpy(in_distribution_score(log_probabilities.numpy(), distances.numpy()))
+    scores = torch.from_numpy(in_distribution_score(judged.log_probabilities.numpy(), judged.distances.numpy()))
     low, middle, high = scores.quantile(scores.new_tensor([0.25, 0.5, 0.75]))
-    is_doubtful = log_probabilities.gather(1, labels[:, None])[:, 0] < -math.log(SURE)
-    odd = (distances > 0) & (scores < middle - torch.where(is_doubtful, 1, 3) * (high - low) / IQR)
+    deviations = torch.where(judged.of_label < -math.log(SURE), 1, 3)
+    odd = (judged.distances > 0) & (scores < middle - deviations * (high - low) / IQR)
     order = scores.argsort(stable=True)
     return order[odd[order]].tolist()
 
@@ -348,35 +351,37 @@ def of_no_class(log_probabilities: Tensor, distances: Tensor, labels: Tensor) ->
 def learning_curve(judged: OutOfFold) -> list[Point]:
     """Accuracy at 1 to 16 images per class, each of another group, as far as half of the classes have more
     groups, on images of groups that were not drawn."""
-    labels, groups = judged.images.labels, judged.groups
-    sizes = torch.bincount(labels[_first_of(groups)], minlength=int(labels.max()) + 1)
+    labels = judged.images.labels
+    sizes = torch.bincount(labels[_first_of(judged.groups)], minlength=int(labels.max()) + 1)
     points = []
     for shots in SHOTS:
         if 2 * (sizes > shots).sum() <= len(sizes):
             break
-        generator, values = torch.Generator().manual_seed(0), np.zeros(DRAWS)
-        most = torch.minimum(sizes - 1, torch.tensor(shots)).clamp(min=1)[labels]
-        for draw in range(DRAWS):
-            order = torch.randperm(len(labels), generator=generator)
-            single = order[_first_of(groups[order])]  # an image of each group
-            drawn = torch.zeros(len(labels), dtype=torch.bool)
-            drawn[single] = within_class(labels[single]) < most[single]
-            tested = order[~torch.isin(groups[order], groups[drawn])][:TESTED]
-            few = replace(judged.images.subset(drawn), weights=torch.ones(int(drawn.sum())))
-            scale = few.scales(few.all)
-            parts = folds(few.labels)
-            if parts:
-                weights = cross_validate(few, parts, is_judged=False).weights
-            else:
-                weights = prior_weights(few, few.all[0], scale[0])
-            mean = fit_candidates(few, few.all, scale, weights).mean(0, weights)
-            logits = mean.logits(scale * judged.images.text_logits[tested], judged.images.views[0, tested])
-            right = logits.argmax(1) == labels[tested]
-            values[draw] = 100 * right.float().mean().item()
-        mean = values.mean()
-        margin = T_QUANTILE * values.std(ddof=1) / DRAWS**0.5
-        points.append(Point(shots, mean, max(0, mean - margin), min(100, mean + margin)))
+        generator = torch.Generator().manual_seed(0)
+        most = (sizes - 1).clamp(1, shots)
+        accuracies = [_of_sample(judged, most[labels], generator) for _ in range(DRAWS)]
+        margin = T_QUANTILE * stdev(accuracies) / DRAWS**0.5
+        accuracy = mean(accuracies)
+        points.append(Point(shots, accuracy, max(0, accuracy - margin), min(100, accuracy + margin)))
     return points
+
+
+def _of_sample(judged: OutOfFold, most: Tensor, generator: torch.Generator) -> float:
+    """The accuracy of a text probe that is fitted to a random sample, in percent; `most` (n,) is how many
+    images of each one's class are drawn."""
+    images = judged.images
+    order = torch.randperm(len(images.labels), generator=generator)
+    single = order[_first_of(judged.groups[order])]  # an image of each group
+    drawn = single[within_class(images.labels[single]) < most[single]].sort().values
+    tested = order[~torch.isin(judged.groups[order], judged.groups[drawn])][:TESTED]
+    few = replace(images.subset(drawn), weights=torch.ones(len(drawn)))
+    scale = few.scales(few.all)
+    prior = prior_weights(few, few.all[0], scale[0])
+    parts = folds(few.labels)
+    weights = cross_validate(few, parts, is_judged=False).weights if parts else prior
+    probe = fit_candidates(few, few.all, scale, weights).mean(0, weights)
+    logits = probe.logits(scale * images.text_logits[tested], images.views[0, tested])
+    return 100 * (logits.argmax(1) == images.labels[tested]).float().mean().item()
 
 
 def _first_of(groups: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ is plays no part: to weight it raised the accuracy on one set of images and lowe
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -86,19 +86,20 @@ def search(
     items = as_items(find_images([str(folder)]))
     clip = plain_clip(model).to(pick_device(device))
     if like is None:
-        wanted = clip.zero_shot_classifier([str(text)])[0].float().cpu().numpy()
-        features = comparable(items, clip, progress).first_parts(1).rows()[0].numpy()  # CLIP's embeddings
+        wanted = clip.zero_shot_classifier([str(text)])[0].float().cpu()
+        seen = comparable(items, clip, progress).first_parts(1)  # CLIP's embeddings
     else:
         photo = comparable(as_items([str(like)]), clip)
         if photo.errors:
             raise photo.errors[0]
-        wanted = photo.joined[0].numpy()
-        features = comparable(items, clip, progress).joined.numpy()
-    similarity = features @ wanted
-    best = [i for i in np.argsort(-similarity, kind="stable") if not np.isnan(similarity[i])]  # NaN: cannot be read
-    if not best:
+        wanted = photo.joined[0]
+        seen = comparable(items, clip, progress)
+    seen = seen.of(seen.readable)
+    if not seen.items:
         raise ZooError(f"No image of {folder} can be read.")
-    matches = [Match(items[i].path, round(float(similarity[i]), 4)) for i in best[:count]]
+    similarity = seen.joined.numpy() @ wanted.numpy()
+    best = np.argsort(-similarity, kind="stable")[:count]
+    matches = [Match(seen.items[i].path, round(float(similarity[i]), 4)) for i in best]
     if output is not None:
         write_found(Path(output), text or f"Like {like}", matches, Match._fields, matches)
     return matches
@@ -152,15 +153,14 @@ def suggest(
     labelled = listed_images(labels, images)
     if head is None:
         clip = plain_clip(model).to(pick_device(device))
-        files = _worth_a_label(paths, labelled, clip, count, progress)
-        suggestions = [Suggestion(file) for file in files]
+        suggestions = [Suggestion(file) for file in _worth_a_label(paths, labelled, clip, count, progress)]
     else:
         with lent(head, device) as trained:
             new = {item.path for item in not_trained_on(as_items(paths), trained.info)}
             labelled += [path for path in paths if path not in new]
             files = _worth_a_label(paths, labelled, trained.frozen, count, progress)
-            best = [row[0][:2] for row in predict(trained, files) if isinstance(row, list)] if files else []
-        suggestions = [Suggestion(file, *guess) for file, guess in zip(files, best, strict=True)]
+            answers: list[Any] = predict(trained, files) if files else []
+        suggestions = [Suggestion(file, *row[0][:2]) for file, row in zip(files, answers, strict=True)]
     if not suggestions:
         raise ZooError(f"No image of {images} is left to label: all have a label, are black, or cannot be read.")
     if output is not None:
@@ -177,11 +177,10 @@ def _worth_a_label(
     assert table.facts is not None
     brightest = np.percentile(table.facts[:, : GREY**2].numpy(), 99, 1)  # NaN of an image that cannot be read
     usable = np.flatnonzero(brightest >= 255 * BLACK)
-    of_labelled = table.joined[:0]
+    known = table.of([])
     if labelled:
-        of_labelled = comparable(as_items(labelled), clip, progress).joined
-        of_labelled = of_labelled[~of_labelled[:, 0].isnan()]
-    return [paths[usable[i]] for i in spread(table.joined[usable], of_labelled, count)]
+        known = comparable(as_items(labelled), clip, progress)
+    return [paths[usable[i]] for i in spread(table.joined[usable], known.of(known.readable).joined, count)]
 
 
 def as_items(paths: Iterable[str]) -> list[Item]:
@@ -201,12 +200,9 @@ def write_found(
     output: Path, title: str, images: Sequence[Match | Suggestion], columns: Sequence[str], rows: Iterable[Sequence]
 ) -> None:
     """Write a page of pictures and a table."""
-    files = [image[0] for image in images]
-    notes = [image.note for image in images]
-    pictures = list(zip(thumbnails(files), notes, files, strict=True))
-    write_file(
-        output / PAGE, templates(__package__).get_template("sheet.html.jinja").render(title=title, pictures=pictures)
-    )
+    pictures = thumbnails(image[0] for image in images)
+    page = templates(__package__).get_template("sheet.html.jinja")
+    write_file(output / PAGE, page.render(title=title, images=zip(pictures, images, strict=True)))
     write_file(output / TABLE, lambda temporary: write_csv(temporary, columns, rows))
 
 

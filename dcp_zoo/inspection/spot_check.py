@@ -14,13 +14,12 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dcp_zoo.accuracy import wilson
 from dcp_zoo.answers import Outputs, Promises, best
-from dcp_zoo.api.functions import lent, warn_of
+from dcp_zoo.api.functions import lent, outputs_of_readable
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.readers import listed_image
 from dcp_zoo.data.splits import not_trained_on
@@ -29,7 +28,6 @@ from dcp_zoo.features import AUTO
 from dcp_zoo.features.cache import users_cache
 from dcp_zoo.heads.head import Head
 from dcp_zoo.inspection.search import TO_LABEL, Suggestion, as_items, check_new, write_found
-from dcp_zoo.prediction.heads import outputs_of, promised
 from dcp_zoo.progress import Progress, bar
 from dcp_zoo.promises import TRUSTED
 from dcp_zoo.tables import NONE, STRATUM, is_none, read_csv
@@ -128,18 +126,12 @@ def spot_check(
         items = not_trained_on(as_items(find_images([str(images)])), model.info)
         if not items:
             raise ZooError(f"The head was trained on all images of {images}: pass others.")
-        outputs, broken = outputs_of(model, items, 64, precision, progress, promised(model), "keep", alone=False)
-        classnames = model.classnames
-        stored = model.promises
-    if broken:
-        warn_of(items, broken)
-    readable = [i for i in range(len(items)) if i not in broken]
-    outputs = outputs.of(readable)
-    ranked = best(outputs.probabilities, classnames, 1)
-    guesses = [Suggestion(items[i].path, *row[0][:2]) for i, row in zip(readable, ranked, strict=True)]
-    refused = None if outputs.rejected is None else 100 * float(outputs.rejected.mean())
-    if count <= len(rows):
-        return replace(told(rows, guesses, outputs, classnames, stored), refused=refused)
+        outputs, items = outputs_of_readable(model, items, 64, precision, progress)
+        ranked = best(outputs.probabilities, model.classnames, 1)
+        guesses = [Suggestion(item.path, *row[0][:2]) for item, row in zip(items, ranked, strict=True)]
+        refused = None if outputs.rejected is None else 100 * float(outputs.rejected.mean())
+        if count <= len(rows):
+            return replace(told(rows, guesses, outputs, model), refused=refused)
     check_range("label", count, 2, len(guesses))
     chosen, strata = choose(outputs.probabilities.max(1), count, seed)
     to_label = [guesses[i] for i in chosen]
@@ -171,9 +163,13 @@ def choose(confidence: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, n
     return np.argsort(-saved, kind="stable")[:count], strata
 
 
-def share_of_all(sizes: np.ndarray, labelled: np.ndarray, rates: np.ndarray) -> Share:
-    """The share of all images that have something, by stratum (S,): its images, how many have a label, and
-    the rate of those that have it."""
+def share_of_all(sizes: np.ndarray, strata: np.ndarray, has_it: np.ndarray, more: int = 0) -> Share:
+    """The share of all images that have something: by the number of images of each stratum (S,), the strata
+    of those with a label (m,), and whether they have it (m,). With so many `more` labels of the same
+    rates."""
+    labelled = np.bincount(strata)
+    rates = np.bincount(strata, has_it) / labelled
+    labelled = np.minimum(sizes, labelled * (1 + more / len(strata)))
     weights = sizes / sizes.sum()
     share = float(weights @ rates)
     n = labelled.sum()
@@ -196,25 +192,17 @@ def read_chosen(table: Path, folder: Path) -> list[dict[str, str]]:
     return rows
 
 
-def told(
-    rows: Sequence[Mapping[str, str]],
-    guesses: Sequence[Suggestion],
-    outputs: Outputs,
-    classnames: Sequence[str],
-    stored: Mapping[str, Any],
-) -> SpotCheck:
+def told(rows: Sequence[Mapping[str, str]], guesses: Sequence[Suggestion], outputs: Outputs, head: Head) -> SpotCheck:
     """What rows with classes say of all images, by the head's guesses (n,) and outputs, and what it promises.
     ZooError for rows without a class or with an unknown one, of other images or of another head."""
     names = [NONE if is_none(row["class"]) else row["class"] for row in rows]
     if not all(names):
         raise ZooError(f"{names.count('')} of {len(rows)} images have no class yet: fill in the column class.")
     for name in names:
-        check_choice("class", name, [*classnames, NONE])
+        check_choice("class", name, [*head.classnames, NONE])
     where = {os.path.realpath(guess.file): i for i, guess in enumerate(guesses)}
     positions = [where.get(row["file"], -1) for row in rows]
-    _, first, strata, labelled = np.unique(
-        [row[STRATUM] for row in rows], return_index=True, return_inverse=True, return_counts=True
-    )
+    _, first, strata = np.unique([row[STRATUM] for row in rows], return_index=True, return_inverse=True)
     sizes = np.array([rows[i]["stratum_images"] for i in first], float)
     is_same = all(i >= 0 and guesses[i].guess == row["guess"] for i, row in zip(positions, rows, strict=True))
     if not is_same or sizes.sum() != len(guesses):
@@ -222,29 +210,24 @@ def told(
         raise ZooError(f"{problem}: pass these, or choose again.")
     right = np.array([guesses[i].guess == name for i, name in zip(positions, names, strict=True)])
 
-    def share(found: np.ndarray, more: int = 0) -> Share:
-        """Of all images; with as many more labels of the same rates."""
-        drawn = np.minimum(sizes, labelled * (1 + more / len(rows)))
-        return share_of_all(sizes, drawn, np.bincount(strata, found) / labelled)
-
     def narrowness(more: int) -> float:
-        found = share(right, more)
+        found = share_of_all(sizes, strata, right, more)
         return found.low - found.high
 
     def promise(name: str, allowed: float, about: np.ndarray, failed: np.ndarray) -> Promise:
         """Of the images (n,) that it is about, some of the labelled ones (m,) `failed`."""
         among = max(float(about.mean()), 1e-9)
-        ends = [min(100, end / among) for end in astuple(share(about[positions] & failed))]
-        return Promise(name, 100 * allowed, Share(*ends))
+        found = share_of_all(sizes, strata, about[positions] & failed)
+        return Promise(name, 100 * allowed, Share(*[min(100, end / among) for end in astuple(found)]))
 
     promises = []
-    for coverage, least in stored.get("sets", {}).items():
+    for coverage, least in head.promises.get("sets", {}).items():
         sets = outputs.of(positions).sets(least)
-        missed = [name not in [classnames[i] for i in each] for name, each in zip(names, sets, strict=True)]
+        missed = [name not in [head.classnames[i] for i in each] for name, each in zip(names, sets, strict=True)]
         what = f"class outside its set for {100 * float(coverage):g} %"
         promises.append(promise(what, 1 - float(coverage), outputs.promised(), np.array(missed)))
-    least = Promises.of(stored).trusted
+    least = Promises.of(head.promises).trusted
     if least is not None:
         promises.append(promise("trusted answer wrong", TRUSTED, outputs.trusted(least), ~right))
     more = bisect_left(range(len(guesses) - len(rows)), narrowness(0) / 2, key=narrowness)
-    return SpotCheck([], len(guesses), None, share(right), more, promises)
+    return SpotCheck([], len(guesses), None, share_of_all(sizes, strata, right), more, promises)
