@@ -295,7 +295,7 @@ def test_modes_are_the_users(mini, tmp_path):
     ("tensors", "message"),
     [
         ({"prompts.text": None}, "prompts.text is missing"),
-        ({"prompts.extra": torch.ones(2)}, "prompts.extra is not expected"),
+        ({"prompts.extra": torch.ones(2)}, r"prompts.extra \(2,\) instead of none"),
         ({"context": torch.ones(5, 4, 64)}, r"context \(5, 4, 64\) instead of \(5, 4, 256\)"),
         ({"prompts.text": torch.zeros(4, DT).fill_diagonal_(float("nan"))}, "damaged: NaN or infinity in prompts.text"),
         ({"context": torch.full((5, 4, 256), -1e30)}, r"in context, or numbers beyond 1e\+15"),

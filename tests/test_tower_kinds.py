@@ -299,7 +299,7 @@ def test_calibrated_fused_and_independent_of_the_batch(kind):
     ("vision", "message"),
     [
         ({"timm_model_name": "convnext_atto", "timm_pool": "avg"}, "transformer blocks, with or without a class"),
-        (timm_vision("vit_base_patch16_224", "token", qk_norm=True), r"no query-key normalisation \(qk_norm\)"),
+        (timm_vision("vit_base_patch16_224", "token", qk_norm=True), r"without norms \(qk_norm\)"),
         (timm_vision("vit_base_patch16_224", "token", block_fn=ResPostBlock), "timm's Block or EvaBlock, not"),
     ],
 )
@@ -380,7 +380,7 @@ def test_own_attention_gives_the_same(golden, coupling):
 def test_a_norm_inside_attention_is_refused(golden):
     clip = build_tiny_clip(golden)
     clip.transformer.resblocks[-1].mlp.add_module("ln", nn.LayerNorm(64))  # one block is enough
-    with pytest.raises(ZooError, match=r"no normalisation inside attention \(inner_norm\) or MLP.*Any open_clip"):
+    with pytest.raises(ZooError, match=r"without norms inside, not mlp.ln.bias, mlp.ln.weight\. Any open_clip"):
         build(clip)
     clip.transformer.resblocks[-1].mlp.ln = nn.Identity()
     assert build(clip)(IMAGES).shape == (3, 4)

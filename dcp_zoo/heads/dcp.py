@@ -12,7 +12,6 @@ the prompts that enter the image tower depend on the images: both are computed o
 the head can be fused, exported, and given a text probe.
 """
 
-import copy
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -34,7 +33,6 @@ from dcp_zoo.backbone.towers.text import FullRun, PrefixRun, TextChunks
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import Abilities, DCPConfig, HeadConfig, own_names
-from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head import Head
 
 KEPT_BYTES = 2**31  # of tokens that `store_stats` keeps: 3,500 images of ViT-B/16 in float32
@@ -151,6 +149,7 @@ class DCP(Head):
         self.method = "dcp"
         self.abilities = Abilities(coupled=True)
         self.config = config = DCPConfig.from_options((config.as_dict() if config else {}) | options)
+        self.model_args = config.as_dict()
         vision = self.encoder.vision_tower
         text = self.encoder.text_tower
         n_ctx = config.n_ctx
@@ -210,7 +209,7 @@ class DCP(Head):
         """Image features (B, E) with the statistics of this batch, and the text tower, before the class
         names."""
         last_step = deque(self._walk(images, last=True), maxlen=1)  # tokens of earlier blocks are freed
-        ((_, x, text),) = last_step
+        ((x, text),) = last_step
         return self.encoder.vision_tower.features(x), text
 
     def _encode_prompted(self, images: Images) -> Tensor:
@@ -279,10 +278,9 @@ class DCP(Head):
         """Whether text prompts are rewritten from vision prompts."""
         return self.num_coupled > 0 and self.rewritten_from.get("text") == "vision"
 
-    def _walk(self, images: Images, last: bool = False) -> Iterator[tuple[Tensor, Tensor, PrefixRun | FullRun]]:
-        """Both towers side by side on one batch: the tokens (B, N + M, Dv) that enter and leave each vision
-        block, the prompts last, and the text tower. With `last`, only the pooled tokens leave the last
-        block."""
+    def _walk(self, images: Images, last: bool = False) -> Iterator[tuple[Tensor, PrefixRun | FullRun]]:
+        """Both towers side by side on one batch: the tokens (B, N + M, Dv) that leave each vision block, the
+        prompts last, and the text tower. With `last`, only the pooled tokens leave the last block."""
         tower = self.encoder.vision_tower
         x = self.encoder.enter(images).x
         n = x.shape[1]
@@ -292,11 +290,11 @@ class DCP(Head):
             return pool(x[:, n:], self.config.pooling) if uses_batch else self._stored(i)
 
         for i, (v, text) in enumerate(self.couplings(pooled)):
-            entering = x if v is None else append_prompts(x[:, :n], v)
-            x = entering
+            if v is not None:
+                x = append_prompts(x[:, :n], v)
             if i < len(tower.blocks):
-                x = tower.block(i, entering, None, last and i == len(tower.blocks) - 1)
-            yield entering, x, text
+                x = tower.block(i, x, None, last and i == len(tower.blocks) - 1)
+            yield x, text
 
     @torch.compiler.disable  # reads texts, and is kept
     def _constants(self) -> tuple[list[Tensor], Tensor]:
@@ -443,9 +441,6 @@ class DCP(Head):
             return self._constants()[1]
         return self._run_text(self._tokens(check_classnames(classnames), self.texts))[1]
 
-    def method_config(self) -> tuple[Values, Values]:
-        return self.config.as_dict(), {"head": self.kind}
-
     def expected_state(self, shapes: Mapping[str, Tensor], config: HeadConfig | None = None) -> dict[str, Tensor]:
         """With or without stored statistics, as the file has them."""
         state = super().expected_state(shapes, config)
@@ -453,8 +448,3 @@ class DCP(Head):
         if "stored_stats" in shapes:
             state["stored_stats"] = self._unknown_stats()
         return state
-
-    def fuse(self) -> FusedHead:
-        view = copy.copy(self)  # with the same tensors: other threads may use this one
-        view.stats = "stored"
-        return Head.fuse(view)

@@ -13,6 +13,7 @@ prompts or by CLIP's weights, a text probe also reads plain CLIP, from inside it
 `VisionTower.read`.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -91,6 +92,8 @@ class Head(nn.Module, ABC):
     """
 
     kind: ClassVar[str]  # as `config.json` calls it
+    model_args: Values = {}  # options, as `config.json` has them
+    rest = ""  # of a phrase, see `PromptHead`
     trained: ClassVar[tuple[str, ...]]  # how the names of the tensors begin that a method trains
 
     def __init__(self, clip: FrozenCLIP, original: FrozenCLIP | None = None) -> None:
@@ -153,10 +156,6 @@ class Head(nn.Module, ABC):
     def stats(self, stats: str | None) -> None:
         if stats is not None:
             check_choice("stats", stats, self.stats_modes)
-
-    def method_config(self) -> tuple[Values, Values]:
-        """What `config.json` says about the method: options of the model, and values of its `dcp` block."""
-        return {}, {"head": self.kind}
 
     def _trained_state(self) -> dict[str, Tensor]:
         """The tensors that the method trained, by name: those of a checkpoint, besides the text probe's."""
@@ -317,7 +316,9 @@ class Head(nn.Module, ABC):
             name: list(value) if isinstance(value, tuple) else value for name, value in preprocessing_in(cfg).items()
         }
         with in_eval_mode(self):  # do not pool over a batch
-            return FusedHead(self.reads, self._fused_classifier(), info)
+            view = copy.copy(self)  # with the same tensors: other threads may use this one
+            view.stats = "stored"
+            return FusedHead(view.reads, view._fused_classifier(), info)
 
     def _fused_classifier(self) -> FusedClassifier:
         """The classifier of the present classes; it shares no memory with the model. Raises ZooError like
@@ -499,28 +500,31 @@ class Head(nn.Module, ABC):
         twice."""
         if self.cannot_reject and info.get("text_probe"):  # its thresholds no longer hold
             info = info | {"text_probe": without(info["text_probe"], ("thresholds", PROMISES, *ACCEPTED))}
-        options, method_values = self.method_config()
-        block: Values = {"format_version": FORMAT_VERSION, "clip": self.encoder.source}
+        texts = self.texts
+        block: Values = {
+            "format_version": FORMAT_VERSION,
+            "clip": self.encoder.source,
+            "method": self.method,
+            "abilities": self.abilities.as_dict(),
+            **info,
+            "head": self.kind,
+            "rest": self.rest,
+            "texts": sentences_of(self.own_classes, texts) if isinstance(texts, Mapping) else texts,
+            "versions": library_versions(),
+        }
         fingerprint = self.frozen.fingerprint()
         if fingerprint:
             block["clip_fingerprint"] = fingerprint
-        block |= {"method": self.method, "abilities": self.abilities.as_dict()}
         if self.text_probe is not None:
             block["reads"] = [list(reading.parts) for reading in self.reads]
-            if self.image_encoders:
-                block["encoders"] = [{"name": e.source, "fingerprint": e.fingerprint()} for e in self.image_encoders]
-        block |= info | method_values
-        block["texts"] = self.texts
-        if isinstance(self.texts, Mapping):
-            block["texts"] = sentences_of(self.own_classes, self.texts)
+            block["encoders"] = [{"name": e.source, "fingerprint": e.fingerprint()} for e in self.image_encoders]
         if self.fc is not None:
             block["named"] = self.own_classes
-        block["versions"] = library_versions()
         return {
             "architecture": self.encoder.architecture,
             "num_classes": self.num_classes,
             "pretrained_cfg": self.encoder.pretrained_cfg,
-            "model_args": options,
+            "model_args": self.model_args,
             "label_names": self.classes,
             "dcp": block,
         }
@@ -548,13 +552,9 @@ class Head(nn.Module, ABC):
             return
         wrong = []
         for name in sorted(found.keys() | expected):
-            if name not in found:
-                wrong.append(f"{name} is missing")
-            elif name not in expected:
-                wrong.append(f"{name} is not expected")
-            elif found[name] != expected[name]:
-                wrong.append(f"{name} {found[name]} instead of {expected[name]}")
-        options = [f"{name}={value!r}" for name, value in self.method_config()[0].items()]
+            if found.get(name) != expected.get(name):
+                wrong.append(f"{name} {found.get(name, 'is missing')} instead of {expected.get(name, 'none')}")
+        options = [f"{name}={value!r}" for name, value in self.model_args.items()]
         model = " with ".join(filter(None, [self.encoder.architecture, ", ".join(options)]))
         problem = f"{path} does not fit {model}. Tensors: {shorten(wrong, 4)}"
         raise ZooError(f"{problem}. Create the one it was trained with.")
@@ -631,12 +631,8 @@ class Head(nn.Module, ABC):
     def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:
         """A state with a text probe brings it, and one with the method's tensors alone takes it away."""
         own = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
-        if f"{PREFIX}weight" in own:
-            probe = self._probe_like(own, self.own_classes)
-            if self.text_probe is None or probe is None or not self.text_probe.is_like(probe):
-                self.text_probe = probe
-        elif own.keys() & self._trained_state():
-            self.text_probe = None
+        if f"{PREFIX}weight" in own or own.keys() & self._trained_state():
+            self.text_probe = self._probe_like(own, self.own_classes)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _probe_like(self, state: Mapping[str, Tensor], classes: Sequence[str]) -> TextProbe | None:
@@ -777,11 +773,11 @@ class Head(nn.Module, ABC):
         blocks = take_blocks(indices, len(tower.blocks))
         stop = blocks[-1] if stop_early or intermediates_only else len(tower.blocks) - 1
         after: list[Tensor] = []  # class token, if any, and patches (B, N, Dv)
-        for i, (entering, x, _) in enumerate(self._walk(images)):
+        for i, (x, _) in enumerate(self._walk(images)):
             if i in blocks:
                 after.append(x[:, : tower.num_tokens])
             if i == stop:
-                enters_last = entering
+                features = tower.features(x)
                 break
         if norm:
             after = [tower.norm(x) for x in after]
@@ -796,7 +792,6 @@ class Head(nn.Module, ABC):
             outputs = [*zip(patches, prefixes, strict=True)]
         if intermediates_only:
             return named if output_dict else outputs
-        features = tower.features(tower.block(stop, enters_last, None, True))  # as in a forward pass
         if not stop_early and features.shape[1] < self.num_features:  # the head reads more
             features = self.forward_features(images)
         return {"image_features": features, **named} if output_dict else (features, outputs)
@@ -822,17 +817,18 @@ class Head(nn.Module, ABC):
             return features
         return self.classify(features)
 
-    def _walk(self, images: Images) -> Iterator[tuple[Tensor, Tensor, Any]]:
-        """Yields, for each vision block, the tokens (B, N + M, Dv) that enter and leave it, the prompts
-        last, and for a DCP the text tower beside it."""
+    def _walk(self, images: Images) -> Iterator[tuple[Tensor, Any]]:
+        """Yields, for each vision block, the tokens (B, N + M, Dv) that leave it, the prompts last, and for a
+        DCP the text tower beside it."""
         tower = self.encoder.vision_tower
         x = self.encoder.enter(images).x
         prompts = self.image_prompts()
         n = x.shape[1]
         for i in range(len(tower.blocks)):
-            entering = append_prompts(x[:, :n], prompts[i]) if i < len(prompts) else x
-            x = tower.block(i, entering)
-            yield entering, x, None
+            if i < len(prompts):
+                x = append_prompts(x[:, :n], prompts[i])
+            x = tower.block(i, x)
+            yield x, None
 
 
 class PretrainedCfg(Values):

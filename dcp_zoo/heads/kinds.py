@@ -32,6 +32,7 @@ f (E,), so that its names are encoded anew for every image:
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count, takewhile
 from typing import Any, ClassVar
 
 import torch
@@ -42,7 +43,6 @@ from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, check_classnames, cl
 from dcp_zoo.backbone.clip import FrozenCLIP, Linear
 from dcp_zoo.backbone.towers.text import TextChunks, prompted_text
 from dcp_zoo.errors import ZooError
-from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import HeadConfig, own_names
 from dcp_zoo.heads.fused import FusedClassifier
 from dcp_zoo.heads.head import Head
@@ -274,8 +274,7 @@ class PromptHead(Head):
         loads."""
 
         def prompts_of(tower: str) -> list[Tensor]:
-            names = [name for name in shapes if name.startswith(tower)]
-            names.sort(key=lambda name: (len(name), name))  # 9 before 10
+            names = takewhile(shapes.__contains__, (f"{tower}{i}" for i in count()))
             return [torch.zeros_like(shapes[name]) for name in names]
 
         block = config["dcp"]
@@ -315,9 +314,6 @@ class PromptHead(Head):
     @property
     def has_image_prompts(self) -> bool:
         return len(self.vision_prompts) > 0
-
-    def method_config(self) -> tuple[Values, Values]:
-        return {}, {"head": self.kind, "rest": self.rest}
 
 
 class ConditionalHead(PromptHead):

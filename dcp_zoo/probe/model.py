@@ -171,11 +171,6 @@ class TextProbe(nn.Module):
             "it with its own class names (omit --classes), or train it again with images of these."
         )
 
-    def is_like(self, other: "TextProbe") -> bool:
-        """Whether it has the same classes as another one, and tensors of the same shapes."""
-        shapes = [{name: t.shape for name, t in probe.named_buffers()} for probe in (self, other)]
-        return self.classes == other.classes and shapes[0] == shapes[1]
-
     def tensors(self, classes: Sequence[str] | None = None) -> dict[str, Tensor]:
         """What a checkpoint holds, with the rows of `classes`, default its own; no threshold for others than
         these."""

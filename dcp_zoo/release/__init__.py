@@ -51,7 +51,7 @@ def make_card(
     dataset = None if problem or info.get("dataset") == "folder" else info.get("dataset")
     spec = MODELS.get(model.encoder.architecture)
     base = spec.clip_repo if spec and model.encoder.source == spec.clip_pretrained else None
-    options, _ = model.method_config()
+    options = model.model_args
     top1 = accuracies(info.get("metrics") or {})
     return ModelCard.from_template(
         _metadata(repo_id, license, base, dataset, top1),

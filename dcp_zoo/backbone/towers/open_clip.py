@@ -7,7 +7,7 @@ module has its parameters. Prompts follow the image's own tokens, and are left o
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -113,30 +113,22 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(-3, -2).flatten(-2)
 
 
-def is_plain(module: object, *names: str) -> bool:
-    """Whether the module has none of these parts, or only identities."""
-    return all(isinstance(getattr(module, name, None), (nn.Identity, type(None))) for name in names)
-
-
-# open_clip's block has torch's attention or open_clip's own, with the same parameter names
-BLOCK_NEEDS: dict[str, Callable[[Any], bool]] = {
-    "attention with in_proj_weight, in_proj_bias, out_proj and num_heads": lambda block: all(
-        getattr(block.attn, name, None) is not None
-        for name in ("in_proj_weight", "in_proj_bias", "out_proj", "num_heads")
-    ),
-    "no query-key normalisation (qk_norm)": lambda block: is_plain(block.attn, "ln_q", "ln_k", "q_norm", "k_norm"),
-    "no scaled cosine attention (scaled_cosine)": lambda block: is_plain(block.attn, "logit_scale"),
-    "no scaled heads (scale_heads)": lambda block: is_plain(block.attn, "head_scale"),
-    "no normalisation inside attention (inner_norm) or MLP, nor between them": lambda block: (
-        is_plain(block.attn, "ln_inner") and is_plain(block, "ln_attn") and is_plain(block.mlp, "ln", "norm")
-    ),
+# of open_clip's block, with torch's attention or its own
+PARAMETERS = {
+    *"ln_1.weight ln_1.bias attn.in_proj_weight attn.in_proj_bias attn.out_proj.weight attn.out_proj.bias".split(),
+    *"ln_2.weight ln_2.bias mlp.c_fc.weight mlp.c_fc.bias mlp.c_proj.weight mlp.c_proj.bias".split(),
 }
+SCALES = {"ls_1.gamma", "ls_2.gamma"}  # which it may have
 
 
-def missing_parts(blocks: Iterable[nn.Module], needs: Mapping[str, Callable[[Any], bool]] = BLOCK_NEEDS) -> list[str]:
-    """What these blocks lack, by default to be an `OpenClipBlock`."""
-    blocks = list(blocks)
-    return [need for need, met in needs.items() if not all(met(block) for block in blocks)]
+def missing_parts(blocks: Iterable[nn.Module]) -> list[str]:
+    """What these blocks lack to be an `OpenClipBlock`."""
+    wrong = set[str]()
+    for block in blocks:
+        wrong |= PARAMETERS ^ {name for name, _ in block.named_parameters() if name not in SCALES}
+    return (
+        [f"blocks of open_clip's usual layers, without norms inside, not {', '.join(sorted(wrong))}"] if wrong else []
+    )
 
 
 class OpenClipBlock(Block):

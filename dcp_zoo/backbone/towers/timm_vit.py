@@ -1,7 +1,6 @@
 """timm's transformers in open_clip: `VisionTransformer` (SigLIP, MobileCLIP-B, ViTamin), `Eva` (EVA-02,
 PE-Core)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,21 +12,11 @@ from dcp_zoo.backbone.towers.open_clip import (
     HIDDEN,
     Block,
     VisionTower,
-    is_plain,
     merge_heads,
-    missing_parts,
 )
 
 BLOCKS = ("Block", "EvaBlock", "EvaBlockPostNorm")
 ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
-ATTENTION_NEEDS: dict[str, Callable[[Any], bool]] = {
-    "timm's plain or rotary attention": lambda block: type(block.attn).__name__ in ATTENTIONS,
-    "no query-key normalisation (qk_norm)": lambda block: is_plain(block.attn, "q_norm", "k_norm"),
-    "no gated or grouped-query attention": lambda block: (
-        getattr(block.attn, "gate", None) is None
-        and getattr(block.attn, "num_kv_heads", block.attn.num_heads) == block.attn.num_heads
-    ),
-}
 
 
 class TimmBlock(Block):
@@ -86,6 +75,14 @@ class TimmBlock(Block):
         return torch.cat([x[..., :start, :], turned, x[..., end:, :]], -2)
 
 
+def is_plain(attn: Any) -> bool:
+    """Whether it is an attention that `TimmBlock` computes."""
+    heads = attn.num_heads
+    is_normed = any(name.startswith(("q_norm", "k_norm")) for name, _ in attn.named_parameters())
+    is_grouped = getattr(attn, "num_kv_heads", heads) != heads
+    return type(attn).__name__ in ATTENTIONS and not (is_normed or is_grouped or getattr(attn, "gate", None))
+
+
 def _scaled(block: Any, n: int, y: Tensor) -> Tensor:
     """y times the block's layer scale, if any: `ls1` of `Block`, `gamma_1` of `EvaBlock`."""
     if hasattr(block, f"ls{n}"):
@@ -123,7 +120,9 @@ class TimmViT(VisionTower):
             kind = type(block).__name__
             if kind not in BLOCKS:
                 return [f"timm's Block or EvaBlock, not {kind}"]
-        missing = missing_parts(trunk.blocks, ATTENTION_NEEDS)
+        missing = []
+        if not all(is_plain(block.attn) for block in trunk.blocks):
+            missing.append("timm's plain or rotary attention, without norms (qk_norm), gates and grouped queries")
         if trunk.dynamic_img_size or tuple(visual.image_size) != tuple(trunk.patch_embed.img_size):
             missing.append("images of one size, the same for open_clip and timm")
         return missing
