@@ -51,7 +51,7 @@ from dcp_zoo.probe.folds import left_out
 from dcp_zoo.training.evaluation import EVAL_BATCH
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import mirrored
-from dcp_zoo.training.methods.linear_probe import LinearProbeRecipe, regression
+from dcp_zoo.training.methods.linear import LinearProbeRecipe, regression
 from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.training.recipes import BaseRecipe
 from dcp_zoo.training.task import Task

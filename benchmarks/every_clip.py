@@ -28,8 +28,7 @@ from dcp_zoo.data import Item
 from dcp_zoo.features.loader import ImageLoader
 from dcp_zoo.features.table import FeatureTable
 from dcp_zoo.features.views import MIRRORED, PLAIN
-from dcp_zoo.training.methods.fit import fit_head
-from dcp_zoo.training.methods.table import METHODS
+from dcp_zoo.training.methods.table import METHODS, fit_head
 from dcp_zoo.training.task import Task
 from dcp_zoo.zoo.build import build_open_clip
 

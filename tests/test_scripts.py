@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.training.methods.gda import gaussian_discriminant
+from dcp_zoo.training.methods.linear import gaussian_discriminant
 
 
 @pytest.mark.scripts

@@ -36,8 +36,7 @@ from dcp_zoo.heads.head import Head
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.prediction.explain import logit_shares, weight_of
 from dcp_zoo.prediction.heads import outputs_of_loader
-from dcp_zoo.training.methods.fit import fit_head
-from dcp_zoo.training.methods.table import METHODS
+from dcp_zoo.training.methods.table import METHODS, fit_head
 from dcp_zoo.training.task import Task
 from dcp_zoo.zoo.build import build_open_clip, plain_clip
 

@@ -1,7 +1,6 @@
 """Methods that adapt CLIP to a task, including DCP: one table, one module per method, the same images and
 seeds."""
 
-from dcp_zoo.training.methods.fit import fit_head
-from dcp_zoo.training.methods.table import METHODS
+from dcp_zoo.training.methods.table import METHODS, fit_head
 
 __all__ = ["METHODS", "fit_head"]

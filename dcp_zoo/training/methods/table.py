@@ -1,17 +1,21 @@
-"""The table of methods: the names of all, each of which is imported on first use, as it needs torch.
+"""The table of methods: the names of all, each of which is imported on first use, as it needs torch; and from a
+task to a head, by any method.
 
 Other packages add methods by the entry-point group `dcp_zoo.methods`, see docs/baselines.md.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, warn
-from dcp_zoo.training.recipes import AUTHORS, BaseRecipe, Recipe
+from dcp_zoo.training.recipes import AUTHORS, EXAMPLES_UNUSED, BaseRecipe, Recipe
 
 if TYPE_CHECKING:
+    from dcp_zoo.heads.head import Head
     from dcp_zoo.training.methods.base import Method
+    from dcp_zoo.training.task import Task
 
 DCP_METHOD = "dcp"  # that of the zoo's heads
 DEFAULT_METHOD = "text-probe"  # of `train`: on the miniature no head with prompts is more accurate, see docs/results.md
@@ -20,15 +24,15 @@ GROUP = "dcp_zoo.methods"
 OWN = {  # module and object in this package, in the order of tables
     "zero-shot": "zero_shot:ZERO_SHOT",
     "zero-shot-ensemble": "zero_shot:ZERO_SHOT_ENSEMBLE",
-    "linear-probe": "linear_probe:LINEAR_PROBE",
+    "linear-probe": "linear:LINEAR_PROBE",
     "tip-adapter": "caches:TIP_ADAPTER",
     "tip-adapter-f": "caches:TIP_ADAPTER_F",
     "proker": "caches:PROKER",
     "ss-text": "zero_shot:SS_TEXT",
-    "gda": "gda:GDA",
-    "lp-plus-plus": "linear_probe:LP_PLUS_PLUS",
+    "gda": "linear:GDA",
+    "lp-plus-plus": "linear:LP_PLUS_PLUS",
     "text-probe": "text_probe:TEXT_PROBE",
-    "clap": "clap:CLAP",
+    "clap": "adapters:CLAP",
     "taskres": "adapters:TASKRES",
     "clip-adapter": "adapters:CLIP_ADAPTER",
     "prolip": "clip_weights:PROLIP",
@@ -105,3 +109,32 @@ def chosen_recipe(
             raise ZooError(f"The recipe of {method} takes changes, such as {{'augment': 'none'}}.")
         base = recipe
     return base if classifier is None else base.updated({"classifier": classifier}, where="classifier")
+
+
+def fit_head(name: str, task: "Task") -> "Head":
+    """The head of a task by a method, with a text probe on top if the recipe names one. All random numbers
+    are drawn from the task's seed. A recipe without a number of epochs gets that for the task's images."""
+    from dcp_zoo.backbone._torch import seeded
+    from dcp_zoo.backbone.classes import check_classnames
+    from dcp_zoo.training.methods.text_probe import fit_probe
+
+    method = METHODS[name]
+    task = replace(task, classnames=check_classnames(task.classnames))
+    if method.needs_images(task.recipe):
+        task.recipe = task.recipe.fitted(task.images.whole, len(task.classnames))
+    if method.trains and method.features is not None:
+        task.train = task.images.table(views=method.features(task)).first_parts(1)
+    with seeded(task.seed, task.clip.device):
+        head = method.fit(task)
+    head.method = name
+    head.abilities = method.abilities
+    head.to(task.clip.device).eval()
+    if name != DCP_METHOD:  # whose prompts can be trained on
+        head.requires_grad_(False)
+    if task.recipe.classifier != "none":
+        info = fit_probe(head, task.images, task.probe)
+        head.info = head.info | {"text_probe": info}
+    elif task.probe.none is not None:
+        why = f"only a text probe learns from them, and {name} is trained without one"
+        warn(EXAMPLES_UNUSED.format(len(task.probe.none), why))
+    return head
