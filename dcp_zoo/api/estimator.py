@@ -17,7 +17,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from dcp_zoo.answers import Outputs, Promises
-from dcp_zoo.api.functions import plan_own, warn_of
+from dcp_zoo.api.functions import plan_own
 from dcp_zoo.api.inputs import (
     Groups,
     Images,
@@ -196,7 +196,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         head = self._head()
         items = unlabelled(images)
         with kept_features(self.memory):
-            outputs, broken = outputs_of(
+            outputs, _ = outputs_of(
                 head,
                 items,
                 self.batch_size,
@@ -206,8 +206,6 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
                 self.errors,
                 features=head.stats == "stored",
             )
-        if broken:
-            warn_of(items, broken)
         return outputs
 
     def predict(self, images: Images, *, reject: float | None = None) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Train a head on your own images, measure it, and classify with it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dcp_zoo.answers import Outputs, Prediction, Promises, best
+from dcp_zoo.answers import Prediction, Promises, best
 from dcp_zoo.api.inputs import (
     ClassNames,
     Groups,
@@ -25,14 +25,14 @@ from dcp_zoo.api.inputs import (
 from dcp_zoo.backbone._torch import in_eval_mode, out_of_inference_mode
 from dcp_zoo.data import Item, Split
 from dcp_zoo.data.images import ImageLike, normalise
-from dcp_zoo.data.unreadable import ERRORS, all_named, refuse, unreadable_summary, without_unreadable
-from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range, warn
+from dcp_zoo.data.unreadable import ERRORS, all_named, without_unreadable
+from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range
 from dcp_zoo.features import AUTO
 from dcp_zoo.features.device import pick_device
 from dcp_zoo.features.photos import pixels_of
 from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.explain import Explanation, logit_shares
-from dcp_zoo.prediction.heads import loaded, outputs_of, promised
+from dcp_zoo.prediction.heads import loaded, outputs_of, outputs_of_readable
 from dcp_zoo.prediction.together import refined
 from dcp_zoo.progress import Progress, bar
 from dcp_zoo.threads import fair_threads
@@ -180,20 +180,6 @@ def evaluate(
         return Evaluation.of(outputs, head.classnames, readable)
 
 
-def outputs_of_readable(
-    head: Head, items: Sequence[Item], batch_size: int, precision: str, progress: Progress, errors: str = "keep"
-) -> tuple[Outputs, list[Item]]:
-    """What a head says of the images that can be read, with what it promises, and these images; `errors` as of
-    `evaluate`. ZooError if there are none."""
-    outputs, broken = outputs_of(head, items, batch_size, precision, progress, promised(head), errors, alone=False)
-    if broken:
-        warn_of(items, broken)
-    readable = [i for i in range(len(items)) if i not in broken]
-    if not readable:
-        refuse(items, broken)
-    return outputs.of(readable), [items[i] for i in readable]
-
-
 @fair_threads()
 def predict(
     model: Head | str,
@@ -220,8 +206,8 @@ def predict(
             that may be refused as well.
         together: refine each prediction with the other images; those that are rejected have no influence.
         batch_size: images per forward pass: fewer need less memory; it does not affect the predictions.
-        errors: "raise", see `evaluate`; or "keep": predict the rest, with a `dcp_zoo.UnreadableImages`,
-            not raised, in the place of each image that cannot be read.
+        errors: "raise", see `evaluate`; or "keep": predict the rest, with a warning, and with a
+            `dcp_zoo.UnreadableImages`, not raised, in the place of each image that cannot be read.
     """
     check_range("top_k", top_k, 1)
     items = unlabelled(images)
@@ -239,10 +225,6 @@ def predict(
     for i, error in broken.items():
         predictions[i] = UnreadableImages(str(error), {items[i].name: str(error)})
     return predictions
-
-
-def warn_of(items: Sequence[Item], broken: Mapping[int, ZooError]) -> None:
-    warn(f"{unreadable_summary(items, broken)}. They have no answer, and count in no accuracy.")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import numpy as np
 
 from dcp_zoo.accuracy import wilson
 from dcp_zoo.answers import Outputs, Promises, best
-from dcp_zoo.api.functions import lent, outputs_of_readable
+from dcp_zoo.api.functions import lent
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.readers import listed_image
 from dcp_zoo.data.splits import not_trained_on
@@ -28,6 +28,7 @@ from dcp_zoo.features import AUTO
 from dcp_zoo.features.cache import users_cache
 from dcp_zoo.heads.head import Head
 from dcp_zoo.inspection.search import TO_LABEL, Suggestion, as_items, check_new, write_found
+from dcp_zoo.prediction.heads import outputs_of_readable
 from dcp_zoo.progress import Progress, bar
 from dcp_zoo.promises import TRUSTED
 from dcp_zoo.tables import NONE, STRATUM, is_none, read_csv

@@ -5,6 +5,7 @@ features is a large one of logits.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ from dcp_zoo.backbone._torch import in_eval_mode
 from dcp_zoo.backbone.classes import NO_CLASSES
 from dcp_zoo.backbone.inputs import Images
 from dcp_zoo.data import Item
-from dcp_zoo.data.unreadable import ERRORS, all_named, refuse
-from dcp_zoo.errors import ZooError, check_choice, check_range
+from dcp_zoo.data.unreadable import ERRORS, all_named, refuse, unreadable_summary
+from dcp_zoo.errors import ZooError, check_choice, check_range, warn
 from dcp_zoo.features import AUTO
 from dcp_zoo.features.device import autocast, pick_device, pick_precision
 from dcp_zoo.features.extract import FeatureExtractor
@@ -41,12 +42,6 @@ def loaded(name: str, device: str = AUTO, classnames: Sequence[str] | None = Non
     check_head(name)
     head: Head = create_model(name, True, classnames=classnames)
     return head.eval().to(pick_device(device))
-
-
-def promised(head: Head) -> float | None:
-    """The rate at which a head rejects images of its classes; None if it cannot, or lacks stored
-    statistics."""
-    return None if head.cannot_reject or head.stats != "stored" else REFUSED
 
 
 @torch.no_grad()
@@ -160,19 +155,36 @@ def outputs_of(
     features: bool = False,
     alone: bool = True,
 ) -> tuple[Outputs, Mapping[int, ZooError]]:
-    """The outputs for the images of items, NaN where they cannot be read; and why they cannot. Inside
-    `kept_features` nothing is computed that is kept. `errors`: see `dcp_zoo.evaluate`; other arguments as
-    of `HeadBackend`."""
+    """The outputs for the images of items, NaN where they cannot be read, with a warning; and why they cannot.
+    Inside `kept_features` nothing is computed that is kept. `errors`: see `dcp_zoo.evaluate`; other arguments
+    as of `HeadBackend`."""
     check_choice("errors", errors, ERRORS)
     check_range("batch_size", batch_size, 1)
     with in_eval_mode(head), all_named(items):
         backend = HeadBackend(head, features, precision, reject, alone)
-        if not backend.stored:
+        if backend.stored:
+            extract = replace(backend.extract, progress=progress, batch_size=batch_size)
+            table = extract(Photos(items), head.reads, keep_errors=errors == "keep")
+            outputs = outputs_of_features(head, table.joined, backend.thresholds, features)
+            broken = table.errors
+        else:
             broken, outputs = backend.outputs([item.path for item in items], batch_size, progress)
             if errors == "raise":
                 refuse(items, broken)
-            return outputs, broken
-        backend.extract.progress = progress
-        backend.extract.batch_size = batch_size
-        table = backend.extract(Photos(items), head.reads, keep_errors=errors == "keep")
-        return outputs_of_features(head, table.joined, backend.thresholds, features), table.errors
+    if broken:
+        warn(f"{unreadable_summary(items, broken)}. They have no answer, and count in no accuracy.")
+    return outputs, broken
+
+
+def outputs_of_readable(
+    head: Head, items: Sequence[Item], batch_size: int, precision: str, progress: Progress, errors: str = "keep"
+) -> tuple[Outputs, list[Item]]:
+    """The outputs for the images of items that can be read, and these items; statistics are of batches, where the
+    head has no stored ones, and images are rejected at the usual rate, where it can. ZooError if none can be
+    read."""
+    reject = None if head.cannot_reject or head.stats != "stored" else REFUSED
+    outputs, broken = outputs_of(head, items, batch_size, precision, progress, reject, errors, alone=False)
+    readable = [i for i in range(len(items)) if i not in broken]
+    if not readable:
+        refuse(items, broken)
+    return outputs.of(readable), [items[i] for i in readable]
