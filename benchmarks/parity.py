@@ -313,7 +313,7 @@ def run_ours(head: Head, recipe: TrainingRecipe, theirs: Recorded, items: list[I
     """Our loop on their batches, then our test on our own reading of the test images."""
     size = len(theirs.batches) // recipe.num_epochs
     epochs = [theirs.batches[i : i + size] for i in range(0, len(theirs.batches), size)]
-    source = TheirBatches(Photos(items), tests.extract, epochs=iter(epochs))
+    source = TheirBatches(Photos(items), tests.extract, "crop-flip", epochs=iter(epochs))  # which has no features
     found = Recorded(trained(head))
     task = Task(head.encoder, MODEL, head.classnames, head.texts, source, None, recipe)
     found.losses = train(task, head)

@@ -104,7 +104,7 @@ def test_training_images_that_are_not_learnt_are_warned_about(images):
         fit_head("dcp", Task(clip, "dcp_mini", ["red", "blue"], "a photo of a {}.", images(), None, recipe))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_if_not_learnt(0.27, 2, "epochs", 2)
+        warn_if_not_learnt(0.27, 2, 2)
 
 
 @pytest.fixture(scope="module")

@@ -185,17 +185,15 @@ def outputs_by_mode(
     statistics, where it also says which images it rejects, with those of batches as the release evaluates,
     and without the text probe. With `all_modes` False, only as the head is."""
     thresholds = Thresholds(None if head.cannot_reject else head.rejection_threshold())
+    before = head.stats
+    is_default = before == head.stats_modes[0]  # it may become another one, when statistics are stored
     outputs: dict[str, Outputs] = {}
+    without_probe: dict[str, Outputs] = {}
     with in_eval_mode(head):
-        before = head.stats
-        is_default = before == head.stats_modes[0]  # it may become another one, when statistics are stored
-        if not all_modes:
-            return {before: outputs_of_loader(head, images, batch_size, thresholds)}
-        without_probe: dict[str, Outputs] = {}
         try:
-            for stats in head.stats_modes:
+            for stats in head.stats_modes if all_modes else [before]:
                 head.stats = stats
-                outputs[stats] = outputs_of_loader(head, images, batch_size, thresholds, keep=True)
+                outputs[stats] = outputs_of_loader(head, images, batch_size, thresholds, keep=all_modes)
                 features = outputs[stats].features
                 if features is not None and head.text_probe is not None:
                     weight, bias = (part.detach().float().cpu() for part in head.own_linear())
@@ -215,15 +213,15 @@ def measured(
     return {f"top1_{mode}": top1(torch.from_numpy(each.logits), labels) for mode, each in outputs.items()}, evaluation
 
 
-def warn_if_not_learnt(loss: float, classes: int, length: str, value: int) -> None:
-    """Warn if the loss on the training images is above `NOT_LEARNT` of a guess's; the field `length` is
-    `value`."""
+def warn_if_not_learnt(loss: float, classes: int, epochs: int) -> None:
+    """Warn if the loss on the training images is above `NOT_LEARNT` of a guess's."""
     guess = math.log(max(classes, 2))
     if loss > NOT_LEARNT * guess:
+        longer = 3 * epochs
         warn(
             f"Training has not converged: the loss on the training images is {loss:.2f} at the end, where guessing "
-            f"gives {guess:.2f}. Train longer (--set {length}={3 * value}; in Python "
-            f"recipe={{'{length}': {3 * value}}}), or check that the labels are right."
+            f"gives {guess:.2f}. Train longer (--set epochs={longer}; in Python recipe={{'epochs': {longer}}}), or "
+            "check that the labels are right."
         )
 
 

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from dcp_zoo.backbone._torch import seeded
 from dcp_zoo.backbone.inputs import Inputs
-from dcp_zoo.features import Batch, ImageLoader, autocast
+from dcp_zoo.features import Batch, autocast
 from dcp_zoo.heads.head import Head
 from dcp_zoo.progress import Progress, no_progress
 from dcp_zoo.training.evaluation import warn_if_not_learnt
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
-from dcp_zoo.training.state import EpochAverage, TrainingState
+from dcp_zoo.training.state import TrainingState
 from dcp_zoo.training.task import Epoch, Task
 
 # inputs and labels of a batch, and its targets if there are any -> the loss; or the loss, and a value to
@@ -64,7 +64,6 @@ def cosine(peak: float, steps: int, floor: float = 0.0) -> Schedule:
 def train(
     task: Task,
     head: Head,
-    images: ImageLoader | None = None,
     *,
     loss_of: Loss | None = None,
     epoch_weights: Sequence[float] = (),
@@ -72,26 +71,37 @@ def train(
 ) -> list[float]:
     """Train what requires gradients in a head, such as its prompts, by the task's recipe. Returns the loss
     of every step. The order of the images, their augmentation and dropout depend only on the task's seed and
-    on the step, so that a run can resume after any step, with any number of workers.
+    on the step, so that a run can resume after any step, with any number of workers. A head without image
+    prompts is trained on features, unless each epoch shows other crops.
 
     Args:
         head: with fresh prompts and on its device.
-        images: the few-shot training images, by default the task's.
         loss_of: by default the cross-entropy.
         epoch_weights: of the epochs, with a sum of 1: the trained tensors become their average over the
             epochs. By default they are those of the last epoch.
         targets: for the loss, see `ImageLoader.shuffled`. Default: none.
     """
-    images = task.images if images is None else images
-    recipe: TrainingRecipe = task.recipe.fitted(len(images), images.num_classes)
+    images = task.images if head.has_image_prompts else task.feature_loader()
+    recipe: TrainingRecipe = task.recipe
     sizes = batch_sizes(len(images), recipe.batch_size, recipe.drop_last)
     per_epoch = len(sizes)
     steps = recipe.num_epochs * per_epoch
     trained = [p for p in head.parameters() if p.requires_grad]
     state = task.state or TrainingState()
-    average = EpochAverage(trained, epoch_weights, per_epoch) if epoch_weights else None
-    state.begin(build_optimizer(recipe, trained), task.precision, average)
+    optimizer = build_optimizer(recipe, trained)
     losses = state.losses
+
+    @torch.no_grad()
+    def add_to_average(step: int) -> None:
+        """Add the tensors to their average, which is saved with the optimizer, after the last step of an
+        epoch."""
+        epoch, within = divmod(step, per_epoch)
+        if epoch_weights and within == per_epoch - 1:
+            for p in trained:
+                average = optimizer.state[p].setdefault("average", torch.zeros_like(p))
+                average.add_(p, alpha=epoch_weights[epoch])
+
+    state.begin(optimizer, task.precision, add_to_average)
     size = f"{sum(p.numel() for p in trained):,} trained parameters"
     faster = "Faster: the method text-probe, in seconds."
     state.log(f"{steps:,} steps of at most {recipe.batch_size} images; {size}. {faster}")
@@ -124,9 +134,11 @@ def train(
     head.train()
     descend(state, seeded_loss, batches(), lambda step: recipe.lr_at(step // per_epoch), steps, task.progress, after)
     head.eval()
-    if average:
-        average.finish(len(losses) // per_epoch)
-    warn_if_not_learnt(fmean(losses[-per_epoch:]), images.num_classes, "epochs", recipe.num_epochs)
+    if epoch_weights:
+        run = sum(epoch_weights[: len(losses) // per_epoch])
+        for p in trained:
+            p.data.copy_(optimizer.state[p]["average"] / run)
+    warn_if_not_learnt(fmean(losses[-per_epoch:]), images.num_classes, recipe.num_epochs)
     return losses
 
 

@@ -33,15 +33,19 @@ from dcp_zoo.data.splits import (
     warn_of_numbers,
 )
 from dcp_zoo.errors import ZooError, shorten, warn, without_warnings
-from dcp_zoo.features import AUTO
-from dcp_zoo.features.cache import shared_features
-from dcp_zoo.features.device import pick_device, pick_precision
-from dcp_zoo.features.extract import FeatureExtractor
-from dcp_zoo.features.groups import group_images
-from dcp_zoo.features.loader import ImageLoader
-from dcp_zoo.features.photos import CACHE_BYTES, Photos
+from dcp_zoo.features import (
+    AUTO,
+    CACHE_BYTES,
+    PLAIN,
+    FeatureExtractor,
+    ImageLoader,
+    Photos,
+    group_images,
+    pick_device,
+    pick_precision,
+    shared_features,
+)
 from dcp_zoo.features.subjects import looks_few
-from dcp_zoo.features.views import PLAIN
 from dcp_zoo.fields import Values
 from dcp_zoo.files import alone_in
 from dcp_zoo.heads.config import MEASURED, NO_CLASSIFIER

@@ -8,7 +8,7 @@ order of the images, their augmentation and all other randomness depend only on 
 import io
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,42 +20,12 @@ from dcp_zoo.files import write_file
 from dcp_zoo.training.folder import STATE_NAME
 
 SAVE_EVERY = 60.0  # seconds: little work is lost; saving 11 M weights with AdamW, 133 MB, takes a slow machine 1 to 2 s
-STATE_FORMAT = 4
+STATE_FORMAT = 5
 Log = Callable[[str], object]
 
 
 def no_log(message: object) -> None:
     """Say nothing."""
-
-
-class EpochAverage:
-    """The average of tensors that are trained, after each epoch, with these weights of the epochs, which sum
-    to 1.
-
-    Args:
-        trained: the tensors.
-        weights: one per epoch.
-        per_epoch: steps in an epoch.
-    """
-
-    def __init__(self, trained: Sequence[torch.Tensor], weights: Sequence[float], per_epoch: int) -> None:
-        self.trained = trained
-        self.weights = weights
-        self.per_epoch = per_epoch
-        self.sums = [torch.zeros_like(p, requires_grad=False) for p in trained]
-
-    def step(self, steps: int) -> None:
-        """Add the tensors if an epoch ends after this number of steps."""
-        epochs, within = divmod(steps, self.per_epoch)
-        if within == 0:
-            for total, p in zip(self.sums, self.trained, strict=True):
-                total.add_(p.detach(), alpha=self.weights[epochs - 1])
-
-    @torch.no_grad()
-    def finish(self, epochs: int) -> None:
-        """Replace the tensors by their average over the epochs that were run."""
-        for p, total in zip(self.trained, self.sums, strict=True):
-            p.copy_(total / sum(self.weights[:epochs]))
 
 
 class TrainingState:
@@ -85,20 +55,19 @@ class TrainingState:
             self._saved_steps = len(self.losses)
 
     def begin(
-        self, optimizer: torch.optim.Optimizer, precision: str = "float32", average: EpochAverage | None = None
+        self, optimizer: torch.optim.Optimizer, precision: str, after: Callable[[int], object] = lambda step: None
     ) -> "TrainingState":
-        """Start with this optimizer, what it trains, its average over epochs, and the state of the file, if
-        any."""
+        """Start with this optimizer, what it trains, and the state of the file, if any. `after`: what belongs
+        to a step, by its number, besides the optimizer's."""
         self.optimizer = optimizer
         self.precision = precision
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
-        self.average = average
-        self.saved = [*self.trained, *(average.sums if average else ())]
+        self.after = after
         device = self.trained[0].device.type
         self.scaler = torch.amp.GradScaler(device, enabled=precision == "float16" and device != "mps")
         if self._found is not None:
             with torch.no_grad():
-                for p, value in zip(self.saved, self._found["trained"], strict=True):
+                for p, value in zip(self.trained, self._found["trained"], strict=True):
                     p.copy_(value)
             optimizer.load_state_dict(self._found["optimizer"])
             self.scaler.load_state_dict(self._found["scaler"])
@@ -117,9 +86,8 @@ class TrainingState:
         if not math.isfinite(loss):
             problem = f"Training diverged: the loss of step {len(self.losses) + 1} is {loss}."
             raise ZooError(f"{problem} {self._lower_rate()}, or use float32 or bfloat16 instead of float16.")
+        self.after(len(self.losses))
         self.losses.append(loss)
-        if self.average:
-            self.average.step(len(self.losses))
         self.seconds = time.perf_counter() - self._started
         self._between_steps = True
         if time.perf_counter() - self._saved_at >= self.every:
@@ -164,7 +132,7 @@ class TrainingState:
             raise ZooError(f"Training diverged: the weights {after} are not finite. {self._lower_rate()}.")
         state = {
             "run": self.run,
-            "trained": [p.detach() for p in self.saved],
+            "trained": [p.detach() for p in self.trained],
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "losses": self.losses,

@@ -16,7 +16,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.features import MIRRORED, PLAIN, Batch, ImageLoader, Views, crop_views
 from dcp_zoo.heads.config import Abilities
 from dcp_zoo.heads.head import Head
-from dcp_zoo.training.loop import Loss, Schedule, build_optimizer, descend
+from dcp_zoo.training.loop import Loss, Schedule, build_optimizer, cosine, descend
 from dcp_zoo.training.recipes import BaseRecipe, Recipe, TrainingRecipe, batch_sizes, changed, count, default_recipe
 from dcp_zoo.training.state import TrainingState
 from dcp_zoo.training.task import Task
@@ -137,10 +137,10 @@ def own_clip(clip: FrozenCLIP) -> FrozenCLIP:
     return clip.with_clip(copy.deepcopy(clip.clip))
 
 
-def shuffled(images: ImageLoader, batch_size: int, seed: int, drop_last: bool = True) -> Iterator[Batch]:
+def shuffled(images: ImageLoader, batch_size: int, seed: int) -> Iterator[Batch]:
     """An endless stream of (inputs, labels) batches, epoch after epoch."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = batch_sizes(len(images), batch_size, drop_last)
+    sizes = batch_sizes(len(images), batch_size, drop_last=True)
     while True:
         yield from images.shuffled(sizes, generator)
 
@@ -151,6 +151,15 @@ def minimise(
     """Gradient descent without a state that is saved."""
     state = TrainingState().begin(optimizer, task.precision)
     descend(state, loss, batches, lr_at, steps, task.progress)
+
+
+def train_on_images(
+    task: Task, optimizer: torch.optim.Optimizer, loss: Loss, images: ImageLoader, steps: int, final_lr: float = 0.0
+) -> None:
+    """Minimise a loss on shuffled batches of images, with a cosine from the recipe's learning rate."""
+    recipe = task.recipe
+    batches = shuffled(images, recipe.batch_size, task.seed)
+    minimise(task, loss, optimizer, batches, cosine(recipe.lr, steps, final_lr), steps)
 
 
 def train_on_rows(task: Task, trained: Sequence[Tensor], loss: Loss) -> None:

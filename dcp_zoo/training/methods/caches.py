@@ -12,15 +12,13 @@ from torch.nn import functional as F
 from dcp_zoo.backbone.inputs import Inputs
 from dcp_zoo.fields import option
 from dcp_zoo.heads.kinds import CacheHead
-from dcp_zoo.training.loop import cosine
 from dcp_zoo.training.methods.base import (
     CACHED,
     CropsRecipe,
     Method,
     augmented,
-    minimise,
     most_accurate,
-    shuffled,
+    train_on_images,
 )
 from dcp_zoo.training.recipes import batch_sizes, count
 from dcp_zoo.training.task import Task
@@ -71,8 +69,7 @@ def fit_tip_adapter_f(task: Task) -> CacheHead:
             features = task.clip.encode_image(inputs)
         return F.cross_entropy(head.classify(features).float(), labels)
 
-    batches = shuffled(source, recipe.batch_size, task.seed)
-    minimise(task, loss, optimizer, batches, cosine(recipe.lr, steps), steps)
+    train_on_images(task, optimizer, loss, source, steps)
     return choose_strength(head, task)
 
 
@@ -92,8 +89,7 @@ def cache_head(task: Task, alpha: float) -> CacheHead:
 def choose_strength(head: CacheHead, task: Task) -> CacheHead:
     """Choose alpha and beta on the validation images, if there are any; ties go to the smallest values."""
     recipe: TipAdapterRecipe = task.recipe
-    alpha = recipe.alpha
-    beta = recipe.beta
+    strength = recipe.alpha, recipe.beta
     if task.val is not None:
         features = task.embeddings(task.val)
         zero_shot = task.clip.logits(features, head.weight)
@@ -105,9 +101,10 @@ def choose_strength(head: CacheHead, task: Task) -> CacheHead:
                 for alpha in grid(recipe.search_max, 20):
                     yield (alpha, beta), zero_shot + alpha * cached
 
-        alpha, beta = most_accurate(candidates(), task.val.labels)
-        head.alpha.fill_(alpha)
-        head.beta.fill_(beta)
+        strength = most_accurate(candidates(), task.val.labels)
+    alpha, beta = strength
+    head.alpha.fill_(alpha)
+    head.beta.fill_(beta)
     head.info = {"alpha": round(alpha, 4), "beta": round(beta, 4)}
     return head
 
@@ -162,16 +159,15 @@ def fit_proker(task: Task) -> CacheHead:
         head.beta.fill_(beta)
         return head
 
-    beta = recipe.beta
-    penalty = recipe.penalty
+    strength = recipe.beta, recipe.penalty
     if task.val is not None:
         features = task.embeddings(task.val)
         pairs = list(product(BETAS, PENALTIES))
         shown = task.progress(pairs, "beta and lambda", len(pairs))
         candidates = ((pair, with_strength(*pair).classify(features)) for pair in shown)
-        beta, penalty = most_accurate(candidates, task.val.labels)
-    head.info = {"beta": beta, "lambda": penalty}
-    return with_strength(beta, penalty)
+        strength = most_accurate(candidates, task.val.labels)
+    head.info = dict(zip(("beta", "lambda"), strength, strict=True))
+    return with_strength(*strength)
 
 
 PAPER = "Zhang et al., Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification, ECCV 2022"

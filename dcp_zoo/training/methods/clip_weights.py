@@ -21,7 +21,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.features import ImageLoader, crop_views
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.training.loop import Loss, cosine
-from dcp_zoo.training.methods.base import CLOSED, Method, minimise, own_clip, shuffled
+from dcp_zoo.training.methods.base import CLOSED, Method, minimise, own_clip, train_on_images
 from dcp_zoo.training.recipes import BaseRecipe, changed, count, option
 from dcp_zoo.training.task import Task
 
@@ -68,10 +68,8 @@ def sentence_features(clip: FrozenCLIP, ids: Tensor) -> Tensor:
 
 def train_steps(task: Task, trained: Iterable[Tensor], loss: Loss, source: ImageLoader, steps: int) -> None:
     """AdamW with a cosine from the recipe's learning rate to `FINAL_LR`."""
-    recipe = task.recipe
-    optimizer = torch.optim.AdamW(trained, recipe.lr, weight_decay=recipe.weight_decay)
-    batches = shuffled(source, recipe.batch_size, task.seed)
-    minimise(task, loss, optimizer, batches, cosine(recipe.lr, steps, FINAL_LR), steps)
+    optimizer = torch.optim.AdamW(trained, task.recipe.lr, weight_decay=task.recipe.weight_decay)
+    train_on_images(task, optimizer, loss, source, steps, FINAL_LR)
 
 
 def train_weights(clip: FrozenCLIP, task: Task, trained: Iterable[Tensor], steps: int) -> None:

@@ -76,7 +76,7 @@ def fit_coop(task: Task) -> PromptHead:
     """
     prompts = random_prompts(1, task.recipe.n_ctx, task.clip.text_tower.width)
     head = new_head(task, prompts)
-    train(task, head, task.feature_loader())
+    train(task, head)
     return head
 
 
@@ -102,7 +102,7 @@ def fit_cocoop(task: Task) -> ConditionalHead:
     """
     prompts, rest = text_prompts(task)
     head = ConditionalHead(task.clip, task.classnames, prompts, texts=task.texts, rest=rest)
-    train(task, head, task.feature_loader())
+    train(task, head)
     return head
 
 
@@ -138,7 +138,7 @@ def fit_kgcoop(task: Task) -> PromptHead:
         distance = 1 - (text * zero_shot).sum(-1).mean()
         return cross_entropy + recipe.text_weight * distance, cross_entropy
 
-    train(task, head, task.feature_loader(), loss_of=loss_of)
+    train(task, head, loss_of=loss_of)
     return head
 
 
@@ -180,7 +180,7 @@ def fit_prograd(task: Task) -> PromptHead:
             step = step - recipe.projection * agreement / general.square().sum() * general
         return (prompts * step).sum(), cross_entropy  # whose gradient is the step
 
-    train(task, head, task.feature_loader(), loss_of=loss_of)
+    train(task, head, loss_of=loss_of)
     return head
 
 
