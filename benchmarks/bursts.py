@@ -33,7 +33,7 @@ from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.data import Item, load_image
-from dcp_zoo.data.groups import find_groups, group_ids, numbers
+from dcp_zoo.data.groups import find_groups, group_ids
 from dcp_zoo.data.images import ImageLike, load_with_facts
 from dcp_zoo.features.cache import users_cache
 from dcp_zoo.features.extract import FeatureExtractor
@@ -153,7 +153,7 @@ class Drawn:
         mirrored = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
         views = torch.stack([read(clip, images), read(clip, mirrored)])
         weight, bias = clip.scaled(clip.zero_shot_classifier(names))
-        facts = np.stack([numbers(load_with_facts(image)[1]) for image in images])
+        facts = np.stack([load_with_facts(image)[1].numbers for image in images])
         text = (weight.detach(), bias.detach())
         tested = read(clip, shown)
         labels = torch.tensor(of)

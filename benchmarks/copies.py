@@ -26,7 +26,7 @@ from sets import CHOOSING, REPORTING, SETS
 
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.data import load_image
-from dcp_zoo.data.groups import near_copies, numbers
+from dcp_zoo.data.groups import near_copies
 from dcp_zoo.data.images import load_with_facts
 from dcp_zoo.zoo.build import plain_clip
 
@@ -48,7 +48,7 @@ def main(
     weights = weights_id(MODEL)
 
     def looked_at(images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
-        facts = np.stack([numbers(load_with_facts(image)[1]) for image in images])
+        facts = np.stack([load_with_facts(image)[1].numbers for image in images])
         return read(clip, images)[:, : sum(clip.widths[:2])].numpy(), facts
 
     for name in REPORTING if report else CHOOSING:

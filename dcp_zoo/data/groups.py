@@ -20,7 +20,7 @@ from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.data.images import GREY, Facts
+from dcp_zoo.data.images import GREY
 from dcp_zoo.data.splits import Item
 
 SECONDS = 3.0  # between two photographs of a burst
@@ -43,7 +43,6 @@ UPRIGHT = 2  # how many of `_all_ways`: as it is, and mirrored
 ALL_WAYS = 8
 FLAT = 2.0  # grey levels: a smaller standard deviation is noise
 BLUR = 5  # pixels
-FACTS = 2 * GREY**2 + 3  # numbers of `numbers`
 
 
 def group_ids(groups: Sequence[Hashable]) -> Tensor:
@@ -58,19 +57,13 @@ def group_ids(groups: Sequence[Hashable]) -> Tensor:
     return torch.tensor([ids[name] for name in names])
 
 
-def numbers(facts: Facts) -> np.ndarray:
-    """The grey copies of an image and when it was taken, float32 (2051,): exact, and kept as features
-    are."""
-    return np.concatenate([facts.grey.ravel(), facts.taken], dtype=np.float32)
-
-
 def find_groups(features: np.ndarray, facts: np.ndarray) -> list[list[int]]:
     """Groups of positions, without images that are alone.
 
     Args:
         features: of n images (n, F), by any frozen image tower. Rows of NaN, of images that cannot be
             read, are in no group.
-        facts: their `numbers` (n, 2051).
+        facts: the numbers of their `Facts` (n, 2051).
     """
     return joined([*near_copies(features, facts), *bursts(facts)])
 
@@ -99,8 +92,8 @@ def joined(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
 
 
 def bursts(facts: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Pairs of photographs that one camera took one after the other, within `SECONDS`, by their
-    `numbers` (n, 2051)."""
+    """Pairs of photographs that one camera took one after the other, within `SECONDS`, by the
+    numbers of their `Facts` (n, 2051)."""
     moments = []
     for i, (camera, day, second) in enumerate(facts[:, 2 * GREY**2 :].astype(float).tolist()):
         if camera > 0:

@@ -3,11 +3,12 @@
 import math
 import struct
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +17,7 @@ from zlib import crc32
 
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from dcp_zoo.errors import UnreadableImages, ZooError, as_zoo_error
+from dcp_zoo.errors import UnreadableImages, ZooError, as_zoo_error, attempted
 from dcp_zoo.fields import Values
 from dcp_zoo.files import MAX_PIXELS, check_regular
 from dcp_zoo.threads import available_cores
@@ -43,7 +44,9 @@ FORMS = (
     "(H, W), (H, W, 3), (H, W, 4) or (3, H, W) of uint8 or of floats 0 to 1"
 )
 GREY = 32  # pixels of both sides of a grey copy
+NUMBERS = 2 * GREY**2 + 3  # of `Facts`
 FRAME = 32  # grey levels: where a whole row or column differs less, beside the picture, it is a frame
+AHEAD = 64  # images that are decoded while others are computed
 SIDE = 160  # pixels of a thumbnail's longer side
 S = TypeVar("S")
 T = TypeVar("T")
@@ -167,24 +170,29 @@ def file_sha256(path: str) -> str:
 class Facts(NamedTuple):
     """What is known of an image besides its pixels, once it was read."""
 
-    grey: "np.ndarray"  # see `grey_copies`
-    taken: tuple[float, float, float]  # see `taken_by`
+    numbers: "np.ndarray"  # its `grey_copies` and when it was `taken_by` a camera, float32 (2051,), which is exact
     sides: tuple[int, int]  # width and height in pixels, upright
     sha256: str = ""  # of a file
 
 
 def load_with_facts(image: ImageLike) -> tuple[Image.Image, Facts]:
     """`load_image`, and what else there is to know: a file is read once for all."""
+    import numpy as np
+
     opened = to_image(image)
-    if not isinstance(opened, str):
+    hashed = ""
+    if isinstance(opened, str):
+        with _explained(opened), _stream(opened) as stream:
+            data = stream.read()
+        hashed = sha256(data).hexdigest()
+        with _opened_image(opened, data=data) as file:
+            taken = taken_by(file)
+            pixels = _rgb(file)
+    else:
+        taken = taken_by(opened)
         pixels = load_image(opened)
-        return pixels, Facts(grey_copies(pixels), taken_by(opened), pixels.size)
-    with _explained(opened), _stream(opened) as stream:
-        data = stream.read()
-    with _opened_image(opened, data=data) as file:
-        taken = taken_by(file)
-        pixels = _rgb(file)
-    return pixels, Facts(grey_copies(pixels), taken, pixels.size, sha256(data).hexdigest())
+    numbers = np.concatenate([grey_copies(pixels).ravel(), taken], dtype=np.float32)
+    return pixels, Facts(numbers, pixels.size, hashed)
 
 
 def grey_copies(image: Image.Image) -> "np.ndarray":
@@ -210,13 +218,13 @@ def taken_by(image: Image.Image) -> tuple[float, float, float]:
     unless its EXIF says all. The numbers are small enough for float32."""
     exif = image.getexif()
     details = exif.get_ifd(ExifTags.IFD.Exif)
+    model = exif.get(ExifTags.Base.Model)
     fraction = str(details.get(ExifTags.Base.SubsecTimeOriginal) or 0).strip()
     try:
         moment = datetime.strptime(str(details.get(ExifTags.Base.DateTimeOriginal)), "%Y:%m:%d %H:%M:%S")
         second = 3600 * moment.hour + 60 * moment.minute + moment.second + float(f"0.{fraction}")
     except ValueError:
-        return 0.0, 0.0, 0.0
-    model = exif.get(ExifTags.Base.Model)
+        model = None
     if not model:
         return 0.0, 0.0, 0.0
     camera = f"{exif.get(ExifTags.Base.Make)} {model} {details.get(ExifTags.Base.BodySerialNumber)}"
@@ -254,10 +262,30 @@ def _grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
 
 
-def in_threads(read: Callable[[S], T], images: Iterable[S]) -> list[T]:
-    """What `read` returns for each image, on all cores: PIL decodes outside the interpreter lock."""
-    with ThreadPoolExecutor(available_cores()) as pool:
-        return list(pool.map(read, images))
+def in_threads(read: Callable[[S], T], images: Iterable[S]) -> Iterator[T]:
+    """What `read` returns for each image, in order. Threads on all cores read ahead of the caller: PIL works
+    outside the interpreter lock."""
+    pool = ThreadPoolExecutor(available_cores())
+    waiting = deque[Future[T]]()
+    try:
+        for image in images:
+            waiting.append(pool.submit(read, image))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_batches(
+    read: Callable[[S], T], images: Sequence[S], size: int
+) -> Iterator[tuple[Sequence[S], list[T | ZooError]]]:
+    """Batches of images, and what `read` returns for each, or the error of one that cannot be read."""
+    results = in_threads(partial(attempted, read), images)
+    for start in range(0, len(images), size):
+        batch = images[start : start + size]
+        yield batch, [next(results) for _ in batch]
 
 
 def thumbnails(images: Iterable[ImageLike], side: int = SIDE, quality: int = 75) -> list[str]:
@@ -270,7 +298,7 @@ def thumbnails(images: Iterable[ImageLike], side: int = SIDE, quality: int = 75)
         pixels.save(buffer, "JPEG", quality=quality)
         return b64encode(buffer.getvalue()).decode()
 
-    return in_threads(small, images)
+    return list(in_threads(small, images))
 
 
 def check_complete(path: ImageLike) -> None:

@@ -338,7 +338,7 @@ def image_hashes(items: Sequence[Item], known: Mapping[str, Facts] | None = None
     def file_hash(item: Item) -> str:
         return facts[item.key].sha256 if item.key in facts else file_sha256(item.path)
 
-    files = in_threads(file_hash, [item for item in items if item.is_file])
+    files = list(in_threads(file_hash, [item for item in items if item.is_file]))
     pixels = [item.key for item in items if not item.is_file]
     hashes = {"files": files, "pixels": pixels}
     return {kind: " ".join(name[:DIGITS] for name in names) for kind, names in hashes.items() if names}

@@ -3,14 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing.pool import ThreadPool
 
-from dcp_zoo.data.images import ImageLike, check_complete, load_image
+from dcp_zoo.data.images import ImageLike, check_complete, in_threads, load_image
 from dcp_zoo.data.splits import PARTS, Item, Split
 from dcp_zoo.errors import UnreadableImages, ZooError, attempted, by_reason, shorten, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.progress import Progress, bar, no_progress
-from dcp_zoo.threads import available_cores
 
 ERRORS = ("raise", "keep")  # for images that cannot be read
 MOVE = "Replace them, or move them out of their class folders."
@@ -37,9 +35,8 @@ def damaged(
         result = attempted(read, item.path)
         return result if isinstance(result, ZooError) else None  # images would fill the memory
 
-    with ThreadPool(available_cores()) as pool:  # PIL decodes outside the interpreter lock
-        problems = progress(pool.imap(problem, items, chunksize=64), f"Checking {name}", len(items))
-        return {i: error for i, error in enumerate(problems) if error}
+    problems = progress(in_threads(problem, items), f"Checking {name}", len(items))
+    return {i: error for i, error in enumerate(problems) if error}
 
 
 def refuse(items: Sequence[Item], errors: Mapping[int, ZooError], advice: str = KEEP) -> None:
@@ -79,12 +76,10 @@ def without_unreadable(split: Split, progress: Progress = bar) -> Split:
     errors = damaged(items, load_image, progress)
     if not errors:
         return split
+    broken = {id(items[i]) for i in errors}
     left: Values = {}
-    start = 0  # position in `items` of a part's first image
     for part in (*PARTS, "no_class"):
-        images = getattr(split, part)
-        left[part] = [item for i, item in enumerate(images, start) if i not in errors]
-        start += len(images)
+        left[part] = [item for item in getattr(split, part) if id(item) not in broken]
     summary = unreadable_summary(items, errors)
     empty = {item.label for item in split.train} - {item.label for item in left["train"]}
     if empty:

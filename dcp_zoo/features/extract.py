@@ -12,8 +12,7 @@ from torch import Tensor
 from dcp_zoo.backbone._torch import seeded
 from dcp_zoo.backbone.clip import FrozenCLIP, Reading
 from dcp_zoo.backbone.inputs import VIEW_BATCH, Inputs
-from dcp_zoo.data.groups import FACTS, numbers
-from dcp_zoo.data.images import crop
+from dcp_zoo.data.images import NUMBERS, crop, in_batches
 from dcp_zoo.errors import UnreadableImages, ZooError, shorten
 from dcp_zoo.features.cache import active_cache, computed_by, tower_setting
 from dcp_zoo.features.device import autocast
@@ -25,7 +24,6 @@ from dcp_zoo.zoo.factory import create_transform
 
 Shown = dict[View, Any]  # a batch of images in each view, as an encoder reads them
 KnownInputs = Callable[[View, Sequence[int]], Inputs]  # of the images at these positions
-Batch = tuple[Sequence[int], dict[int, ZooError], Shown]  # positions, why some cannot be read, and those that can
 
 
 def plain_reading(clip: FrozenCLIP) -> Reading:
@@ -79,13 +77,16 @@ class FeatureExtractor:
             keep_errors: whether an image that cannot be read is an error in the table, and not raised.
         """
         readings = readings or [plain_reading(self.clip)]
-        columns = [self._columns(reading, views, photos) for reading in readings]
-        missing = set[int]()
-        for of_reading in columns:
-            missing = missing.union(*(column.missing for column in of_reading.values()))
+        kept = [plain_reading(self.clip) if is_plain_reading(each, self.clip) else each for each in readings]
+        settings = [self._setting(reading) for reading in kept]
+        columns: dict[View, list[Column]] = {}
+        for view in views:
+            names = [f"{view.name} {setting}" if setting and view.seed is None else "" for setting in settings]
+            columns[view] = [Column(photos, *each) for each in zip(names, kept, strict=True)]
+        missing = set[int]().union(*(column.missing for of_view in columns.values() for column in of_view))
         of_facts = None
         if facts:
-            of_facts = Column(photos, FACTS, f"facts and frames {computed_by()}")
+            of_facts = Column(photos, f"facts and frames {computed_by()}")
             missing |= of_facts.missing
             if photos.facts is None:
                 photos.facts = {}  # filled while images are decoded
@@ -100,53 +101,43 @@ class FeatureExtractor:
                 readable = [i for i in positions if i not in problems]
                 if not readable:
                     continue
-                self._encode(columns, readable, shown)
+                for view, images in shown.items():
+                    self._encode(columns[view], readable, images)
                 if of_facts and of_facts.missing:
-                    rows = [numbers(photos.facts_of(i)) for i in readable]
+                    rows = [photos.facts_of(i).numbers for i in readable]
                     of_facts.add(readable, torch.from_numpy(np.stack(rows)))
         widths = [reading.widths for reading in readings]
         features = {}
-        for view in views:
-            wanted = []
-            for of_reading, parts in zip(columns, widths, strict=True):
-                wanted.append(of_reading[view].rows[:, : sum(parts)])
-            features[view] = torch.cat(wanted, 1)
+        for view, of_view in columns.items():
+            asked = [column.rows[:, : sum(parts)] for column, parts in zip(of_view, widths, strict=True)]
+            features[view] = torch.cat(asked, 1)
         return FeatureTable(photos.items, features, widths, of_facts.rows if of_facts else None, errors)
 
-    def _columns(self, reading: Reading, views: Views, photos: Photos) -> dict[View, "Column"]:
-        """Empty columns by view, or what is kept of them. Kept are features of frozen encoders, and of the
-        plain CLIP all of them, as other heads may read more; not those of a CLIP that a method changed, nor
-        of random crops, which nobody asks for again."""
-        if is_plain_reading(reading, self.clip):
-            reading = plain_reading(self.clip)
-        is_frozen = reading.encoder is self.clip or not isinstance(reading.encoder, FrozenCLIP)
-        has_fixed_views = any(view.seed is None for view in views)
-        tower = ""
-        if has_fixed_views and is_frozen and reading.prompts is None and active_cache.get() is not None:
-            tower = tower_setting(reading.encoder, self.precision)  # waits for the device, once for all views
-        columns = {}
-        for view in views:
-            is_kept = tower and view.seed is None
-            setting = f"{view.name} {[*reading.parts]} {tower}" if is_kept else ""
-            columns[view] = Column(photos, sum(reading.widths), setting, reading)
-        return columns
+    def _setting(self, reading: Reading) -> str:
+        """What rows of a reading depend on besides the image and its view; "" if they are not kept. Kept are
+        features of frozen encoders, and of the plain CLIP all of them, as other heads may read more; not
+        those of a CLIP that a method changed, nor of random crops, which nobody asks for again."""
+        is_changed = isinstance(reading.encoder, FrozenCLIP) and reading.encoder is not self.clip
+        if is_changed or reading.prompts is not None or active_cache.get() is None:
+            return ""
+        return f"{[*reading.parts]} {tower_setting(reading.encoder, self.precision)}"  # waits for the device
 
-    def _encode(self, columns: Sequence[Mapping[View, "Column"]], positions: Sequence[int], shown: Shown) -> None:
-        """Compute what is missing of these images, which are shown in each view."""
-        for view, images in shown.items():
-            pending = [of_reading[view] for of_reading in columns if of_reading[view].missing]
-            of_clip = [column for column in pending if column.reading.encoder is self.clip]
-            is_shared = len(of_clip) > 1 and self.clip.vision_tower_or_none is not None
-            with autocast(self.clip.device, self.precision):
-                entered = self.clip.enter(images) if is_shared else images  # the stem is computed once
-                for column in pending:
-                    features = column.reading.encode(entered if column in of_clip else images)
-                    column.add(positions, features.float().cpu())
+    def _encode(self, columns: Sequence["Column"], positions: Sequence[int], images: Any) -> None:
+        """Compute what is missing of images, which are shown in one view, in its columns."""
+        pending = [column for column in columns if column.missing]
+        of_clip = [column for column in pending if column.reading.encoder is self.clip]
+        is_shared = len(of_clip) > 1 and self.clip.vision_tower_or_none is not None
+        with autocast(self.clip.device, self.precision):
+            entered = self.clip.enter(images) if is_shared else images  # the stem is computed once
+            for column in pending:
+                features = column.reading.encode(entered if column in of_clip else images)
+                column.add(positions, features.float().cpu())
 
     def _batches(
         self, photos: Photos, positions: Sequence[int], views: Views, inputs: KnownInputs | None
-    ) -> Iterator[Batch]:
-        """Batches of the images at these positions, on the device: normalised (B, 3, H, W), or `inputs`."""
+    ) -> Iterator[tuple[Sequence[int], dict[int, ZooError], Shown]]:
+        """Batches of positions, why some of the images cannot be read, and the others in each view, on the
+        device: normalised (B, 3, H, W), or `inputs`."""
         if inputs is not None:
             for start in range(0, len(positions), self.batch_size):
                 batch = positions[start : start + self.batch_size]
@@ -154,14 +145,10 @@ class FeatureExtractor:
             return
         has_crops = any(view.seed is not None for view in views)
         read = photos.load if has_crops else partial(photos.pixels, preprocessing=self.clip.pretrained_cfg)
-        for batch, results in photos.batches(positions, self.batch_size, read):
-            problems: dict[int, ZooError] = {}
-            images: dict[int, Any] = {}
-            for i, result in zip(batch, results, strict=True):
-                if isinstance(result, ZooError):
-                    problems[i] = result
-                else:
-                    images[i] = result
+        for batch, results in in_batches(read, positions, self.batch_size):
+            found = dict(zip(batch, results, strict=True))
+            problems = {i: result for i, result in found.items() if isinstance(result, ZooError)}
+            images = {i: result for i, result in found.items() if i not in problems}
             yield batch, problems, self._in_views(images, photos, views) if images else {}
 
     def _in_views(self, images: Mapping[int, Any], photos: Photos, views: Views) -> Shown:
@@ -171,14 +158,10 @@ class FeatureExtractor:
         plain = self.normalised(torch.from_numpy(np.stack(whole)))
         shown: Shown = {}
         for view in views:
-            if view == PLAIN:
-                shown[view] = plain
-            elif view == MIRRORED:
-                shown[view] = plain.flip(-1)
-            elif view.seed is not None:
+            if view.seed is not None:
                 shown[view] = self._crops(images, photos, view)
             else:
-                raise ValueError(f"No images are made for the view {view}.")
+                shown[view] = plain.flip(-1) if view == MIRRORED else plain
         return shown
 
     def _crops(self, images: Mapping[int, Any], photos: Photos, view: View) -> Tensor:
@@ -205,18 +188,17 @@ class Column:
 
     Args:
         photos: the images.
-        width: of a row.
         setting: what the rows depend on besides the image; "" if they must not be kept.
         reading: what is computed; None for facts.
     """
 
     photos: Photos
-    width: int
     setting: str
     reading: Any = None
 
     def __post_init__(self) -> None:
-        self.rows = torch.full((len(self.photos), self.width), torch.nan)
+        width = sum(self.reading.widths) if self.reading else NUMBERS
+        self.rows = torch.full((len(self.photos), width), torch.nan)
         self.missing = set(range(len(self.photos)))
         self._cache = active_cache.get() if self.setting else None
         if self._cache is not None:

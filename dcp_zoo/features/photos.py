@@ -1,13 +1,10 @@
 """Photographs: decoded once, on all cores, by their positions. Without torch."""
 
 import copy
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -17,36 +14,23 @@ from dcp_zoo.data.images import Facts, ImageLike, crop, load_image, load_with_fa
 from dcp_zoo.errors import ZooError, attempted
 from dcp_zoo.fields import Values
 from dcp_zoo.files import MAX_PIXELS, file_state
-from dcp_zoo.threads import available_cores
 
-T = TypeVar("T")
 CACHE_BYTES = 2**30  # of decoded images that are read again and again
-AHEAD = 2  # batches that are decoded while one is computed
 
 
-def pixels_of(image: ImageLike, preprocessing: Values, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def pixels_of(
+    image: ImageLike,
+    preprocessing: Values,
+    max_pixels: int = MAX_PIXELS,
+    load: Callable[[], Image.Image] | None = None,
+) -> np.ndarray:
     """An image, see `load_image` -> its pixels, uint8 (3, H, W), by timm's `preprocessing`: exactly the
     transform's before they are normalised; such pixels stay as they are. It needs no model, so it can
-    run in another process. ZooError as of `load_image`."""
-    if _is_cropped(image, preprocessing):
-        return image
-    with _enough_memory_for(image):
-        return crop(load_image(image, max_pixels), preprocessing)
-
-
-def _is_cropped(image: ImageLike, preprocessing: Values) -> bool:
-    """Whether an image is already what `pixels_of` returns."""
+    run in another process. ZooError as of `load_image`, in whose place another function may `load` it."""
     is_array = isinstance(image, np.ndarray) and image.dtype == np.uint8
-    return is_array and image.shape == tuple(preprocessing["input_size"])
-
-
-@contextmanager
-def _enough_memory_for(image: ImageLike) -> Iterator[None]:
-    """ZooError, naming the image, where reading it takes more memory than is left."""
-    try:
-        yield
-    except MemoryError:
-        raise ZooError(f"{image} is too large for the memory that is left.") from None
+    if is_array and image.shape == tuple(preprocessing["input_size"]):
+        return image
+    return crop(load() if load else load_image(image, max_pixels), preprocessing)
 
 
 class Photos:
@@ -66,13 +50,7 @@ class Photos:
         self.items = items
         self.facts = facts
         self._capacity = keep  # bytes that are left
-        self._decoded: dict[int, Image.Image] = {}
-        self._keys: list[str] | None = None
-
-    @classmethod
-    def of_images(cls, images: Sequence[ImageLike]) -> "Photos":
-        """Images without labels."""
-        return cls([Item(image, "", 0) for image in images])
+        self._decoded: dict[int, Image.Image] = {}  # by the ids of what they were read from
 
     def __len__(self) -> int:
         return len(self.items)
@@ -82,12 +60,10 @@ class Photos:
         """Of the decoded images that are kept."""
         return sum(3 * image.width * image.height for image in self._decoded.values())
 
-    @property
+    @cached_property
     def keys(self) -> list[str]:
         """Of each image, see `image_key`."""
-        if self._keys is None:
-            self._keys = [image_key(item.path) for item in self.items]
-        return self._keys
+        return [image_key(item.path) for item in self.items]
 
     def with_items(self, items: Sequence[Item]) -> "Photos":
         """The same images with other labels or groups."""
@@ -97,17 +73,16 @@ class Photos:
 
     def of(self, positions: Sequence[int]) -> "Photos":
         """The images at these positions."""
-        part = Photos([self.items[i] for i in positions], self._capacity, self.facts)
-        for i, position in enumerate(positions):
-            if position in self._decoded:
-                part._decoded[i] = self._decoded[position]
+        part = self.with_items([self.items[i] for i in positions])
+        part.keys = [self.keys[i] for i in positions]
         return part
 
     def load(self, position: int) -> Image.Image:
         """An image, decoded; ZooError as of `load_image`."""
-        if position in self._decoded:
-            return self._decoded[position]
         item = self.items[position]
+        image = self._decoded.get(id(item.path))
+        if image is not None:
+            return image
         if self.facts is None:
             image = load_image(item.path)
         else:
@@ -115,16 +90,12 @@ class Photos:
         size = 3 * image.width * image.height
         if size <= self._capacity:
             self._capacity -= size
-            self._decoded[position] = image
+            self._decoded[id(item.path)] = image
         return image
 
     def pixels(self, position: int, preprocessing: Values) -> np.ndarray:
         """An image as `pixels_of` makes it."""
-        image = self.items[position].path
-        if _is_cropped(image, preprocessing):
-            return image
-        with _enough_memory_for(image):
-            return crop(self.load(position), preprocessing)
+        return pixels_of(self.items[position].path, preprocessing, load=partial(self.load, position))
 
     def facts_of(self, position: int) -> Facts:
         """The facts of an image, which is read if they are not known."""
@@ -132,25 +103,6 @@ class Photos:
         if self.facts and item.key in self.facts:
             return self.facts[item.key]
         return load_with_facts(item.path)[1]
-
-    def batches(
-        self, positions: Sequence[int], size: int, read: Callable[[int], T]
-    ) -> Iterator[tuple[Sequence[int], list[T | ZooError]]]:
-        """Batches of positions, and what `read` returns for each, or the error of an image that cannot
-        be read. Threads read ahead of the caller: PIL works outside the interpreter lock."""
-        pool = ThreadPoolExecutor(available_cores())
-        waiting = deque[tuple[Sequence[int], Iterator[Any]]]()
-        try:
-            for start in range(0, len(positions), size):
-                batch = positions[start : start + size]
-                waiting.append((batch, pool.map(lambda i: attempted(read, i), batch)))
-                if len(waiting) > AHEAD:
-                    done, results = waiting.popleft()
-                    yield done, list(results)
-            for done, results in waiting:
-                yield done, list(results)
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def image_key(image: ImageLike) -> str:

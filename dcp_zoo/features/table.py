@@ -46,7 +46,7 @@ class FeatureTable(LabelledItems):
         items: the images, with labels and groups.
         views: the features (n, W) of each view: the normalised parts of each reading, one after the other.
         widths: of the parts of each reading, see `dcp_zoo.backbone.clip.Reading`.
-        facts: of the images (n, 2051), see `data.groups.numbers`; None if they were not computed.
+        facts: of the images (n, 2051), see `Facts`; None if they were not computed.
         errors: why an image cannot be read, by its position; its features and facts are NaN.
     """
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from dcp_zoo.answers import NO_THRESHOLDS, Outputs, Promises, Thresholds, cells, table
-from dcp_zoo.data.images import ImageLike
+from dcp_zoo.data.images import ImageLike, in_batches
 from dcp_zoo.errors import ZooError, as_zoo_error, check_range, shorten
-from dcp_zoo.features.photos import Photos
+from dcp_zoo.features.photos import pixels_of
 from dcp_zoo.fields import Values
 from dcp_zoo.files import packed, sha256_of, unpacked
 from dcp_zoo.heads.config import CONFIG_NAME, read_config, weights_file
@@ -76,9 +76,8 @@ def exported_file(path: str | Path) -> Path:
 def decoded(images: Sequence[ImageLike], batch_size: int, preprocessing: Values) -> Iterator[tuple[np.ndarray, Errors]]:
     """In batches, in order: the pixels of images (n, 3, H, W), see `pixels_of`, black where one cannot be read;
     and why each cannot, or None."""
-    photos = Photos.of_images(images)
-    read = partial(photos.pixels, preprocessing=preprocessing)
-    for _, results in photos.batches(range(len(images)), batch_size, read):
+    read = partial(pixels_of, preprocessing=preprocessing)
+    for _, results in in_batches(read, images, batch_size):
         pixels = np.zeros((len(results), *preprocessing["input_size"]), np.uint8)
         errors: Errors = [None] * len(results)
         for i, result in enumerate(results):

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.backbone.clip import FrozenCLIP, Linear
+from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_file, everyday_pictures
 from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.features import PLAIN, FeatureExtractor, FeatureTable, ImageLoader, Photos, is_plain_reading
@@ -112,7 +113,7 @@ def everyday(head: Head, extract: FeatureExtractor) -> FeatureTable:
                 features = known.get_tensor("features").float()
                 width = sum(reads[0].widths)
                 return FeatureTable([], {PLAIN: features[:, :width]}, [reads[0].widths])
-    return extract(Photos.of_images(everyday_pictures()), reads)
+    return extract(Photos([Item(picture, "", 0) for picture in everyday_pictures()]), reads)
 
 
 def origin(clip: FrozenCLIP) -> dict[str, str]:
