@@ -244,7 +244,7 @@ def fit_candidates(
     labels = images.labels.repeat(views)
     rows_kept = kept.repeat(1, views)  # (S, V n)
     row_weights = rows_kept * images.weights.repeat(views)
-    has_images = torch.stack([images.labels[one].bincount(minlength=classes) > 0 for one in kept])  # (S, C)
+    has_images = kept.float() @ F.one_hot(images.labels, classes).float() > 0  # (S, C)
     means = torch.stack([weighted_class_means(features, labels, classes, each).float() for each in row_weights])
     loss_weights = balanced(row_weights, labels, has_images) / views
     text_logits = F.linear(features[:, : images.widths[0]], *images.text)  # (V n, C)
@@ -261,11 +261,7 @@ def fit_candidates(
                 regressions = regressions_by_set(columns.rows, starts, labels, loss_weights, rows_kept)
             else:
                 steps = FEWER_STEPS if images.is_large else STEPS
-                repeated = loss_weights.repeat_interleave(len(own), 0)
-                regressions = softmax_regressions(
-                    columns.rows, columns.squares, starts.flatten(0, 1), labels, repeated, steps
-                )
-                regressions = regressions.unflatten(0, (len(kept), len(own)))  # (S, T, K', C, r)
+                regressions = softmax_regressions(columns.rows, columns.squares, starts, labels, loss_weights, steps)
             gaussians = []
             for fit, rows in enumerate(rows_kept):
                 own_means = means[fit][:, columns.positions] @ columns.axes
@@ -309,24 +305,23 @@ def regressions_by_set(rows: Tensor, starts: Tensor, labels: Tensor, weights: Te
     found = []
     for own_starts, own_weights, own in zip(starts, weights, kept, strict=True):
         axes, coordinates, squares = principal_axes(rows[own])
-        repeated = own_weights[own].expand(len(own_starts), -1)
-        d = softmax_regressions(coordinates, squares, own_starts[:, :, own], labels[own], repeated, FEWER_STEPS)
+        starts_of_set = own_starts[None, :, :, own]
+        d = softmax_regressions(coordinates, squares, starts_of_set, labels[own], own_weights[None, own], FEWER_STEPS)
         found.append(d @ axes.T)
-    return torch.stack(found)
+    return torch.cat(found)
 
 
 def softmax_regressions(
     rows: Tensor, squares: Tensor, starts: Tensor, labels: Tensor, weights: Tensor, steps: int
 ) -> Tensor:
-    """D (B, K, C, r) for each of `PENALTIES`, of B problems at once: for rows (m, r) in principal axes, with
-    their sums of squares (r,), from logits `starts` (B, C, m), with labels (m,) and weights (B, m) of the
-    losses. Each penalty's solution is the start for the next one, and takes at most so many steps."""
-    batch, classes, _ = starts.shape
+    """D (S, T, K, C, r) for each of `PENALTIES`, of all problems at once: for rows (m, r) in principal axes,
+    with their sums of squares (r,), from logits `starts` (S, T, C, m), with labels (m,) and weights (S, m) of
+    the losses. Each penalty's solution is the start for the next one, and takes at most so many steps."""
+    sets, shares, classes, _ = starts.shape
+    batch = sets * shares
+    starts = starts.flatten(0, 1)
     labels = labels.expand(batch, -1)
-
-    def logits(d: Tensor) -> Tensor:
-        return starts + (d.flatten(0, 1) @ rows.T).view_as(starts)
-
+    weights = weights.repeat_interleave(shares, 0)
     solutions = [torch.zeros(batch, classes, len(squares))]  # for an infinite penalty
     for penalty in PENALTIES[1:]:
         last = solutions[-1]
@@ -334,8 +329,9 @@ def softmax_regressions(
 
         def loss(scaled: Tensor, unit: Tensor = unit, penalty: float = penalty) -> Tensor:
             d = unit * scaled
-            losses = F.cross_entropy(logits(d), labels, reduction="none")
+            logits = starts + (d.flatten(0, 1) @ rows.T).view_as(starts)
+            losses = F.cross_entropy(logits, labels, reduction="none")
             return (weights * losses).sum() + penalty / 2 * d.square().sum()
 
         solutions.append(unit * minimum(loss, last / unit, steps, TOLERANCE))
-    return torch.stack(solutions, 1)
+    return torch.stack(solutions, 1).unflatten(0, (sets, shares))

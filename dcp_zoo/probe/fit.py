@@ -96,7 +96,6 @@ def fit_on_features(
     plain = training_sets[-1]
     if unseen is not None and not torch.equal(unseen[0], plain.text[0]):
         plain = replace(plain, text=unseen)
-    plain = replace(plain, clip_groups=len(clip.widths) - clip.inside)
     scale = plain.scales(plain.all)
     folds_out = folds(labels, groups)
     if (whole or len(labels)) > MANY:
@@ -135,19 +134,21 @@ def _training_sets(
     beside = list[Tensor]()
     intermediate = list[int]()
     for reading in readings:
-        first, *further = reading.features.split(reading.widths, -1)
-        if reading.start is None:
-            beside.append(first)
-        else:
-            embeddings.append((first, reading.start))
-        beside += further
+        groups = reading.features.split(reading.widths, -1)
+        if reading.start:
+            embeddings.append((groups[0], reading.start))
+            clip_groups = len(groups) - reading.inside
+            groups = groups[1:]
+        beside += groups
         end = 1 + len(beside)
         intermediate += range(end - reading.inside, end)
-    widths = [group.shape[-1] for group in (embeddings[0][0], *beside)]
-    return [
-        TrainingSet(torch.cat([first, *beside], -1), widths, labels, text, weights, intermediate, whole=whole)
-        for first, text in embeddings
-    ]
+    sets = []
+    for first, text in embeddings:
+        features = [first, *beside]
+        widths = [group.shape[-1] for group in features]
+        views = torch.cat(features, -1)
+        sets.append(TrainingSet(views, widths, labels, text, weights, intermediate, clip_groups, whole))
+    return sets
 
 
 def _fill(probe: TextProbe, fits: Sequence[Fits], weights: CandidateWeights) -> float:
@@ -201,7 +202,7 @@ def _set_threshold(
     closer = torch.zeros_like(distances)
     if examples is not None:
         closer = distances - validation.distances(examples) / probe.spread
-        probe.margin.fill_(margin_of(closer))
+        probe.margin = torch.tensor(margin_of(closer))
         probe.examples = examples / math.sqrt(sum(map(len, probe.widths)))
         info["examples"] = len(examples)
     rejected = torch.zeros_like(counted)

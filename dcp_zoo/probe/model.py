@@ -91,8 +91,8 @@ class TextProbe(nn.Module):
     Images with an `in_distribution_score` below `threshold` belong to none of the classes. Its distance is
     that of the frozen features to the nearest of the class means, in units of `spread`, the mean of training
     images that were left out, and `BEYOND` where one of the `examples` (M, F'), images of no class, is
-    nearer by more than the `margin`. Other texts unset the threshold. With a `gate` (3,) the text answers
-    for what is far, see `gated`; without, (0,).
+    nearer by more than the `margin`; without examples both are empty. Other texts unset the threshold. With
+    a `gate` (3,) the text answers for what is far, see `gated`; without, (0,).
 
     Args:
         classes: those of the head, or as many as its images have.
@@ -114,15 +114,24 @@ class TextProbe(nn.Module):
         self, classes: Sequence[str], widths: Sequence[Sequence[int]], changed: int = 0, examples: int = 0
     ) -> None:
         super().__init__()
-        self.classes, self.widths, self.changed = list(classes), [tuple(parts) for parts in widths], changed
+        self.classes = list(classes)
+        self.widths = [tuple(parts) for parts in widths]
+        self.changed = changed
         self.held_out: HeldOut | None = None  # of the fit, if an image could be left out; not saved
-        for name in ("weight", "means"):
-            self.register_buffer(name, torch.zeros(len(classes), sum(map(sum, widths))))
-        self.register_buffer("bias", torch.zeros(len(classes)))
-        self.register_buffer("gate", torch.empty(0))
-        self.register_buffer("examples", torch.zeros(examples, sum(map(sum, widths)) - changed))
-        for name, value in {"text_scale": 1.0, "threshold": NEVER, "spread": 1.0, "margin": 0.0}.items():
-            self.register_buffer(name, torch.tensor(value))
+        width = sum(map(sum, widths))
+        tensors = {
+            "weight": torch.zeros(len(classes), width),
+            "bias": torch.zeros(len(classes)),
+            "text_scale": torch.tensor(1.0),
+            "means": torch.zeros(len(classes), width),
+            "threshold": torch.tensor(NEVER),
+            "spread": torch.tensor(1.0),
+            "examples": torch.zeros(examples, width - changed),
+            "margin": torch.tensor(0.0) if examples else torch.empty(0),
+            "gate": torch.empty(0),
+        }
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
 
     def _ordered(self, rows: Tensor, classes: Sequence[str]) -> Tensor:
         """Rows (C, ...) of its classes in the order of `classes`; 0 for those of which it saw no image."""
@@ -173,15 +182,13 @@ class TextProbe(nn.Module):
 
     def tensors(self, classes: Sequence[str] | None = None) -> dict[str, Tensor]:
         """What a checkpoint holds, with the rows of `classes`, default its own; no threshold for others than
-        these."""
+        these, and no empty tensors."""
         classes = self.classes if classes is None else classes
         state = self.state_dict()
         state |= {name: self._ordered(state[name], classes) for name in PER_CLASS}
-        absent = (() if len(self.examples) else ("examples", "margin")) + (() if len(self.gate) else ("gate",))
-        state = {name: tensor for name, tensor in state.items() if name not in absent}
         if self.cannot_reject(classes):
             state["threshold"] = torch.full_like(self.threshold, NEVER)
-        return {f"{PREFIX}{name}": t for name, t in state.items()}
+        return {f"{PREFIX}{name}": t for name, t in state.items() if t.numel()}
 
 
 def nearest(x: Tensor, means: Tensor) -> Tensor:

@@ -86,10 +86,10 @@ class CrossValidation:
         found = []
         for fold in range(len(self.folds)):
             fits = {}
-            for other in range(len(self.folds)):
-                left_out = tuple(sorted((fold, other))) if self.by_pairs else (other,)
-                if other != fold and left_out in self.left_out:
-                    fits[other] = self.left_out.index(left_out)
+            for fit, left_out in enumerate(self.left_out):
+                others = {*left_out} - {fold}
+                if len(others) == 1 and len(left_out) == 1 + self.by_pairs:
+                    fits[others.pop()] = fit
             prior = prior_weights(self.fits.images, self.fits.kept[fold], self.fits.scales[fold])
             found.append(self._weights(fits) or prior)
         return found
