@@ -294,7 +294,7 @@ def test_modes_are_the_users(mini, tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"prompts.text": None}, "prompts.text is missing"),
+        ({"prompts.text": None}, r"prompts.text none instead of \(4, 192\)"),
         ({"prompts.extra": torch.ones(2)}, r"prompts.extra \(2,\) instead of none"),
         ({"context": torch.ones(5, 4, 64)}, r"context \(5, 4, 64\) instead of \(5, 4, 256\)"),
         ({"prompts.text": torch.zeros(4, DT).fill_diagonal_(float("nan"))}, "damaged: NaN or infinity in prompts.text"),

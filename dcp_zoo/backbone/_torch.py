@@ -21,6 +21,7 @@ from dcp_zoo.errors import ZooError
 T = TypeVar("T")
 CPU = torch.device("cpu")
 
+SETTINGS = (int, float, str, type(None))
 # in-place random initialisation, called directly or through torch.nn.init
 RANDOM_INIT = "normal_ uniform_ trunc_normal_ kaiming_uniform_ kaiming_normal_ xavier_uniform_ xavier_normal_".split()
 
@@ -144,22 +145,13 @@ def construction(module: nn.Module) -> str:
     as heads, the epsilon of a norm, the pooling, or the size of images."""
     lines = []
     for name, part in module.named_modules():
-        settings = []
+        lines.append(f"{name} {type(part).__module__}.{type(part).__qualname__}")
         for key, value in sorted(vars(part).items()):
-            text = _setting(value)
-            if text and key != "training" and not key.startswith("_"):
-                settings.append((key, text))
-        lines.append(f"{name} {type(part).__module__}.{type(part).__qualname__} {settings}")
+            values = value if isinstance(value, (list, tuple)) else [value]
+            is_plain = all(isinstance(each, SETTINGS) for each in values)
+            if is_plain and key != "training" and not key.startswith("_"):
+                lines.append(f"{key} {value}")
     return sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def _setting(value: Any) -> str:
-    """A setting as a text; "" for what is none, such as another module or a record."""
-    if isinstance(value, (list, tuple)):
-        return f"({', '.join(map(_setting, value))})"
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return repr(value)
-    return getattr(value, "__qualname__", "")
 
 
 def pool(prompts: Tensor, pooling: str) -> Tensor:
@@ -174,17 +166,15 @@ def pool(prompts: Tensor, pooling: str) -> Tensor:
 def pool_stream(states: Iterable[Tensor], pooling: str) -> Tensor:
     """A stream of batches (b, M, Dv), pooled as a single batch -> (M, Dv)."""
     count = 0
-    pooled = None
-    combine = torch.add if pooling == "mean" else torch.maximum
+    pooled: list[Tensor] = []
     for batch in states:
         count += len(batch)
-        part = batch.sum(0) if pooling == "mean" else pool(batch, pooling)
-        pooled = part if pooled is None else combine(pooled, part)
+        pooled.append(batch.sum(0) if pooling == "mean" else pool(batch, pooling))
         if pooling == "first":
             break
-    if pooled is None:
+    if not pooled:
         raise ZooError("store_stats needs at least one image.")
-    return pooled / count if pooling == "mean" else pooled
+    return sum(pooled[1:], pooled[0]) / count if pooling == "mean" else pool(torch.stack(pooled), pooling)
 
 
 @contextmanager
@@ -194,19 +184,15 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
     accelerator = None if device.type == "cpu" else getattr(torch, device.type, None)
     python_state = random.getstate()
     numpy_state = np.random.get_state()
-    torch_state = torch.get_rng_state()
-    device_state = accelerator.get_rng_state(device) if accelerator else None
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    if accelerator:  # `manual_seed` is for the current GPU, which may be another; there is one "mps" only
-        with accelerator.device(device) if hasattr(accelerator, "device") else nullcontext():
-            accelerator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-        if accelerator:
-            accelerator.set_rng_state(device_state, device)
+    with torch.random.fork_rng([device] if accelerator else [], device_type=device.type):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if accelerator:  # `manual_seed` is for the current GPU, which may be another; there is one "mps" only
+            with accelerator.device(device) if hasattr(accelerator, "device") else nullcontext():
+                accelerator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

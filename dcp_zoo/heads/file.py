@@ -26,7 +26,8 @@ from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME, HeadConfig, is_check
 from dcp_zoo.probe.model import PREFIX
 
 FILE_PREFIX = "classifier."  # of the text probe's tensors in a file
-RENAMED = (("stored_stats", "context"), (PREFIX, FILE_PREFIX))  # how names of tensors begin in the model, and in a file
+IN_FILE = {"stored_stats": "context", PREFIX: FILE_PREFIX}  # how names of tensors begin in the model, and in a file
+IN_MODEL = {in_file: in_model for in_model, in_file in IN_FILE.items()}
 LARGEST = 1e15  # of a trained number: sums of its squares are float32 numbers
 SAVE_SECONDS = 60.0  # that a save waits for others in the same folder
 # tensors of the text probe that stay in float32, as logits depend on them
@@ -51,7 +52,7 @@ def write(
         overwrite: whether another head may be replaced; the same one is where weights have had one of the
             hashes `known`, and the classes are the same.
     """
-    stored = {in_file(name): _stored(name, tensor, dtype) for name, tensor in tensors.items()}
+    stored = {renamed(name, IN_FILE): _stored(name, tensor, dtype) for name, tensor in tensors.items()}
     check_finite(stored, "Not saved")
     weights = safetensors.save(stored, metadata={"format": "pt"})
     weights_sha256 = sha256(weights).hexdigest()
@@ -122,7 +123,7 @@ def read_tensors(directory: str | Path, expected: str) -> dict[str, Tensor]:
     name = f"{FILE_PREFIX}text_scale"
     if name in state and not (state[name] >= 0).all():
         raise ZooError(f"{path} is damaged: {name} is {state[name].min():g}, but must be at least 0.")
-    return {in_model(name): tensor for name, tensor in state.items()}
+    return {renamed(name, IN_MODEL): tensor for name, tensor in state.items()}
 
 
 def _waiting_or_saved(directory: str | Path, expected: str) -> bytes:
@@ -136,19 +137,11 @@ def _waiting_or_saved(directory: str | Path, expected: str) -> bytes:
         return path.read_bytes()
 
 
-def in_file(name: str) -> str:
-    """What a file calls a tensor of the model."""
-    for model_prefix, file_prefix in RENAMED:
-        if name.startswith(model_prefix):
-            return file_prefix + name.removeprefix(model_prefix)
-    return name
-
-
-def in_model(name: str) -> str:
-    """What the model calls a tensor of a file."""
-    for model_prefix, file_prefix in RENAMED:
-        if name.startswith(file_prefix):
-            return model_prefix + name.removeprefix(file_prefix)
+def renamed(name: str, beginnings: Mapping[str, str]) -> str:
+    """The name of a tensor with another beginning, if it has one of these."""
+    for old, new in beginnings.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
     return name
 
 

@@ -546,14 +546,15 @@ class Head(nn.Module, ABC):
     def check_fits(self, state: Mapping[str, Tensor], path: str | Path, config: HeadConfig | None = None) -> None:
         """Raise ZooError, naming the tensors, unless those of a file are exactly this head's, with this
         config."""
-        expected = {file.in_file(name): tuple(t.shape) for name, t in self.expected_state(state, config).items()}
-        found = {file.in_file(name): tuple(t.shape) for name, t in state.items()}
+        found = {name: tuple(t.shape) for name, t in state.items()}
+        expected = {name: tuple(t.shape) for name, t in self.expected_state(state, config).items()}
         if found == expected:
             return
         wrong = []
         for name in sorted(found.keys() | expected):
             if found.get(name) != expected.get(name):
-                wrong.append(f"{name} {found.get(name, 'is missing')} instead of {expected.get(name, 'none')}")
+                shapes = f"{found.get(name, 'none')} instead of {expected.get(name, 'none')}"
+                wrong.append(f"{file.renamed(name, file.IN_FILE)} {shapes}")
         options = [f"{name}={value!r}" for name, value in self.model_args.items()]
         model = " with ".join(filter(None, [self.encoder.architecture, ", ".join(options)]))
         problem = f"{path} does not fit {model}. Tensors: {shorten(wrong, 4)}"
