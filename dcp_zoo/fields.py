@@ -30,10 +30,6 @@ def count(default: int | None, help: str) -> Any:
     return option(default, help, min=1)
 
 
-def changed(base: type, name: str, default: object) -> Any:
-    return field(default=default, metadata=base.__dataclass_fields__[name].metadata)  # type: ignore[attr-defined]
-
-
 class Checked:
     """Base class of dataclasses whose values are checked whenever one is made."""
 

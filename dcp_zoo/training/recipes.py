@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from dcp_zoo.data.packaged import find_spec
 from dcp_zoo.errors import check_range
 from dcp_zoo.features import MANY
-from dcp_zoo.fields import Checked, Values, changed, check, count, option, problems
+from dcp_zoo.fields import Checked, Values, check, count, option, problems
 from dcp_zoo.heads.config import PHRASE, DCPConfig
 from dcp_zoo.zoo.specs import get_spec
 
@@ -72,6 +72,13 @@ class BaseRecipe(Checked):
         "none", "fitted on image features after training: text-probe, or none", choices=("none", TEXT_PROBE)
     )
 
+    def __init_subclass__(cls, **defaults: object) -> None:
+        """The keywords of a class that extends this one are other defaults of its fields."""
+        for name, default in defaults.items():
+            inherited = cls.__dataclass_fields__[name]
+            cls.__annotations__[name] = inherited.type
+            setattr(cls, name, field(default=default, metadata=inherited.metadata))
+
     @classmethod
     def for_task(cls, model: str, dataset: str, shots: int, protocol: str) -> "BaseRecipe":
         """The published values for a task with at least one image per class; by default those of the
@@ -96,11 +103,10 @@ class BaseRecipe(Checked):
 
 
 @dataclass(frozen=True)
-class TrainingRecipe(BaseRecipe):
+class TrainingRecipe(BaseRecipe, augment="crop-flip"):
     """How prompts are trained. The defaults are those of DCP's authors."""
 
     is_trained = True
-    augment: str = changed(BaseRecipe, "augment", "crop-flip")
     optimizer: str = option("sgd", "the optimizer", choices=("sgd", "adamw", "adam"))
     lr: float = option(0.0035, "peak learning rate, reached in epoch 1 and followed by a cosine towards 0")
     warmup_lr: float = option(1e-5, "learning rate of epoch 0")

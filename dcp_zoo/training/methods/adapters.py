@@ -18,19 +18,15 @@ from dcp_zoo.heads.kinds import AdapterHead, LinearHead
 from dcp_zoo.probe.estimates import class_means
 from dcp_zoo.training.methods.base import CLOSED, Method, RowsRecipe, augmented, train_on_rows
 from dcp_zoo.training.methods.prompts import CoOpRecipe
-from dcp_zoo.training.recipes import TrainingRecipe, changed
 from dcp_zoo.training.task import Task
 
 # ------------------------------------------------------------------------------------------------------------ TaskRes
 
 
 @dataclass(frozen=True)
-class TaskResRecipe(RowsRecipe):
+class TaskResRecipe(RowsRecipe, optimizer="adam", lr=2e-3, epochs=200):
     """That of the authors' scripts, but for Flowers, where `scale` is 1."""
 
-    optimizer: str = changed(TrainingRecipe, "optimizer", "adam")
-    lr: float = changed(TrainingRecipe, "lr", 2e-3)
-    epochs: int | None = changed(TrainingRecipe, "epochs", 200)
     scale: float = option(0.5, "alpha, of the residuals")
 
     @classmethod
@@ -68,12 +64,9 @@ def fit_taskres(task: Task) -> LinearHead:
 
 
 @dataclass(frozen=True)
-class CLIPAdapterRecipe(RowsRecipe):
+class CLIPAdapterRecipe(RowsRecipe, lr=0.002, batch_size=32, epochs=200):
     """The ratio and width of the authors' code, and the schedule of CoOp, by whose commands it runs."""
 
-    lr: float = changed(TrainingRecipe, "lr", 0.002)
-    batch_size: int = changed(TrainingRecipe, "batch_size", 32)
-    epochs: int | None = changed(CoOpRecipe, "epochs", 200)
     ratio: float = option(0.2, "share of the adapter's output in the image features", min=0, max=1)
 
     @classmethod
@@ -101,12 +94,9 @@ def fit_clip_adapter(task: Task) -> AdapterHead:
 
 
 @dataclass(frozen=True)
-class CLAPRecipe(RowsRecipe):
+class CLAPRecipe(RowsRecipe, lr=0.1, weight_decay=0.0, epochs=300):
     """That of the authors' code: SGD with momentum 0.9, and a cosine after one epoch at 1e-5."""
 
-    lr: float = changed(TrainingRecipe, "lr", 0.1)
-    weight_decay: float = changed(TrainingRecipe, "weight_decay", 0.0)
-    epochs: int | None = changed(TrainingRecipe, "epochs", 300)
     unit: bool = option(
         True, "start from normalised text features; false: from the text tower's raw output, as the authors' code"
     )

@@ -17,7 +17,7 @@ from dcp_zoo.features import MIRRORED, PLAIN, Batch, ImageLoader, Views, crop_vi
 from dcp_zoo.heads.config import Abilities
 from dcp_zoo.heads.head import Head
 from dcp_zoo.training.loop import Loss, Schedule, build_optimizer, cosine, descend
-from dcp_zoo.training.recipes import BaseRecipe, Recipe, TrainingRecipe, batch_sizes, changed, count, default_recipe
+from dcp_zoo.training.recipes import BaseRecipe, Recipe, TrainingRecipe, batch_sizes, count, default_recipe
 from dcp_zoo.training.state import TrainingState
 from dcp_zoo.training.task import Task
 from dcp_zoo.zoo.specs import get_spec
@@ -31,19 +31,17 @@ CROPS = "random crops of each training image; not used by a model whose images a
 
 
 @dataclass(frozen=True)
-class CropsRecipe(BaseRecipe):
+class CropsRecipe(BaseRecipe, augment="crop-flip"):
     """For methods on features of augmented images."""
 
-    augment: str = changed(BaseRecipe, "augment", "crop-flip")
     augment_epochs: int = count(10, CROPS)
 
 
 @dataclass(frozen=True)
-class RowsRecipe(TrainingRecipe):
+class RowsRecipe(TrainingRecipe, batch_size=256):
     """For methods that `train_on_rows`."""
 
     is_trained = False
-    batch_size: int = changed(TrainingRecipe, "batch_size", 256)
     augment_epochs: int = count(20, CROPS)
 
 

@@ -22,17 +22,16 @@ from dcp_zoo.features import ImageLoader, crop_views
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.training.loop import Loss, cosine
 from dcp_zoo.training.methods.base import CLOSED, Method, minimise, own_clip, train_on_images
-from dcp_zoo.training.recipes import BaseRecipe, changed, count, option
+from dcp_zoo.training.recipes import BaseRecipe, count, option
 from dcp_zoo.training.task import Task
 
 FINAL_LR = 1e-6  # of CLIP-LoRA, CLIP-SVD and 2SFS
 
 
 @dataclass(frozen=True)
-class AdamWRecipe(BaseRecipe):
+class AdamWRecipe(BaseRecipe, augment="crop-flip"):
     """AdamW with a cosine down to `FINAL_LR`, as in the authors' code of CLIP-LoRA, CLIP-SVD and 2SFS."""
 
-    augment: str = changed(BaseRecipe, "augment", "crop-flip")
     lr: float = option(2e-4, "learning rate of the first step, in each stage if there are several")
     weight_decay: float = option(1e-2, "decoupled weight decay")
     batch_size: int = count(32, "images per step")
@@ -178,11 +177,8 @@ class LowRankBlock(OpenClipBlock):
 
 
 @dataclass(frozen=True)
-class CLIPSVDRecipe(AdamWRecipe):
+class CLIPSVDRecipe(AdamWRecipe, lr=5e-4, steps=800):
     """That of the authors' code: one setting for all datasets."""
-
-    lr: float = changed(AdamWRecipe, "lr", 5e-4)
-    steps: int = changed(AdamWRecipe, "steps", 800)
 
 
 def fit_svd(task: Task) -> LinearHead:
@@ -228,8 +224,7 @@ class SingularValues(nn.Module):
 
 
 @dataclass(frozen=True)
-class TwoSFSRecipe(AdamWRecipe):
-    steps: int = changed(AdamWRecipe, "steps", 1200)
+class TwoSFSRecipe(AdamWRecipe, steps=1200):
     first_stage: float = option(0.6, "fraction of the steps in the first stage", min=0, max=1)
 
 
@@ -269,10 +264,9 @@ def fit_two_sfs(task: Task) -> LinearHead:
 
 
 @dataclass(frozen=True)
-class ProLIPRecipe(BaseRecipe):
+class ProLIPRecipe(BaseRecipe, augment="crop-flip"):
     """That of the authors' code: Adam with a cosine over all steps."""
 
-    augment: str = changed(BaseRecipe, "augment", "crop-flip")
     penalty: float = option(0.25, "lambda; by default 1 / shots")
     lr: float = option(1e-5, "learning rate of the first step")
     eps: float = option(1e-4, "epsilon of Adam")

@@ -21,7 +21,7 @@ from dcp_zoo.heads.config import PHRASE, Abilities
 from dcp_zoo.heads.kinds import ConditionalHead, PromptHead
 from dcp_zoo.training.loop import train
 from dcp_zoo.training.methods.base import Method
-from dcp_zoo.training.recipes import TrainingRecipe, changed, count, option
+from dcp_zoo.training.recipes import TrainingRecipe, count, option
 from dcp_zoo.training.task import Task
 
 PROMPT_STD = 0.02  # of initial prompts, as in the papers
@@ -54,11 +54,9 @@ def new_head(task: Task, text: Iterable[Tensor] = (), vision: Iterable[Tensor] =
 
 
 @dataclass(frozen=True)
-class CoOpRecipe(TrainingRecipe):
+class CoOpRecipe(TrainingRecipe, lr=0.002, batch_size=32):
     """The paper's for ViT-B/16, with unified context."""
 
-    lr: float = changed(TrainingRecipe, "lr", 0.002)
-    batch_size: int = changed(TrainingRecipe, "batch_size", 32)
     epochs: int | None = count(200, "length of the schedule; by default less for fewer than five shots and ImageNet")
     n_ctx: int = count(16, "prompt tokens")
 
@@ -84,12 +82,9 @@ def fit_coop(task: Task) -> PromptHead:
 
 
 @dataclass(frozen=True)
-class CoCoOpRecipe(TrainingRecipe):
+class CoCoOpRecipe(TrainingRecipe, lr=0.002, batch_size=1, epochs=10):
     """The authors' for ViT-B/16, the same in all of their protocols."""
 
-    lr: float = changed(TrainingRecipe, "lr", 0.002)
-    batch_size: int = changed(TrainingRecipe, "batch_size", 1)
-    epochs: int | None = changed(TrainingRecipe, "epochs", 10)
     n_ctx: int = count(4, "prompt tokens")
     ctx_init: str = option(PHRASE, CTX_INIT)
 
@@ -110,11 +105,9 @@ def fit_cocoop(task: Task) -> ConditionalHead:
 
 
 @dataclass(frozen=True)
-class KgCoOpRecipe(CoCoOpRecipe):
+class KgCoOpRecipe(CoCoOpRecipe, batch_size=128, epochs=100):
     """The authors' for ViT-B/16, the same in all of their protocols."""
 
-    batch_size: int = changed(TrainingRecipe, "batch_size", 128)
-    epochs: int | None = changed(TrainingRecipe, "epochs", 100)
     text_weight: float = option(8.0, "weight of the distance between prompted and zero-shot text features")
 
 
@@ -188,8 +181,7 @@ def fit_prograd(task: Task) -> PromptHead:
 
 
 @dataclass(frozen=True)
-class VPTDeepRecipe(TrainingRecipe):
-    lr: float = changed(TrainingRecipe, "lr", 0.0025)
+class VPTDeepRecipe(TrainingRecipe, lr=0.0025):
     n_ctx: int = count(8, "prompt tokens in a block")
     depth: int = count(12, "blocks with their own prompts; at most the tower's blocks")
 
@@ -215,11 +207,10 @@ def fit_vpt_deep(task: Task) -> PromptHead:
 
 
 @dataclass(frozen=True)
-class IndependentRecipe(TrainingRecipe):
+class IndependentRecipe(TrainingRecipe, lr=0.0025):
     """That of the baseline in PromptSRC's repository, for base-to-new; its other protocols have none of
     their own."""
 
-    lr: float = changed(TrainingRecipe, "lr", 0.0025)
     n_ctx: int = count(4, "prompt tokens in a block of each tower")
     depth: int = count(9, "blocks of each tower with new prompts; at most the blocks of the shorter tower")
     ctx_init: str = option(PHRASE, CTX_INIT)
@@ -253,10 +244,7 @@ def fit_ivlp(task: Task) -> PromptHead:
 
 
 @dataclass(frozen=True)
-class MaPLeRecipe(IndependentRecipe):
-    lr: float = changed(TrainingRecipe, "lr", 0.0035)
-    n_ctx: int = changed(IndependentRecipe, "n_ctx", 2)
-
+class MaPLeRecipe(IndependentRecipe, lr=0.0035, n_ctx=2):
     @classmethod
     def for_task(cls, model: str, dataset: str, shots: int, protocol: str) -> "MaPLeRecipe":
         # a smaller budget where an ImageNet head must transfer; for few-shot, which the paper lacks, DCP's
@@ -311,8 +299,7 @@ def fit_maple(task: Task) -> PromptHead:
 
 
 @dataclass(frozen=True)
-class PromptSRCRecipe(IndependentRecipe):
-    epochs: int | None = changed(TrainingRecipe, "epochs", 50)
+class PromptSRCRecipe(IndependentRecipe, epochs=50):
     text_weight: float = option(25.0, "weight of the L1 distance between prompted and frozen text features")
     image_weight: float = option(10.0, "weight of the L1 distance between prompted and frozen image features")
     average_mean: float = option(0.6, "centre of the Gaussian over epochs, as a fraction of their number")

@@ -26,15 +26,15 @@ from dcp_zoo.probe.folds import shares
 from dcp_zoo.probe.threshold import THRESHOLD_IMAGES, promises_of, share_above, thresholds_of
 from dcp_zoo.rejection import REFUSED
 from dcp_zoo.training.methods.zero_shot import ZERO_SHOT
-from dcp_zoo.training.recipes import EXAMPLES_UNUSED, PROBE_REFUSED, BaseRecipe, changed
+from dcp_zoo.training.recipes import EXAMPLES_UNUSED, PROBE_REFUSED, BaseRecipe
 from dcp_zoo.training.task import IMAGES_ALONE, ProbeInputs
 
 TOO_FEW = "without a threshold nothing is rejected. It needs 20 images of the classes, at least two of one class"
 
 
 @dataclass(frozen=True)
-class TextProbeRecipe(BaseRecipe):
-    classifier: str = changed(BaseRecipe, "classifier", "text-probe")
+class TextProbeRecipe(BaseRecipe, classifier="text-probe"):
+    """Nothing is trained before the text probe."""
 
 
 @torch.no_grad()
