@@ -160,7 +160,7 @@ def rejecting(head: Any) -> Any:
     head.text_probe = fit_on_features(head.classes, labels, [ReadingFeatures(views, head.own_linear())])[0]
     head.text_probe.threshold.copy_(in_distribution(head, images[:2]).mean())
     accepted = [i for i, name in enumerate(head.predict(images, True)) if name is not None]
-    head.text_probe.margin.copy_(head.distances(views[0, accepted[-1:]])[0] / 2)
+    head.text_probe.margin = head.distances(views[0, accepted[-1:]])[0] / 2
     head.text_probe.examples = views[0, accepted[-1:]]
     assert [i for i, name in enumerate(head.predict(images, True)) if name is not None] == accepted[:-1]
     sure = head(images)[accepted[:-1]].softmax(-1).amax(-1).sort().values

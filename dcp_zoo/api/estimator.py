@@ -350,7 +350,7 @@ def _labels(model: Head) -> list[Any]:
         raise ZooError("Several classes have one name, and it is not known which label is whose: fit again.")
     if all(isinstance(label, str) for label in label_of.values()):
         label_of = {name: name for name in model.classnames} | label_of
-    added = [name for name in model.classnames if name not in label_of]
-    if added:
-        raise ZooError(f"No label is stored for {', '.join(added[:5])}: fit again.")
+    for name in model.classnames:
+        if name not in label_of:
+            raise ZooError(f"No label is stored for {name}: fit again.")
     return [label_of[name] for name in model.classnames]

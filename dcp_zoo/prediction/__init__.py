@@ -66,13 +66,6 @@ class Backend(ABC):
         return {i: error for i, error in enumerate(chain(*errors)) if error}, Outputs.joined(parts)
 
 
-def exported_file(path: str | Path) -> Path:
-    """The file from `dcp-zoo export` at this path. ZooError if there is none."""
-    if not Path(path).is_file():
-        raise ZooError(f"There is no file {path}: create one with dcp-zoo export.")
-    return Path(path)
-
-
 def decoded(images: Sequence[ImageLike], batch_size: int, preprocessing: Values) -> Iterator[tuple[np.ndarray, Errors]]:
     """In batches, in order: the pixels of images (n, 3, H, W), see `pixels_of`, black where one cannot be read;
     and why each cannot, or None."""
@@ -170,13 +163,12 @@ class Predictor:
         else:
             self.head = str(parse_name(name))
         files = self._files
-        self.sha256 = sha256_of(files[0])
-        with as_zoo_error(f"{name} is not whole: {{}}. Train or download the head again.", OSError):
+        with as_zoo_error(f"Cannot read {name} ({{}}): train, download or export the head again.", OSError):
+            self.sha256 = sha256_of(files[0])
             self.files = packed(files) if self.carry else None
 
     def __getstate__(self) -> Values:
-        state = {name: value for name, value in vars(self).items() if name != "backend"}
-        return state | {"rank": 0}
+        return {name: value for name, value in vars(self).items() if name != "backend"}
 
     @property
     def _files(self) -> list[Path]:
@@ -186,7 +178,7 @@ class Predictor:
         if not self.on_onnx:
             folder = head_folder(str(self.head))
             return [folder / CONFIG_NAME, weights_file(folder)]
-        return [exported_file(str(self.head))]
+        return [Path(str(self.head))]
 
     def depends_on(self) -> Values:
         """What the predictions depend on besides the images, as plain JSON, with the actual precision."""
@@ -213,10 +205,7 @@ class Predictor:
         """The head, loaded. ZooError if it is another one than when this was made."""
         if self.files:
             with unpacked(self.files) as folder:
-                if not self.on_onnx:
-                    return self._loaded(f"local-dir:{folder}")
-                (exported,) = self.files
-                return self._loaded(str(Path(folder, exported)))
+                return self._loaded(str(Path(folder, *self.files)) if self.on_onnx else f"local-dir:{folder}")
         if sha256_of(self._files[0]) != self.sha256:
             raise ZooError(f"{self.head} is another head than when this Predictor was made: make it again.")
         return self._loaded(str(self.head))

@@ -105,14 +105,15 @@ class OutputFiles:
         """Raise ZooError for unknown suffixes, results that exist, and places that cannot be written."""
         if self.table.suffix == ".parquet":
             import_extra("pyarrow", "data")
-        formats = {"--output": [*writers.TABLES], "--features": [".npz"]}
-        given = {"--output": self.table, "--features": self.features, "--sheet": self.sheet}
         rows = self.partial(".jsonl")
-        for option, file in given.items():
+        for option, file, suffixes in (
+            ("--output", self.table, [*writers.TABLES]),
+            ("--features", self.features, [".npz"]),
+            ("--sheet", self.sheet, []),
+        ):
             if file is None:
                 continue
-            suffixes = formats.get(option, [file.suffix])
-            if file.suffix not in suffixes:
+            if suffixes and file.suffix not in suffixes:
                 raise ZooError(f"{option} {file}: its suffix must be {' or '.join(suffixes)}.")
             # a run that was stopped at its end has written some of them
             was_stopped = file.exists() and rows.exists() and file.stat().st_mtime >= rows.stat().st_mtime

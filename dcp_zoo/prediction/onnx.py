@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from dcp_zoo.answers import Outputs, Thresholds, log_softmax
+from dcp_zoo.answers import Outputs, Thresholds
 from dcp_zoo.data.images import ImageLike, normalise
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, import_extra, warn
 from dcp_zoo.features.photos import pixels_of
-from dcp_zoo.prediction import Backend, exported_file
+from dcp_zoo.prediction import Backend
 
 INPUT = "pixel_values"  # of normalised images, as other programs call it
 CUDA = "CUDAExecutionProvider"
@@ -56,14 +56,13 @@ class OnnxClassifier(Backend):
         features: bool = False,
     ) -> None:
         runtime = import_extra("onnxruntime", "export")
-        file = exported_file(path)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leave the cores to others
         chosen = providers(device)
         # ONNX Runtime has a separate exception for every kind of bad file
         with as_zoo_error(f"{path} is not an exported model ({{}}): create one with dcp-zoo export.", Exception):
-            self.session = runtime.InferenceSession(str(file), options, providers=chosen)
+            self.session = runtime.InferenceSession(str(path), options, providers=chosen)
             self.info = info = json.loads(self.session.get_modelmeta().custom_metadata_map[METADATA_KEY])
             self.architecture = info["model"]
             self.classnames = info["classnames"]
@@ -86,10 +85,6 @@ class OnnxClassifier(Backend):
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """A batch of what `preprocess` returns -> logits (B, C)."""
         return self.session.run(["logits"], {INPUT: images})[0]
-
-    def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """A batch of what `preprocess` returns -> probabilities (B, C)."""
-        return np.exp(log_softmax(self(images)))
 
     def preprocess(self, image: ImageLike) -> np.ndarray:
         """An image -> (3, H, W), as `create_transform` returns it."""

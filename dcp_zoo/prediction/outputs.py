@@ -22,10 +22,8 @@ from dcp_zoo.tables import NONE, write_csv
 
 def _columns(rows: Iterable[Row]) -> list[str]:
     """The columns of all rows, which are the same for all images that can be read."""
-    for row in rows:
-        if "error" not in row:
-            return [*cells(row), "error"]
-    return ["image", "class", "probability", "error"]
+    answers = (cells(row) for row in rows if "error" not in row)
+    return [*next(answers, ("image", "class", "probability")), "error"]
 
 
 def _write_csv(path: str, rows: Iterable[Row]) -> None:
