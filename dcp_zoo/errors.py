@@ -100,14 +100,9 @@ def by_reason(reasons: Mapping[str, str]) -> str:
     return shorten([f"{shorten(alike)} ({reason})" for reason, alike in names.items()])
 
 
-def nearest(name: str, valid: Iterable[str]) -> list[str]:
-    """Up to five entries of `valid` closest to `name`, best first."""
-    return difflib.get_close_matches(name, list(valid), n=5, cutoff=0.4)
-
-
 def nearest_hint(name: str, valid: Iterable[str]) -> str:
-    """The part of an error message that suggests the nearest valid names."""
-    close = nearest(name, valid)
+    """The part of an error message that suggests the nearest valid names, five at most, best first."""
+    close = difflib.get_close_matches(name, list(valid), n=5, cutoff=0.4)
     return f" Nearest: {', '.join(close)}." if close else ""
 
 

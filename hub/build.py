@@ -47,6 +47,7 @@ from dcp_zoo.files import check_writable, write_file
 from dcp_zoo.release.publish import BASELINE, HEADS, Release, prepare, publish, refusals
 from dcp_zoo.threads import use_threads
 from dcp_zoo.zoo.registry import HUB_ORG, MANIFEST, all_heads, trained_heads
+from dcp_zoo.zoo.specs import get_spec
 
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 METHOD = "dcp"
@@ -302,8 +303,10 @@ def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], set
         output.print(grid_table([*of_protocol], results.keys()))
     show_states(heads)
     left = [trial for trial in trials if trial.key not in results]
-    for line in pace.costs(left, missing, settings, [head.trial.model for head in heads]):
+    for line in pace.costs(left, missing, settings):
         output.print(line, soft_wrap=True)
+    kept = sum(get_spec(head.trial.model).head_mb for head in heads) / 1e3
+    output.print(f"The {len(heads)} heads take {kept:.2f} GB.")
     output.print(timetable(left, settings))
 
 

@@ -22,7 +22,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.prediction.onnx import OnnxClassifier
 from dcp_zoo.release.onnx import export
-from dcp_zoo.zoo.build import load_encoders, plain_clip
+from dcp_zoo.zoo.build import load_encoder, plain_clip
 from dcp_zoo.zoo.factory import create_transform
 
 MODELS = {"convolutional": "test_resnet", "transformer": "test_vit"}  # timm's smallest
@@ -58,7 +58,7 @@ def test_an_encoder_reads_clips_pixels_as_timm_would(encoders, pictures):
     pixels = torch.from_numpy(crop(pictures[0][0], clip.pretrained_cfg).copy())
     pixels = pixels if len(pixels) == 3 else pixels.permute(2, 0, 1)
     x = create_transform(clip)(pictures[0][0])[None]
-    for encoder in load_encoders(list(encoders.values()), clip):
+    for encoder in [load_encoder(name, clip) for name in encoders.values()]:
         cfg = encoder.model.pretrained_cfg
         mean, std = (torch.tensor(cfg[name])[:, None, None] for name in ("mean", "std"))
         own = (pixels / 255 - mean) / std
@@ -79,7 +79,7 @@ def test_an_encoder_reads_clips_pixels_as_timm_would(encoders, pictures):
 @torch.no_grad()
 def test_an_encoder_of_a_fixed_size_without_patches(tmp_path):
     save_for_hf(timm.create_model("test_maxvit"), tmp_path, safe_serialization=True)
-    [encoder] = load_encoders([f"local-dir:{tmp_path}"], plain_clip("dcp_mini"))
+    encoder = load_encoder(f"local-dir:{tmp_path}", plain_clip("dcp_mini"))
     assert encoder.size == (160, 160)
     assert encoder.read(torch.ones(2, 3, 192, 192)).shape == (2, *encoder.widths)
 

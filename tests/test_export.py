@@ -163,7 +163,7 @@ def test_resize_in_the_graph_is_pils(crop_pct):
 
 def test_a_repo_for_other_clients(run, tiny_head, onnx_file, tmp_path, monkeypatch):
     """They scale pixels to [0, 1], and the file does all else; transformers alone must not find weights."""
-    monkeypatch.setattr("dcp_zoo.zoo.factory.create_model", lambda *args, **options: tiny_head)
+    monkeypatch.setattr("dcp_zoo.create_model", lambda *args, **options: tiny_head)
     folder = tmp_path / "repo"
     run.ok("export", "--head", BUNDLED, "--format", "hub", "--output", folder)
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}

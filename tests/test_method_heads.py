@@ -18,7 +18,7 @@ from test_baselines import loader, logits_of, task
 import dcp_zoo
 from dcp_zoo.data import Split
 from dcp_zoo.errors import ZooError
-from dcp_zoo.heads.config import COUPLINGS, WEIGHTS_NAME, read_config
+from dcp_zoo.heads.config import COUPLINGS, WEIGHTS_NAME
 from dcp_zoo.prediction.onnx import OnnxClassifier
 from dcp_zoo.release.onnx import export
 from dcp_zoo.training.folder import STATE_NAME
@@ -27,7 +27,6 @@ from dcp_zoo.training.methods.text_probe import fit_probe
 from dcp_zoo.training.run import plan
 from dcp_zoo.training.state import TrainingState
 from dcp_zoo.zoo.build import trained_head
-from dcp_zoo.zoo.resolve import Source
 
 pytestmark = FEW_STEPS
 
@@ -44,7 +43,7 @@ def small(method, clip, photos, **changes):
 def load(clip, folder):
     """The head of a checkpoint on another copy of the same CLIP."""
     own = clip.with_clip(copy.deepcopy(clip.clip))
-    return trained_head(own, Source("custom", folder=folder, config=read_config(folder))).eval()
+    return trained_head(own, folder).eval()
 
 
 COUPLED = [("dcp", {"coupling": coupling}) for coupling in COUPLINGS]

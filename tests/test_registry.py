@@ -90,7 +90,7 @@ def test_pretrained_means_can_be_loaded(monkeypatch):
         dcp_zoo.list_heads(status="trained")
     assert (get_head("dcp_vitb16.dtd-4shot-seed2").seed, get_head("dcp_vitb16.dtd-4shot").seed) == (2, 1)
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "us")
-    assert get_head("dcp_vitb16.dtd-4shot-seed3").repo_id == "us/dcp_vitb16.dtd-4shot-seed3"
+    assert get_head("dcp_vitb16.dtd-4shot-seed3").place[0] == "us/dcp_vitb16.dtd-4shot-seed3"
 
 
 def test_names_without_weights_say_why_and_what_there_is():

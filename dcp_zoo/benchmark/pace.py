@@ -101,30 +101,19 @@ def sizes(dataset: str, data_root: Path | None) -> tuple[int, int]:
     return len(split.classnames), len(split.test)
 
 
-def costs(
-    trials: Sequence[Trial], missing: Sequence[DatasetSpec], settings: Settings, heads: Sequence[str] = ()
-) -> Iterator[str]:
-    """What trials take, in lines: disk space, downloads, and hours by a step that is measured now.
-
-    Args:
-        trials: those that are left.
-        missing: the datasets to download.
-        heads: the models of the heads that are kept, one for each head.
-    """
+def costs(trials: Sequence[Trial], missing: Sequence[DatasetSpec], settings: Settings) -> Iterator[str]:
+    """What trials take, in lines: disk space, downloads of the missing datasets and of CLIP, and hours by a
+    step that is measured now."""
     specs = [get_spec(name) for name in dict.fromkeys(trial.model for trial in trials)]
     downloaded = gigabytes(missing)
     weights = sum(4 * (spec.parameters or 0) / 1e3 for spec in specs if spec.clip)
-    kept = sum(get_spec(name).head_mb for name in heads) / 1e3
-    disk = "an unknown size"
+    size = disk = "an unknown size"
     if downloaded is not None:
-        disk = f"{2 * downloaded + weights + kept:.1f} GB at most, as archives stay until they are unpacked"
-    of_heads = f"; {kept:.2f} GB of it for {len(heads)} {'head' if len(heads) == 1 else 'heads'}" if heads else ""
-    if missing or weights or heads:
-        yield f"Disk: {disk}{of_heads}."
-    images = "none, all datasets are here"
-    if missing:
-        size = "an unknown size" if downloaded is None else f"{downloaded:.1f} GB"
-        images = f"{', '.join(spec.name for spec in missing)}, {size}"
+        size = f"{downloaded:.1f} GB"
+        disk = f"{2 * downloaded + weights:.1f} GB at most, as archives stay until they are unpacked"
+    if missing or weights:
+        yield f"Disk: {disk}."
+    images = f"{', '.join(spec.name for spec in missing)}, {size}" if missing else "none, all datasets are here"
     clips = ", ".join(f"{spec.name} {spec.download}" for spec in specs if spec.clip)
     yield f"Downloads: {images}{f'; weights of CLIP: {clips}, if not in the cache' if clips else ''}."
     for spec in specs:

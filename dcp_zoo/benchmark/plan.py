@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dcp_zoo.backbone import MINI_WEIGHTS
-from dcp_zoo.data import DATASETS, Split, list_datasets, load_labelled
-from dcp_zoo.data.packaged import find_spec
+from dcp_zoo.data import DATASETS, Split, find_spec, list_datasets, load_labelled
 from dcp_zoo.data.splits import image_hashes, split_images
 from dcp_zoo.errors import ZooError, attempted, check_choice
 from dcp_zoo.features import LIBRARIES

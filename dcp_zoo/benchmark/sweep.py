@@ -32,7 +32,7 @@ from dcp_zoo.features import (
 )
 from dcp_zoo.fields import Values
 from dcp_zoo.files import alone_in, sha256_of
-from dcp_zoo.heads.config import WEIGHTS_NAME, library_versions
+from dcp_zoo.heads.config import WEIGHTS_NAME, library_versions, without
 from dcp_zoo.heads.head import Head
 from dcp_zoo.training.evaluation import (
     EVAL_BATCH,
@@ -48,7 +48,6 @@ from dcp_zoo.training.recipes import VALIDATION
 from dcp_zoo.training.run import Run, RunOptions, Source, train_head
 from dcp_zoo.training.run import plan as plan_run
 from dcp_zoo.zoo.build import plain_clip, trained_head
-from dcp_zoo.zoo.resolve import resolve
 
 MEMORY = 8 * 2**30  # bytes, where the system does not report them
 if hasattr(os, "sysconf"):
@@ -137,37 +136,32 @@ def run_trial(trial: Trial, settings: Settings, images: TrialImages | None = Non
         results = _tests(trial, head, images, unfinished)
     test_seconds = time.perf_counter() - trained
     known = run.info()
-    result: Values = {
+    info = without(head.info, (*known, "train_seconds"))
+    by_default = VALIDATION if METHODS[trial.method].chooses and subset.val else "none"
+    result = unfinished.conditions | {
         "trial": asdict(trial),
-        **unfinished.conditions,
         "device": str(images.device),
         "split_sha256": split.sha256,
         "subset_sha256": known["subset_sha256"] if trial.shots else "",
+        "info": info,
+        "selection": info.get("text_probe", info).get("selection") or by_default,
+        "results": results,
+        "train_seconds": head.info["train_seconds"],
+        "test_seconds": round(test_seconds, 2),
+        "versions": library_versions(),
     }
     # heads of this name are those of few-shot: other protocols train others
     if trial.method == settings.save_heads and trial.protocol == "few-shot":
         metrics = {f"top1_{entry['stats']}": entry["top1"] for entry in results}
         saved = head.save_pretrained(settings.output / SAVED_HEADS / trial.head, overwrite=True, metrics=metrics)
         result["head_sha256"] = sha256_of(saved / WEIGHTS_NAME)
-    info = {name: value for name, value in head.info.items() if name not in (*known, "train_seconds")}
-    selection = info.get("text_probe", info).get("selection")
-    if not selection:
-        selection = VALIDATION if METHODS[trial.method].chooses and subset.val else "none"
-    return {
-        **result,
-        "info": info,
-        "selection": selection,
-        "results": results,
-        "train_seconds": head.info["train_seconds"],
-        "test_seconds": round(test_seconds, 2),
-        "versions": library_versions(),
-    }
+    return result
 
 
 def _trained(run: Run, folder: Path | None, images: TrialImages) -> Head:
     """The head that a run trains, or has trained in this folder before."""
     if folder and is_finished(folder):
-        return trained_head(images.clip, resolve(f"local-dir:{folder}")).eval().to(images.device)
+        return trained_head(images.clip, folder).eval().to(images.device)
     options = RunOptions(test=False, progress=images.extract.progress)
     run = replace(run, describes=folder is not None)
     return train_head(run, folder, options, images)[0]

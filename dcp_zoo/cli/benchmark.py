@@ -145,9 +145,9 @@ def show_events(events: "Iterable[Event]", total: int) -> "Iterator[Event]":
 
 def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]) -> None:
     """Print the protocol's tables of all results in the folder, and write them to its CSV file."""
-    if store.done(output_dir):
+    results = store.gather(output_dir)
+    if not results.empty:
         path = output_dir / "results.csv"
-        results = store.gather(output_dir)
         write_file(path, results.to_csv(index=False), "run the same command again")
         _, make_tables = SECTIONS[trials[0].protocol]
         for (model, _), group in with_labels(results).groupby(["model", "weights"]):

@@ -58,8 +58,9 @@ def print_note(text: str) -> None:
 
 
 def log(text: str) -> None:
-    """Print a message next to progress bars, verbatim: brackets are not markup."""
-    errors.print(from_here(text), markup=False)
+    """Print a message, if there is one, next to progress bars, verbatim: brackets are not markup."""
+    if text:
+        errors.print(from_here(text), markup=False)
 
 
 def from_here(text: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from typer import Argument, Option
 
+import dcp_zoo
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.errors import ZooError, check_choice, import_extra
@@ -54,12 +55,11 @@ def export(
 def exported(name: str, classnames: Sequence[str] | None, path: Path, format: str = "onnx") -> "Head":
     """Write a head to a file, or as a repo to a folder. Returns the head."""
     from dcp_zoo.release import export_hub
-    from dcp_zoo.release.onnx import check_export, export
-    from dcp_zoo.zoo.factory import create_model
+    from dcp_zoo.release.onnx import check_export
 
     check_export()
-    model: Head = create_model(name, True, classnames=classnames).eval()
-    write = export_hub if format == "hub" else export
+    model: Head = dcp_zoo.create_model(name, True, classnames=classnames).eval()
+    write = export_hub if format == "hub" else dcp_zoo.export
     write(model, path)
     return model
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.columns import Columns
 from typer import Exit, Option
 
+import dcp_zoo
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import from_here, log, output, plain_table, progress_bar
 from dcp_zoo.data import Item, Split, find_spec, is_user_data, load_labelled, training_split
@@ -80,15 +81,12 @@ def evaluate(
     if label or (labels and is_spot_check(labels[0])):
         if len(heads) == 2 or claim or report or photos is None or dataset != "folder":
             raise ZooError("--label, and its table, are for one head and a folder, without --claim or --report.")
-        from dcp_zoo.inspection.spot_check import spot_check
-
         table = labels[0] if labels else None
         options: Values = {"device": device, "precision": precision, "progress": progress_bar}
-        found = spot_check(photos, names[0], label=label, labels=table, output=output_dir, **options)
+        found = dcp_zoo.spot_check(photos, names[0], label=label, labels=table, output=output_dir, **options)
         show_spot_check(found, output_dir, as_json)
         return
-    from dcp_zoo.features.cache import shared_features
-    from dcp_zoo.features.groups import group_own_images
+    from dcp_zoo.features import group_own_images, shared_features
     from dcp_zoo.prediction.heads import loaded
     from dcp_zoo.release import claimed
 
@@ -97,8 +95,7 @@ def evaluate(
     claims = claimed(names[0], models[0]) if claim else {}
     dataset = dataset or trained_on(head, models[0], data_root)
     images = load_labelled(dataset, data_root, labels)
-    if images.note:
-        log(printable(images.note))
+    log(printable(images.note))
     shown = str(data_root) if dataset == "folder" else dataset
     test, title = test_images(images, models[0], head, claim)
     for other, name in zip(models[1:], heads[1:], strict=True):
@@ -130,10 +127,7 @@ def measured(model: "Head", test: Sequence[Item], images: Split, precision: str,
     """A head measured on test images of a split, in all modes for a `claim`. Of a dataset with other classes
     it classifies into these."""
     from dcp_zoo.api.inputs import among
-    from dcp_zoo.features.device import pick_precision
-    from dcp_zoo.features.extract import FeatureExtractor
-    from dcp_zoo.features.loader import ImageLoader
-    from dcp_zoo.features.photos import Photos
+    from dcp_zoo.features import FeatureExtractor, ImageLoader, Photos, pick_precision
     from dcp_zoo.training.evaluation import measure
 
     if not is_user_data(images.name) and set(images.classnames) != set(model.classnames):

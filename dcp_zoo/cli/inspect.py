@@ -6,6 +6,7 @@ from typing import Any
 
 from typer import Argument, Option
 
+import dcp_zoo
 from dcp_zoo.cli.console import advise, log, output, progress_bar
 from dcp_zoo.cli.options import Device, GroupBy, Labels, Model, Overwrite, Photos, data_source
 from dcp_zoo.data import load_labelled
@@ -47,12 +48,9 @@ def inspect(
     data = load_labelled("folder", root, labels)
     if groups:
         data = group_by(data, groups)
-    if data.note:
-        log(printable(data.note))
-    from dcp_zoo.inspection.inspection import inspect as find
-
+    log(printable(data.note))
     use_threads()
-    inspection = find(data, model=model, device=device, progress=progress_bar)
+    inspection = dcp_zoo.inspect(data, model=model, device=device, progress=progress_bar)
     page, table = inspection.write(folder)
     output.print(f"{inspection.summary[0].upper()}{inspection.summary[1:]}.")
     if inspection.seen.errors:
@@ -85,8 +83,7 @@ def search(
     if (head or labels) and not to_label:
         raise ZooError("--head and --labels work only with --to-label: add it.")
     use_threads()
-    from dcp_zoo.inspection.search import PAGE, TABLE, suggest
-    from dcp_zoo.inspection.search import search as find
+    from dcp_zoo.inspection.search import PAGE, TABLE
 
     options: Values = {
         "count": count,
@@ -97,11 +94,11 @@ def search(
     }
     found: Sequence[Any]
     if to_label:
-        found = suggest(folder, head, labels=labels, **options)
+        found = dcp_zoo.suggest(folder, head, labels=labels, **options)
     elif text and Path(text).is_file():
-        found = find(folder, like=text, **options)
+        found = dcp_zoo.search(folder, like=text, **options)
     else:
-        found = find(folder, text, **options)
+        found = dcp_zoo.search(folder, text, **options)
         if model == "dcp_mini":
             advise(MINIATURE)
     for row in found:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from typer import Argument, Exit, Option
 
+import dcp_zoo
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import (
     advise,
@@ -18,9 +19,8 @@ from dcp_zoo.cli.console import (
     rejection_note,
     resumable,
 )
-from dcp_zoo.data.find import find_images
-from dcp_zoo.data.images import load_image
-from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
+from dcp_zoo.data import find_images, load_image, sample_images
+from dcp_zoo.data.packaged import SAMPLE_CLASSES
 from dcp_zoo.errors import ZooError, attempted
 from dcp_zoo.features import AUTO
 from dcp_zoo.files import printable
@@ -32,7 +32,6 @@ from dcp_zoo.zoo.specs import DEFAULT_HEAD, MINIATURE_NOTE
 
 if TYPE_CHECKING:
     from dcp_zoo.answers import Row
-    from dcp_zoo.prediction import Predictor
 
 FEW = 8  # images with `top_k` classes each, and without a progress bar
 NAMED = 10  # of the images that cannot be read
@@ -91,9 +90,7 @@ def predict(
     if sample and head == DEFAULT_HEAD and not (names or images or reject or sets):  # which need its own classes
         names = SAMPLE_CLASSES
         log(ZERO_SHOT)
-    from dcp_zoo.prediction import Predictor
-
-    predictor = Predictor(
+    predictor = dcp_zoo.Predictor(
         head,
         top_k=top_k,
         features=together or features is not None,
@@ -104,9 +101,7 @@ def predict(
         sets=sets,
     )
     if reject and not (predictor.on_onnx or as_json or names):
-        note = rejection_note(read_config(head_folder(str(predictor.head)))["dcp"])
-        if note:
-            log(note)
+        log(rejection_note(read_config(head_folder(str(predictor.head)))["dcp"]))
     paths = find_images([*(images or []), *(sample_images() if sample else [])])
     if explain and predictor.on_onnx:
         raise ZooError("--explain needs gradients, which an exported file has not: pass the head's folder.")
@@ -136,19 +131,17 @@ def predict(
         raise Exit(1)
 
 
-def explain_each(images: Sequence[str], predictor: "Predictor", folder: Path) -> None:
+def explain_each(images: Sequence[str], predictor: "dcp_zoo.Predictor", folder: Path) -> None:
     """Write a picture of each image that can be read."""
-    from dcp_zoo.api.functions import explain
-
     backend: Any = predictor.backend
     folder.mkdir(parents=True, exist_ok=True)
     for number, path in enumerate(images, 1):
         image = attempted(load_image, path)
         if not isinstance(image, ZooError):  # which was printed already
-            explain(backend.head, image).picture().save(folder / f"{number}_{Path(path).stem}.png")
+            dcp_zoo.explain(backend.head, image).picture().save(folder / f"{number}_{Path(path).stem}.png")
 
 
-def show_on_screen(images: Sequence[str], predictor: "Predictor", together: bool, as_json: bool) -> "list[Row]":
+def show_on_screen(images: Sequence[str], predictor: "dcp_zoo.Predictor", together: bool, as_json: bool) -> "list[Row]":
     """Print the predictions of all images: of a few the `top_k` classes, of more only the best."""
     if len(images) > ON_SCREEN and not as_json:
         raise ZooError(f"{len(images):,} images are too many for the screen: pass --output predictions.csv.")

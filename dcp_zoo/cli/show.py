@@ -12,8 +12,7 @@ from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.cli.console import output, plain_table, rejection_note
 from dcp_zoo.cli.options import AsJson, as_text
 from dcp_zoo.data import DATASETS
-from dcp_zoo.data.splits import shorten
-from dcp_zoo.errors import ZooError, nearest_hint
+from dcp_zoo.errors import ZooError, nearest_hint, shorten
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import CONFIG_NAME, accuracy_text, alone_and_probed, read_config, weights_file
 from dcp_zoo.promises import trust_note
@@ -57,11 +56,11 @@ def list_(
         list_found(filter)
         return
     known = registry.known_heads()
-    found = {name: known[name] for name in registry.matching(known, filter)}
-    for name in registry.matching(local_heads(), filter):
-        metrics = read_config(name)["dcp"].get("metrics", {})
-        found[name] = replace(get_head(name), status="local", metrics=metrics)
-    models = {*registry.list_models(filter), *(head.model for head in found.values())}
+    for head in local_heads():
+        metrics = read_config(head.name)["dcp"].get("metrics", {})
+        known[head.name] = replace(head, status="local", metrics=metrics)
+    found = [known[name] for name in registry.matching(known, filter)]
+    models = {*registry.list_models(filter), *(head.model for head in found)}
     if not models:
         hint = nearest_hint(filter.strip("*"), [*MODELS, *all_heads()])
         raise ZooError(f"No model or head matches {filter!r}.{hint} All: dcp-zoo list.")
@@ -71,8 +70,8 @@ def list_(
             rows.append((spec.name, spec.license or "see Hub", spec.download or "bundled", *spec.accuracies))
     output.print(plain_table(("model", "licence", "size", "10 sets", "ImageNet"), rows))
     output.print(ACCURACY_NOTE, "", style="dim")
-    planned = [head for head in found.values() if head.status == "planned"]
-    heads = [head for head in found.values() if "." in filter or head.status != "planned"]
+    planned = [head for head in found if head.status == "planned"]
+    heads = [head for head in found if "." in filter or head.status != "planned"]
     if heads:
         order = list(MODELS)
         heads.sort(key=lambda head: (order.index(head.model), head.dataset, head.shots, head.seed))
@@ -211,14 +210,15 @@ def describe_head(head: HeadEntry) -> Values:
     }
     if head.status == "bundled":
         return describe_checkpoint(head.name, head.bundled_dir) | details
+    repo_id, revision, _ = head.place
     details |= {
         "head": head.name,
         "dataset": head.dataset,
         "shots": head.shots,
         "seed": head.seed,
         "size": f"about {get_spec(head.model).head_mb:.0f} MB",
-        "Hub repo": head.repo_id,
-        "revision": head.pin[0] or "not pinned: not published yet",
+        "Hub repo": repo_id,
+        "revision": revision or "not pinned: not published yet",
         "metrics": head.metrics or "none: not measured",
     }
     spec = DATASETS.get(head.dataset)  # a later release may have more

@@ -137,9 +137,7 @@ def train(
     )
     if refit is None:
         refit = holds_out and run.shots is None
-    note = f"{split.note} {REFIT if refit else ''}".strip()
-    if note:
-        log(note)
+    log(f"{split.note} {REFIT if refit else ''}".strip())
 
     def show(evaluation: "Evaluation") -> None:
         if report:

@@ -34,7 +34,7 @@ from dcp_zoo.hub import (
 )
 from dcp_zoo.release import CARD_NAME, LICENSE, ONNX_FILE, accuracies, make_card, not_of_dataset, upload
 from dcp_zoo.zoo.factory import create_model
-from dcp_zoo.zoo.registry import HeadEntry, IndexRow, get_head, has_head
+from dcp_zoo.zoo.registry import HeadEntry, IndexRow, find_head
 from dcp_zoo.zoo.resolve import resolve
 
 WAITS = (2, 10, 30, 120)  # seconds before another attempt
@@ -104,9 +104,9 @@ def prepare(
 
 def zoo_head(config: HeadConfig, name: str) -> HeadEntry | None:
     """The zoo's head of this name; None if it has none. ZooError if the checkpoint is of another."""
-    if not has_head(name):
+    head = find_head(name)
+    if head is None:
         return None
-    head = get_head(name)
     stored = config["dcp"]
     trained = [config["architecture"], stored["head"], *(stored.get(key) for key in ("dataset", "shots", "seed"))]
     if trained != [head.model, "dcp", head.dataset, head.shots, head.seed]:

@@ -60,7 +60,7 @@ from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
 from dcp_zoo.training.recipes import PROBE_REFUSED, BaseRecipe, check_seed
 from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, no_log, remove_state
 from dcp_zoo.training.task import Callback, ProbeInputs, Task
-from dcp_zoo.zoo.build import check_encoders, load_encoders, plain_clip
+from dcp_zoo.zoo.build import check_encoders, load_encoder, plain_clip
 from dcp_zoo.zoo.specs import SIZES
 
 BEFORE_REFIT = "before_refit"  # folder of the training whose head is measured
@@ -137,7 +137,7 @@ class Run:
                 weights=None if self.sample_weight is None else torch.tensor(self.sample_weight),
                 none=source.read(subset.no_class) if subset.no_class else None,
                 checks=val if is_user_data(self.split.name) else None,
-                encoders=load_encoders(self.encoders, source.clip),
+                encoders=[load_encoder(name, source.clip) for name in self.encoders],
                 describes=self.describes,
             ),
         )

@@ -25,7 +25,7 @@ from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.data import classnames as dataset_classnames
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, nearest_hint, warn, without_warnings
 from dcp_zoo.fields import Values
-from dcp_zoo.heads.config import WEIGHTS_NAME, Abilities, DCPConfig
+from dcp_zoo.heads.config import WEIGHTS_NAME, Abilities, DCPConfig, read_config
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.file import read_tensors
 from dcp_zoo.heads.head import Head
@@ -54,8 +54,8 @@ def build_head(
     config = _dcp_config(source, {name: value for name, value in options.items() if value is not None})
     clip = load_clip(source.spec, source.pretrained is not False, tokenizer)
     clip.pretrained_cfg = source.data_cfg
-    if source.is_trained:
-        head = trained_head(clip, source)
+    if source.folder and source.is_trained:
+        head = trained_head(clip, source.folder)
         if classnames is not None or descriptions:
             head.set_classnames(head.classnames if classnames is None else classnames, descriptions)
         head.origin = source.head.pretrained_cfg if source.head else {}
@@ -80,7 +80,9 @@ def build_head(
 def _dcp_config(source: Source, options: Values) -> DCPConfig | None:
     """The options of a DCP, None for a trained head of another method."""
     if source.config is None:
-        return DCPConfig.from_options(source.spec.dcp_options | options)
+        names = DCPConfig.__dataclass_fields__
+        default = {name: value for name, value in source.spec.recipe.items() if name in names}
+        return DCPConfig.from_options(default | options)
     method = source.config["dcp"]["method"]
     if source.config["dcp"]["head"] != "dcp":
         if not source.is_trained:
@@ -100,20 +102,25 @@ def _dcp_config(source: Source, options: Values) -> DCPConfig | None:
     return trained
 
 
-def trained_head(clip: FrozenCLIP, source: Source) -> Head:
+def trained_head(clip: FrozenCLIP, folder: Path) -> Head:
     """The head of a checkpoint on this CLIP, with its weights."""
-    assert source.folder is not None
-    assert source.config is not None
-    block = source.config["dcp"]
-    state = read_tensors(source.folder, source.config["weights_sha256"])
+    config = read_config(folder)
+    block = config["dcp"]
+    state = read_tensors(folder, config["weights_sha256"])
     with skip_init(), without_warnings():
-        head: Head = KINDS[block["head"]].from_config(clip, source.config, state)
+        head: Head = KINDS[block["head"]].from_config(clip, config, state)
     head.method = block["method"]
     head.abilities = Abilities(**cast(Values, block["abilities"]))
-    stored = block.get("encoders", [])
-    head.image_encoders.extend(load_encoders([encoder["name"] for encoder in stored], clip, stored))
-    head.from_state(source.config, state, source.folder)
-    logger.info("Head of %s: %s", head.method, origin(source.folder / WEIGHTS_NAME))
+    for stored in block.get("encoders", []):
+        encoder = load_encoder(stored["name"], clip)
+        if stored["fingerprint"] != encoder.fingerprint():
+            raise ZooError(
+                f"The weights of {encoder.source} are not those that the head was trained with: use the version of "
+                "timm that it names, or train the head again."
+            )
+        head.image_encoders.append(encoder)
+    head.from_state(config, state, folder)
+    logger.info("Head of %s: %s", head.method, origin(folder / WEIGHTS_NAME))
     return head
 
 
@@ -234,21 +241,6 @@ def build_tokenizer(spec: ModelSpec) -> Tokenizer | None:
 TIMM_SCHEMES = ("hf-hub:", "local-dir:")  # before names of models outside timm's registry
 
 
-def load_encoders(names: Sequence[str], clip: FrozenCLIP, stored: Sequence[Values] = ()) -> list[ImageEncoder]:
-    """The image encoders of these names with their pretrained weights, on the device of a CLIP; `stored` is
-    what a head says of each. ZooError for an unknown one, weights that are neither here nor can be
-    downloaded, or others than the head was trained with."""
-    check_encoders(names)
-    encoders = [_load_encoder(name, clip) for name in names]
-    for encoder, trained_with in zip(encoders, stored, strict=False):  # none is stored of a fresh head
-        if trained_with["fingerprint"] != encoder.fingerprint():
-            raise ZooError(
-                f"The weights of {encoder.source} are not those that the head was trained with: use the version of "
-                "timm that it names, or train the head again."
-            )
-    return encoders
-
-
 def check_encoders(names: Sequence[str]) -> None:
     """ZooError for a name that timm does not know."""
     for name in names:
@@ -259,7 +251,9 @@ def check_encoders(names: Sequence[str]) -> None:
             )
 
 
-def _load_encoder(name: str, clip: FrozenCLIP) -> ImageEncoder:
+def load_encoder(name: str, clip: FrozenCLIP) -> ImageEncoder:
+    """The image encoder of this name with its pretrained weights, on the device of a CLIP. ZooError for an
+    unknown one, and for weights that are neither here nor can be downloaded."""
     failed = (
         f"The image encoder {name} cannot be loaded: {{}}. Its weights are downloaded once, by timm: connect to the "
         "internet, or choose another: timm.list_models(pretrained=True)."

@@ -20,7 +20,7 @@ from typing import Any, TypedDict
 
 from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.data.packaged import DATASETS, list_datasets
-from dcp_zoo.errors import ZooError, check_choice, nearest, warn
+from dcp_zoo.errors import ZooError, check_choice, nearest_hint, warn
 from dcp_zoo.fields import Values, problems
 from dcp_zoo.heads.config import WEIGHTS_NAME
 from dcp_zoo.zoo.specs import MODELS, SIZES, ModelSpec, get_spec
@@ -84,23 +84,18 @@ class HeadEntry:
         vars(self).update(model=model, tag=tag, dataset=dataset, shots=int(shots), seed=int(seed))
 
     @property
-    def repo_id(self) -> str:
-        """The repo on the Hub, in `org`, unless `DCP_ZOO_HUB_ORG` names others: then in the first of them."""
-        orgs = hub_orgs() or [self.org]
-        return f"{self.org if self.org in orgs else orgs[0]}/{self.name}"
-
-    @property
-    def pin(self) -> tuple[str | None, str | None]:
-        """Revision and sha256 of `repo_id`; None, None if unknown: a planned head, or another
-        organisation's."""
-        if hub_orgs() and self.org not in hub_orgs():
-            return None, None
-        return self.revision, self.sha256
+    def place(self) -> tuple[str, str | None, str | None]:
+        """The repo on the Hub, and what it is pinned to there: revision and sha256, None for a planned head. If
+        `DCP_ZOO_HUB_ORG` names other organisations, it is unpinned, in the first of them."""
+        orgs = hub_orgs()
+        if orgs and self.org not in orgs:
+            return f"{orgs[0]}/{self.name}", None, None
+        return f"{self.org}/{self.name}", self.revision, self.sha256
 
     @property
     def is_fixed(self) -> bool:
         """Whether this release bundles or pins it."""
-        return self.status == "bundled" or self.pin[0] is not None
+        return self.status == "bundled" or self.place[1] is not None
 
     @property
     def bundled_dir(self) -> Path:
@@ -110,10 +105,8 @@ class HeadEntry:
     @property
     def pretrained_cfg(self) -> Values:
         """timm's `pretrained_cfg`: preprocessing, number of classes, licence, and where the weights are."""
-        if self.status == "bundled":
-            place = of_file(self.bundled_dir / WEIGHTS_NAME)
-        else:
-            place = of_repo(self.repo_id, self.pin[0])
+        file = self.bundled_dir / WEIGHTS_NAME
+        place = of_file(file) if self.status == "bundled" else of_repo(*self.place[:2])
         return weights_cfg(get_spec(self.model), self.tag, self.dataset, self.license, place)
 
     @property
@@ -238,18 +231,17 @@ def get_head(name: str, ask_hub: bool = True) -> HeadEntry:
         if problem:
             not_asked = f" It may be on the Hub: {problem}"
     tags = [entry.tag for entry in all_heads().values() if entry.model == head.model]
-    close = nearest(head.tag, tags) or tags[:5]
     raise ZooError(
-        f"{head.model} has no head {head.tag!r}. Nearest: {', '.join(close)}. All: dcp-zoo list '{head.model}*'. "
+        f"{head.model} has no head {head.tag!r}.{nearest_hint(head.tag, tags)} All: dcp-zoo list '{head.model}*'. "
         f"For fresh prompts on CLIP's weights, use pretrained='clip'.{not_asked}"
     )
 
 
-def has_head(name: str) -> bool:
-    """Whether `get_head` accepts a name without asking the Hub."""
+def find_head(name: str) -> HeadEntry | None:
+    """The head of a name that is known without asking the Hub, see `get_head`, or None."""
     with suppress(ZooError):
-        return bool(get_head(name, ask_hub=False))
-    return False
+        return get_head(name, ask_hub=False)
+    return None
 
 
 Wildcards = str | Sequence[str]

@@ -45,7 +45,7 @@ def parse_name(name: str) -> Name:
     path = place if is_local else name
     if registry.is_model(name) and not is_local:
         model, _, tag = name.partition(".")
-        known = registry.has_head(name) if tag else model in specs.MODELS  # a folder may be called small
+        known = registry.find_head(name) if tag else model in specs.MODELS  # a folder may be called small
         if known or not is_checkpoint(path):
             return Name("zoo", specs.SIZES.get(model, model), tag)
     if is_checkpoint(path) or os.path.isdir(path):  # noqa: PTH112  Path would raise for long names
@@ -67,7 +67,7 @@ def parse_name(name: str) -> Name:
 class Source:
     """What a name stands for."""
 
-    architecture: str  # the model's name; "custom" for a checkpoint of a CLIP that the zoo does not know
+    spec: ModelSpec  # the model's row
     head: HeadEntry | None = None  # of the name, or the model's default head; None for names that are not the zoo's
     folder: Path | None = None  # of the checkpoint; None if there is none, or none is needed
     config: HeadConfig | None = None  # the checkpoint's checked config.json
@@ -84,23 +84,24 @@ class Source:
         own = preprocessing_in(self.config["pretrained_cfg"]) if self.config else {}
         return self.spec.data_cfg | own
 
-    @property
-    def spec(self) -> ModelSpec:
-        """The model's row; ZooError if the checkpoint is of a CLIP or of weights that the zoo does not
-        know."""
-        if self.architecture == "custom":
-            raise ZooError(
-                f"The head in {self.folder} was trained on a CLIP outside the zoo. Build model = dcp_zoo.DCP(clip, "
-                f"classnames, ...) around it, then call dcp_zoo.load_head(model, {str(self.folder)!r})."
-            )
-        spec = get_spec(self.architecture)
-        tag = self.config["dcp"]["clip"] if self.config else spec.clip_pretrained
-        if tag != spec.clip_pretrained:
-            raise ZooError(
-                f"The head in {self.folder} was trained on weights {tag!r} of CLIP, but {spec.name} has "
-                f"{spec.clip_pretrained!r}: train it again."
-            )
-        return spec
+
+def of_checkpoint(folder: Path, pretrained: bool | str, head: HeadEntry | None = None) -> Source:
+    """A checkpoint, perhaps as a head of the zoo; ZooError if it is of a CLIP or of weights that the zoo does
+    not know."""
+    config = read_config(folder)
+    if config["architecture"] == "custom":
+        raise ZooError(
+            f"The head in {folder} was trained on a CLIP outside the zoo. Build model = dcp_zoo.DCP(clip, "
+            f"classnames, ...) around it, then call dcp_zoo.load_head(model, {str(folder)!r})."
+        )
+    spec = get_spec(config["architecture"])
+    tag = config["dcp"]["clip"]
+    if tag != spec.clip_pretrained:
+        raise ZooError(
+            f"The head in {folder} was trained on weights {tag!r} of CLIP, but {spec.name} has "
+            f"{spec.clip_pretrained!r}: train it again."
+        )
+    return Source(spec, head, folder, config, pretrained)
 
 
 def resolve(name: str, pretrained: bool | str = True, num_classes: int | None = None) -> Source:
@@ -117,7 +118,7 @@ def resolve(name: str, pretrained: bool | str = True, num_classes: int | None = 
     if kind == "open_clip":
         if pretrained not in FRESH:
             raise ZooError(f"{name} has no heads: pass pretrained='clip' for CLIP's weights and fresh prompts.")
-        return Source(name, pretrained=pretrained)
+        return Source(get_spec(name), pretrained=pretrained)
     if kind == "zoo":
         return _of_the_zoo(place, tag, pretrained, num_classes)
     if pretrained not in (*FRESH, True):
@@ -132,8 +133,7 @@ def resolve(name: str, pretrained: bool | str = True, num_classes: int | None = 
         folder = download_head(place, tag or None)
         if folder.name != tag:
             warn(f"{name} is not pinned: this is its commit {folder.name}. Pin it: {kind}:{place}@{folder.name}")
-    config = read_config(folder)
-    return Source(config["architecture"], None, folder, config, pretrained)
+    return of_checkpoint(folder, pretrained)
 
 
 def _of_the_zoo(model: str, tag: str, pretrained: bool | str, num_classes: int | None) -> Source:
@@ -143,9 +143,10 @@ def _of_the_zoo(model: str, tag: str, pretrained: bool | str, num_classes: int |
     if tag == CLIP_TAG:
         tag = ""
         pretrained = CLIP_TAG if pretrained else False
-    head = get_head(f"{model}.{tag or get_spec(model).default_tag}")
+    spec = get_spec(model)
+    head = get_head(f"{model}.{tag or spec.default_tag}")
     if pretrained in FRESH:
-        return Source(model, head, pretrained=pretrained)
+        return Source(spec, head, pretrained=pretrained)
     if pretrained is not True:
         head = get_head(f"{model}.{pretrained}")
     folder = trained_here(head)
@@ -159,9 +160,8 @@ def _of_the_zoo(model: str, tag: str, pretrained: bool | str, num_classes: int |
             f"CLIP's own weights of {model} are loaded, with fresh prompts, as by {model}.{CLIP_TAG}: its default head "
             f"{head.name} is not published yet, and its classifier is not asked for."
         )
-        return Source(model, head, pretrained=CLIP_TAG)
-    config = read_config(folder)
-    return Source(config["architecture"], head, folder, config, pretrained)
+        return Source(spec, head, pretrained=CLIP_TAG)
+    return of_checkpoint(folder, pretrained, head)
 
 
 def trained_here(head: HeadEntry) -> Path | None:
@@ -180,16 +180,17 @@ def trained_here(head: HeadEntry) -> Path | None:
     return folder if is_planned else None
 
 
-def local_heads() -> list[str]:
+def local_heads() -> list[HeadEntry]:
     """The planned heads that were trained in the working folder."""
     names = sorted(config.parent.name for config in Path().glob(f"dcp_*.*/{CONFIG_NAME}"))
-    return [name for name in names if registry.has_head(name) and get_head(name).status == "planned"]
+    return [head for head in map(registry.find_head, names) if head and head.status == "planned"]
 
 
 def name_of(folder: Path) -> str:
     """A name by which the checkpoint in a folder is loaded."""
     name = str(folder)
-    is_taken = name in specs.MODELS or (registry.has_head(name) and get_head(name).status != "planned")
+    head = registry.find_head(name)
+    is_taken = name in specs.MODELS or (head and head.status != "planned")
     return f"local-dir:{name}" if is_taken else name
 
 
@@ -198,11 +199,11 @@ def _download(head: HeadEntry, is_optional: bool) -> Path | None:
     optional and the Hub has none."""
     from dcp_zoo.hub import download_head, is_absent  # slow to import
 
-    revision, sha256 = head.pin
+    repo_id, revision, sha256 = head.place
     if revision is not None:
-        return download_head(head.repo_id, revision, sha256)
+        return download_head(repo_id, revision, sha256)
     try:
-        folder = download_head(head.repo_id)
+        folder = download_head(repo_id)
     except ZooError as error:
         if is_optional and is_absent(error):
             return None
@@ -210,7 +211,7 @@ def _download(head: HeadEntry, is_optional: bool) -> Path | None:
             raise
         if is_absent(error):
             problem = (
-                f"{head.name} is planned: nobody has published it, as the Hub has no public repo {head.repo_id}. "
+                f"{head.name} is planned: nobody has published it, as the Hub has no public repo {repo_id}. "
                 f"Train it: {head.train_command}. Heads that exist: dcp-zoo list."
             )
         else:
@@ -219,7 +220,7 @@ def _download(head: HeadEntry, is_optional: bool) -> Path | None:
             f"{problem} CLIP's weights without a head: {head.model}.{CLIP_TAG}, or pretrained='{CLIP_TAG}'."
         ) from error
     warn(
-        f"{head.name} is not pinned in this version of dcp_zoo: this is commit {folder.name} of {head.repo_id}, "
+        f"{head.name} is not pinned in this version of dcp_zoo: this is commit {folder.name} of {repo_id}, "
         "the newest that is known here."
     )
     return folder
@@ -234,7 +235,7 @@ def get_pretrained_cfg(name: str) -> Values:
     source = resolve(name, pretrained=False)
     if source.head:
         return source.head.pretrained_cfg
-    return source.data_cfg | {"architecture": source.architecture}
+    return source.data_cfg | {"architecture": source.spec.name}
 
 
 def get_pretrained_cfg_value(name: str, key: str) -> Any:

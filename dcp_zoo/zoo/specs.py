@@ -2,15 +2,14 @@
 import torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
 from dcp_zoo.backbone import MINI_CFG
-from dcp_zoo.errors import ZooError, nearest
+from dcp_zoo.errors import ZooError, nearest_hint
 from dcp_zoo.fields import Values
-from dcp_zoo.heads.config import DCPConfig
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -62,12 +61,6 @@ class ModelSpec:
         return LICENSES[max(prefixes, key=len)] if prefixes else ""
 
     @property
-    def dcp_options(self) -> Values:
-        """The options of `DCPConfig` among the changes in `recipe`."""
-        options = {option.name for option in fields(DCPConfig)}
-        return {name: value for name, value in self.recipe.items() if name in options}
-
-    @property
     def data_cfg(self) -> Values:
         """The preprocessing in timm's terms."""
         return {
@@ -97,8 +90,7 @@ def get_spec(model: str) -> ModelSpec:
         return open_clip_spec(model)
     model = SIZES.get(model, model)
     if model not in MODELS:
-        close = ", ".join(nearest(model, MODELS) or MODELS)
-        hint = open_clip_hint(model) or f" Nearest: {close}."
+        hint = open_clip_hint(model) or nearest_hint(model, MODELS)
         raise ZooError(f"Unknown model {model!r}.{hint} All: `dcp-zoo list` or dcp_zoo.list_models().")
     return MODELS[model]
 
@@ -142,9 +134,8 @@ def open_clip_spec(name: str) -> ModelSpec:
 
         pairs = ["/".join(pair) for pair in open_clip.list_pretrained()]
         if place not in pairs:
-            close = nearest(place, pairs) or ["ViT-B-16/openai"]
             raise ZooError(
-                f"open_clip has no model {place!r}. Nearest: {', '.join(close)}. All: open_clip.list_pretrained(); "
+                f"open_clip has no model {place!r}.{nearest_hint(place, pairs)} All: open_clip.list_pretrained(); "
                 f"names are {OPEN_CLIP}ARCH/TAG, {OPEN_CLIP}{CLIP_REPO}ORG/REPO, or {OPEN_CLIP}{CLIP_FOLDER}FOLDER."
             )
         clip, _, tag = place.partition("/")
