@@ -212,7 +212,7 @@ def run_given(trials: Sequence[Trial], settings: Any) -> Iterator[Event]:
 def given(
     features: Annotated[Path, Argument(metavar="FEATURES", help="Folder of DATASET.npz files.")],
     model: Annotated[str, Option(help="The model whose CLIP made them, such as dcp_vitb32.")],
-    output_dir: opt.Output,
+    output_dir: Annotated[Path, Option("--output", help="Folder for results; finished trials are skipped.")],
     methods: Annotated[list[str], Option(help="Default: all that need only features.")] = [],  # noqa: B006
     datasets: Annotated[list[str], Option(help="Default: those of the files.")] = [],  # noqa: B006
     shots: Annotated[list[str], Option(help="Images per class. Default: those of the files.")] = [],  # noqa: B006

@@ -19,7 +19,7 @@ from typer import Argument, Option, Typer
 from dcp_zoo.backbone._torch import skip_init
 from dcp_zoo.cli import main
 from dcp_zoo.cli.console import output, progress_bar
-from dcp_zoo.cli.options import Command, Device, Output, Overwrite
+from dcp_zoo.cli.options import Command, Device, Overwrite
 from dcp_zoo.data import Item
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.readers import read_classnames
@@ -211,7 +211,7 @@ app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 @app.command(cls=Command)
 def convert(
     path: Annotated[Path, Argument(metavar="FILE", help="A file model.pth.tar-N of the authors' code (CMPA).")],
-    output_dir: Output,
+    output_dir: Annotated[Path, Option("--output", help="Folder for the new checkpoint; created if needed.")],
     model: Annotated[str, Option(help="The model whose CLIP it was trained on, such as dcp_vitb16.")],
     classnames: Annotated[Path, Option(help="Names in label order: one per line, `wnid name` lines or a JSON list.")],
     images: Annotated[

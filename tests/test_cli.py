@@ -23,10 +23,10 @@ from dcp_zoo import ZooError
 from dcp_zoo.accuracy import Accuracy
 from dcp_zoo.cli import app, console, main
 from dcp_zoo.cli.benchmark import split_commas
-from dcp_zoo.cli.options import class_list, head_name, parse_changes
+from dcp_zoo.cli.options import class_list, parse_changes
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.zoo.registry import WEIGHTS, get_head
-from dcp_zoo.zoo.resolve import name_of
+from dcp_zoo.zoo.resolve import name_of, parse_name
 from dcp_zoo.zoo.specs import MODELS
 
 
@@ -290,7 +290,7 @@ def test_every_name_of_a_checkpoint_works(my_head):
     with pytest.raises(ZooError, match="neither a checkpoint folder nor a head of the zoo"):
         dcp_zoo.create_model("x" * 1000, True)
     Path("dcp_mini").mkdir()  # any folder with the name of a model
-    assert head_name("dcp_mini") == "dcp_mini"
+    assert str(parse_name("dcp_mini")) == "dcp_mini"
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])

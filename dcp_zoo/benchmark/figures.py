@@ -1,4 +1,5 @@
-"""Figures of a report, by matplotlib, which the extra `plots` installs."""
+"""Figures of a report, by matplotlib, which the extra `plots` installs. They belong to no window, and leave
+pyplot's state alone."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,6 @@ LETTER = 0.075  # inches of the legend, in width
 LINE = 0.2  # in height
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A figure that belongs to no window, and leaves pyplot's state alone."""
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def accuracy_figure(panels: "Mapping[str, pd.DataFrame]") -> Figure:
     """Top-1 against images per class, in a panel for each caption: the mean over seeds and a band of one
     standard deviation. Dashed: without training. Results are as of `report.with_labels`."""
@@ -31,7 +27,7 @@ def accuracy_figure(panels: "Mapping[str, pd.DataFrame]") -> Figure:
     width = max(2, columns) * WIDTH
     legend_columns = max(1, int(width / (0.5 + LETTER * max(map(len, labels)))))
     legend_rows = -(-len(labels) // legend_columns)
-    figure = new_figure(width, HEIGHT * rows + LINE * legend_rows)
+    figure = Figure(figsize=(width, HEIGHT * rows + LINE * legend_rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, (caption, results) in zip(axes, panels.items(), strict=False):
         draw_accuracies(axis, results, colours)
@@ -66,7 +62,7 @@ def draw_accuracies(axis: Any, results: "pd.DataFrame", colours: Mapping[str, st
 def differences_figure(gaps: Mapping[str, tuple[float, tuple[float, float] | None]], reference: str) -> Figure:
     """A bar for each method: its mean difference from the reference in percentage points, with the
     interval."""
-    figure = new_figure(6.4, 0.35 * len(gaps) + 1)
+    figure = Figure(figsize=(6.4, 0.35 * len(gaps) + 1), layout="constrained")
     axis = figure.subplots()
     for label, (mean, limits) in gaps.items():
         axis.barh(label, mean, color="C0")

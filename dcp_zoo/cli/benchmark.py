@@ -21,7 +21,6 @@ from dcp_zoo.cli.options import Agree, Command
 from dcp_zoo.data import DatasetSpec, check, find_spec
 from dcp_zoo.data import download as downloads
 from dcp_zoo.errors import ZooError, as_zoo_error
-from dcp_zoo.fields import Values
 from dcp_zoo.files import check_output, check_writable, write_file
 from dcp_zoo.tables import split_list
 from dcp_zoo.threads import use_threads
@@ -53,12 +52,10 @@ def backend(ray: str | None, per_trial: str | None) -> Callable[..., Any]:
         raise ZooError("--per-trial applies to Ray: add --ray local, or a cluster's address.")
     if ray is None:
         return run_in_process
-    resources: Values = {}
     wrong = f"--per-trial takes cpus=N, gpus=N or both, such as cpus=2,gpus=0.5, not {per_trial}."
     with as_zoo_error(wrong, ValueError):
-        for part in split_commas([per_trial or ""]):
-            name, number = part.split("=")
-            resources[name] = float(number)
+        parts = [part.split("=") for part in split_commas([per_trial or ""])]
+        resources: dict[str, Any] = {name: float(number) for name, number in parts}
     if not resources.keys() <= {"cpus", "gpus"}:
         raise ZooError(wrong)
     import_ray()  # a missing extra is noticed before anything is written

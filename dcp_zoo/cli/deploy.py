@@ -15,6 +15,7 @@ from dcp_zoo.files import check_empty, check_output, check_writable
 from dcp_zoo.heads.config import is_checkpoint
 from dcp_zoo.serve import Limits, allowed_hosts, listen, server
 from dcp_zoo.threads import available_cores
+from dcp_zoo.zoo.resolve import parse_name
 
 if TYPE_CHECKING:
     from dcp_zoo.heads.head import Head
@@ -32,41 +33,40 @@ def export(
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --output caltech101.onnx[/]
     [dim]dcp-zoo export --head dcp_mini.caltech101-16shot --format hub --output my_repo[/]
     """
-    name = opt.head_name(head)
     names = opt.class_list(classes)
     check_choice("format", format, ("onnx", "hub"))
     if format == "hub":
-        file = file or Path(f"{file_stem(name)}-hub")
+        file = file or Path(f"{file_stem(head)}-hub")
         check_empty(file)
         check_writable(file.parent)
         note = f"{file / 'README.md'} shows how to use it."
     else:
-        file = file or Path(f"{file_stem(name)}.onnx")
+        file = file or Path(f"{file_stem(head)}.onnx")
         if not file.suffix:
             file = file.with_suffix(".onnx")
         check_output(file, overwrite)
         check_choice("suffix", file.suffix, (".onnx",))
         note = "It was verified against the model."
-    model = exported(name, names, file, format)
+    model = exported(head, names, file, format)
     size = f", {file.stat().st_size / 1e6:.0f} MB" if file.is_file() else ""
     output.print(f"Wrote {file}, {model.num_classes} classes{size}. {note}", markup=False)
 
 
-def exported(name: str, classnames: Sequence[str] | None, path: Path, format: str = "onnx") -> "Head":
+def exported(head: str, classnames: Sequence[str] | None, path: Path, format: str = "onnx") -> "Head":
     """Write a head to a file, or as a repo to a folder. Returns the head."""
     from dcp_zoo.release import export_hub
     from dcp_zoo.release.onnx import check_export
 
     check_export()
-    model: Head = dcp_zoo.create_model(name, True, classnames=classnames).eval()
+    model: Head = dcp_zoo.create_model(head, True, classnames=classnames).eval()
     write = export_hub if format == "hub" else dcp_zoo.export
     write(model, path)
     return model
 
 
-def file_stem(name: str) -> str:
+def file_stem(head: str) -> str:
     """The name of a head for a file: that of its folder, of its Hub repo, or its own."""
-    return Path(name.partition(":")[2] or name).resolve().name
+    return Path(str(parse_name(head)).partition(":")[2] or head).resolve().name
 
 
 def publish(
@@ -131,10 +131,9 @@ def serve(
             shown_name = ""  # that in the file
         else:
             file = Path(folder, "model.onnx")
-            name = opt.head_name(head)
-            log(f"Exporting {name}, which takes up to a minute: dcp-zoo export writes a file that starts at once.")
-            exported(name, names, file)
-            shown_name = file_stem(name) if is_checkpoint(head) else head  # visitors need not know where it is
+            log(f"Exporting {head}, which takes up to a minute: dcp-zoo export writes a file that starts at once.")
+            exported(head, names, file)
+            shown_name = file_stem(head) if is_checkpoint(head) else head  # visitors need not know where it is
         app = application(file, limits, available_cores(), shown_name, hosts, device)
     listening = listen(host, port)
     address = f"http://{host}:{listening.getsockname()[1]}"

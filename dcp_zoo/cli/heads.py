@@ -73,7 +73,6 @@ def evaluate(
         raise ZooError("eval measures one head or compares two: pass --head once or twice.")
     if len(heads) == 2 and (claim or report):
         raise ZooError("--claim and --report are for one head: omit them, or the second --head.")
-    names = [opt.head_name(head) for head in heads]
     dataset, data_root = opt.data_source(photos, data_root, labels)
     if report:
         check_output(report, overwrite, "--report")
@@ -81,18 +80,25 @@ def evaluate(
     if label or (labels and is_spot_check(labels[0])):
         if len(heads) == 2 or claim or report or photos is None or dataset != "folder":
             raise ZooError("--label, and its table, are for one head and a folder, without --claim or --report.")
-        table = labels[0] if labels else None
-        options: Values = {"device": device, "precision": precision, "progress": progress_bar}
-        found = dcp_zoo.spot_check(photos, names[0], label=label, labels=table, output=output_dir, **options)
+        found = dcp_zoo.spot_check(
+            photos,
+            heads[0],
+            label=label,
+            labels=labels[0] if labels else None,
+            output=output_dir,
+            device=device,
+            precision=precision,
+            progress=progress_bar,
+        )
         show_spot_check(found, output_dir, as_json)
         return
     from dcp_zoo.features import group_own_images, shared_features
     from dcp_zoo.prediction.heads import loaded
     from dcp_zoo.release import claimed
 
-    models = [loaded(name, device) for name in names]
+    models = [loaded(head, device) for head in heads]
     head = heads[0]
-    claims = claimed(names[0], models[0]) if claim else {}
+    claims = claimed(head, models[0]) if claim else {}
     dataset = dataset or trained_on(head, models[0], data_root)
     images = load_labelled(dataset, data_root, labels)
     log(printable(images.note))

@@ -20,7 +20,6 @@ from dcp_zoo.tables import split_list
 from dcp_zoo.training.methods.table import DCP_METHOD, METHODS
 from dcp_zoo.training.recipes import BaseRecipe, Recipe
 from dcp_zoo.zoo.registry import list_models, trained_heads
-from dcp_zoo.zoo.resolve import parse_name
 from dcp_zoo.zoo.specs import SIZES
 
 Text = str | None
@@ -66,16 +65,10 @@ Precision = Annotated[str, Option(help=PRECISION)]
 Classes = Annotated[Text, Option("--classes", help='Other names: cat,dog,"dandelion, yellow"; or a file of them.')]
 Report = Annotated[File, Option(help="Write a page that shows the mistakes.", metavar="FILE.html", dir_okay=False)]
 Agree = Annotated[bool, Option("--agree", help="Agree to the datasets' terms without being asked.")]
-Output = Annotated[Path, Option("--output", help="Folder for the new checkpoint; created if needed.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing output.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
 Port = Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")]
 Host = Annotated[str, Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")]
-
-
-def head_name(head: str) -> str:
-    """The name by which `create_model` loads the same --head from any working folder of this machine."""
-    return str(parse_name(head))
 
 
 def class_list(classes: str | None) -> list[str] | None:

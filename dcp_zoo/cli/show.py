@@ -231,8 +231,11 @@ def describe_head(head: HeadEntry) -> Values:
 
 def for_people(details: Values) -> Values:
     """The details by names in `PEOPLE`, in its order."""
-    shown = details | {"accuracy": accuracy_text(details), "rejection": rejection_note(details)}
-    shown |= {"trust": trust_note(details)}
+    shown = details | {
+        "accuracy": accuracy_text(details),
+        "rejection": rejection_note(details),
+        "trust": trust_note(details),
+    }
     dataset = DATASETS.get(str(details.get("dataset")))
     if dataset and dataset.part_note:
         shown["dataset"] = dataset.part_note

@@ -33,6 +33,7 @@ from dcp_zoo.features.groups import group_own_images
 from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.heads import loaded
 from dcp_zoo.serve import LOCAL_HOSTS, listen
+from dcp_zoo.zoo.resolve import parse_name
 from dcp_zoo.zoo.specs import DEFAULT_HEAD, MINIATURE_NOTE
 
 program = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -53,7 +54,7 @@ Photos = Sequence[tuple[str, str | None]] | None  # of a gallery: paths and capt
 @program.command(cls=opt.Command)
 def demo(port: opt.Port = 7860, host: opt.Host = HOST, head: opt.HeadName = DEFAULT_HEAD) -> None:
     """Try heads in the browser: train on a few photographs, classify, reject. Stop with Ctrl-C."""
-    launch(opt.head_name(head), host, port)
+    launch(str(parse_name(head)), host, port)
 
 
 def launch(head: str = DEFAULT_HEAD, host: str = "127.0.0.1", port: int = 7860, block: bool = True) -> gr.Blocks:
