@@ -40,6 +40,7 @@ def coloured(folder, colour, n=4):
     return photos(*paths)
 
 
+@pytest.mark.filterwarnings("ignore:1 of 1 images cannot be read")  # as its caption says
 def test_captions_are_what_predict_says(app, tmp_path):
     model = create_model(DEFAULT_HEAD, pretrained=True).eval()
     best = predict(model, sample_images()[0])[0][0]
