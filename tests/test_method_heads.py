@@ -128,7 +128,7 @@ def test_a_head_that_is_more_than_a_classifier_is_not_linear(method, why, clip, 
         with pytest.raises(ZooError, match=f"A head of {method} {why} .*cannot be fused, exported"):
             refused()
     with pytest.raises(ZooError, match=f"A head of {method} is fitted to features.*omit the classifier"):
-        fit_head(method, small(method, clip, photos, classifier="text-probe"))
+        plan(Split("folder", NAMES, given.images.items), "dcp_mini", method, classifier="text-probe")
     assert head.predict(x) == [NAMES[i] for i in head(x).argmax(-1)]
 
 

@@ -117,18 +117,16 @@ class Evaluation(LabelledItems):
     @property
     def info(self) -> Values:
         """What a head's `info` says of it besides the accuracies."""
-        said: Values = {"test_images": len(self.items)}
-        if self.accuracy.independent:
-            said["independent_images"] = round(self.accuracy.independent, 1)
-        if self.at_most is not None:
-            said["at_most"] = round(self.at_most, 2)
-        if self.balanced is not None:
-            said["balanced_top1"] = self.balanced
-        if self.untested:
-            said["untested"] = self.untested
-        if self.refused is not None:
-            said["refused"] = round(100 * self.refused.float().mean().item(), 1)
-        return said
+        independent = self.accuracy.independent
+        said = {
+            "test_images": len(self.items),
+            "independent_images": independent and round(independent, 1),
+            "at_most": self.at_most and round(self.at_most, 2),
+            "balanced_top1": self.balanced,
+            "untested": self.untested or None,
+            "refused": None if self.refused is None else round(100 * self.refused.float().mean().item(), 1),
+        }
+        return {name: value for name, value in said.items() if value is not None}
 
     @property
     def per_class(self) -> list[Accuracy]:

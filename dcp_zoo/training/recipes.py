@@ -15,10 +15,6 @@ from dcp_zoo.zoo.specs import get_spec
 TEXT_PROBE = "text-probe"
 # what hyperparameters were chosen on; cross-validation is on the training images
 VALIDATION, CROSS_VALIDATION = "few-shot validation images", "cross-validation"
-PROBE_REFUSED = (
-    "A head of {} is fitted to features of its training images, from which a text probe would learn nothing more: omit "
-    "the classifier, or use the method text-probe."
-)
 EXAMPLES_UNUSED = "The {} images of none of the classes are not used: {}."
 # the default beside the paper's: a schedule that fits the training set, clip_reg with CLIP, and a text probe
 FITTED_SCHEDULE: Values = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "classifier": TEXT_PROBE}

@@ -57,7 +57,7 @@ from dcp_zoo.training.folder import STATE_NAME, check_free
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import plain
 from dcp_zoo.training.methods.table import DCP_METHOD, RecipeLike, chosen_recipe
-from dcp_zoo.training.recipes import PROBE_REFUSED, BaseRecipe, check_seed
+from dcp_zoo.training.recipes import BaseRecipe, check_seed
 from dcp_zoo.training.state import SAVE_EVERY, Log, TrainingState, no_log, remove_state
 from dcp_zoo.training.task import Callback, ProbeInputs, Task
 from dcp_zoo.zoo.build import check_encoders, load_encoder, plain_clip
@@ -239,7 +239,8 @@ def plan(
     fitting = chosen_recipe(method, model, split.name, per_class, recipe, classifier)
     fitting = fitting.updated(changes or {}, where="--set")
     if fitting.classifier != "none" and METHODS[method].abilities.fitted:
-        raise ZooError(PROBE_REFUSED.format(method))
+        problem = f"A head of {method} is fitted to features of its training images, from which a text probe would"
+        raise ZooError(f"{problem} learn nothing more: omit the classifier, or use the method text-probe.")
     if is_user_data(split.name) and not options.get("descriptions"):
         warn_of_numbers(split.classnames)
     encoders = (encoder,) if isinstance(encoder, str) else tuple(encoder or ())

@@ -45,7 +45,7 @@ class TrainingState:
         self.every = every
         self.log = log
         self.losses: list[float] = []  # of every completed step
-        self.seconds = 0.0  # that these took
+        self.seconds = 0.0  # that those of the file took
         self._saved_steps: int | None = None
         self._between_steps = True  # False while weights and optimizer change: they must not be saved then
         self._found = self._read()
@@ -88,7 +88,6 @@ class TrainingState:
             raise ZooError(f"{problem} {self._lower_rate()}, or use float32 or bfloat16 instead of float16.")
         self.after(len(self.losses))
         self.losses.append(loss)
-        self.seconds = time.perf_counter() - self._started
         self._between_steps = True
         if time.perf_counter() - self._saved_at >= self.every:
             self._save()
@@ -104,7 +103,7 @@ class TrainingState:
         if error is None:
             self._save()
             return
-        if self._between_steps and self.losses and self._saved_steps != len(self.losses):
+        if self._between_steps and self.losses:
             with suppress(ZooError):  # the previous state remains, and the first error is the one to report
                 self._save()
         if isinstance(error, KeyboardInterrupt):
@@ -136,7 +135,7 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "losses": self.losses,
-            "seconds": self.seconds,
+            "seconds": time.perf_counter() - self._started,
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)

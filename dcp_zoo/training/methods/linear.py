@@ -114,8 +114,7 @@ def fit_lp_plus_plus(task: Task) -> LinearHead:
     v = (class_means(x.cpu(), labels, classes) * torch.bincount(labels, minlength=classes)[:, None]).to(x)
     b = torch.zeros_like(v[:, 0])
     alpha = torch.full_like(b, recipe.alpha * class_means(cosines.cpu(), labels, classes).diagonal().mean().item())
-    v_velocity = torch.zeros_like(v)
-    b_velocity = torch.zeros_like(b)
+    optimizer = torch.optim.SGD([v, b], rate, recipe.momentum)
 
     def linear() -> Linear:
         return v + alpha[:, None] * text, b.clone()
@@ -126,10 +125,9 @@ def fit_lp_plus_plus(task: Task) -> LinearHead:
     info = {}
     for epoch in task.progress(range(recipe.epochs), "epochs", recipe.epochs):
         error = (F.linear(x, *linear()).softmax(-1) - one_hot) / len(x)  # (n, C)
-        v_velocity.mul_(recipe.momentum).add_(error.T @ x)
-        b_velocity.mul_(recipe.momentum).add_(error.sum(0))
-        v.sub_(rate * v_velocity)
-        b.sub_(rate * b_velocity)
+        v.grad = error.T @ x
+        b.grad = error.sum(0)
+        optimizer.step()
         if (epoch + 1) % ALPHA_EVERY == 0:
             alpha.sub_(alpha_rate * (error * cosines).sum(0))
         if val is not None and task.val is not None:

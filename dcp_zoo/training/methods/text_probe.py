@@ -17,7 +17,7 @@ from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.backbone.clip import FrozenCLIP, Linear
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_file, everyday_pictures
-from dcp_zoo.errors import ZooError, warn
+from dcp_zoo.errors import warn
 from dcp_zoo.features import PLAIN, FeatureExtractor, FeatureTable, ImageLoader, Photos, is_plain_reading
 from dcp_zoo.heads.config import PROMISES
 from dcp_zoo.heads.head import Head
@@ -26,7 +26,7 @@ from dcp_zoo.probe.folds import shares
 from dcp_zoo.probe.threshold import THRESHOLD_IMAGES, promises_of, share_above, thresholds_of
 from dcp_zoo.rejection import REFUSED
 from dcp_zoo.training.methods.zero_shot import ZERO_SHOT
-from dcp_zoo.training.recipes import EXAMPLES_UNUSED, PROBE_REFUSED, BaseRecipe
+from dcp_zoo.training.recipes import EXAMPLES_UNUSED, BaseRecipe
 from dcp_zoo.training.task import IMAGES_ALONE, ProbeInputs
 
 TOO_FEW = "without a threshold nothing is rejected. It needs 20 images of the classes, at least two of one class"
@@ -39,14 +39,7 @@ class TextProbeRecipe(BaseRecipe, classifier="text-probe"):
 
 @torch.no_grad()
 def fit_probe(head: Head, images: ImageLoader, given: ProbeInputs = IMAGES_ALONE) -> dict[str, object]:
-    """Give a head, with stored statistics if it is a DCP, a text probe; returns how it was fitted. ZooError
-    for a head whose logits are no linear function of its features, or were fitted to features of the
-    training images.
-    """
-    if head.abilities.fitted:
-        raise ZooError(PROBE_REFUSED.format(head.method))
-    if head.stats != "stored":
-        raise ZooError("A text probe needs stored statistics: call model.store_stats(images) first.")
+    """Give a head, with stored statistics if it is a DCP, a text probe; returns how it was fitted."""
     head.text_probe = None
     head.image_encoders.extend(given.encoders)
     readings = head.readable
@@ -77,6 +70,7 @@ def fit_probe(head: Head, images: ImageLoader, given: ProbeInputs = IMAGES_ALONE
         images.whole,
     )
     thresholds = info.get("thresholds")
+    held_out = head.text_probe.held_out
     if given.none is not None and not thresholds:
         warn(EXAMPLES_UNUSED.format(len(given.none), TOO_FEW))
     head.to(head.device)
@@ -85,12 +79,11 @@ def fit_probe(head: Head, images: ImageLoader, given: ProbeInputs = IMAGES_ALONE
         thresholds = thresholds_of(scores)
         head.text_probe.threshold.fill_(thresholds[f"{REFUSED:g}"])
         info["thresholds"] = {rate: round(value, 6) for rate, value in thresholds.items()}
-        held_out = head.text_probe.held_out
         assert held_out is not None
         assert held_out.scores is not None
-        head.text_probe.held_out = held_out._replace(rejected=held_out.scores < head.text_probe.threshold)
+        held_out = held_out._replace(rejected=held_out.scores < head.text_probe.threshold)
+        head.text_probe.held_out = held_out
         info.pop("like_accepted", None)  # by the other thresholds
-    held_out = head.text_probe.held_out
     start = features[0].start
     has_seen_none = not head.has_own_features and start is not None and torch.equal(start[0], unseen[0])
     if thresholds and held_out is not None and has_seen_none:  # the method, of what was left out
