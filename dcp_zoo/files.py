@@ -24,21 +24,17 @@ MAX_BYTES = 100_000_000  # of a file that is read as a whole
 Content = Callable[[str], object] | str | bytes  # of a file, or what writes one with this name
 
 
-def write_file(
-    path: Path, write: Content, otherwise: str = "choose another --output", folder: Path | None = None
-) -> None:
-    """Call `write` with the name of a temporary file, next to `path` or in another `folder` of the same file
-    system, or put this content there; then move it to `path`: a crash leaves the old file or the new one.
-    Modes and symbolic links stay. ZooError, with the advice `otherwise`, if that is not possible, or if
-    `path` is a folder, pipe or device."""
+def write_file(path: Path, write: Content, otherwise: str = "choose another --output") -> None:
+    """Call `write` with the name of a temporary file next to `path`, or put this content there; then move it to
+    `path`: a crash leaves the old file or the new one. Modes and symbolic links stay. ZooError, with the advice
+    `otherwise`, if that is not possible, or if `path` is a folder, pipe or device."""
     with writing_to(path, otherwise):
         if path.is_symlink():
             path = Path(os.path.realpath(path))
-            folder = None
         if path.exists():
             check_regular(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = (folder or path.parent) / f".{path.name[:50]}.{uuid4().hex}"
+        temporary = path.parent / f".{path.name[:50]}.{uuid4().hex}"
         temporary.touch(0o666, exist_ok=False)  # with the user's umask, unlike those of `tempfile`
         try:
             mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)

@@ -1,6 +1,7 @@
 """A few-shot image classifier with scikit-learn's conventions."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import compress
 from multiprocessing import parent_process
@@ -21,7 +22,6 @@ from dcp_zoo.api.functions import plan_own
 from dcp_zoo.api.inputs import (
     Groups,
     Images,
-    Labelled,
     Labels,
     is_nan,
     labelled,
@@ -30,6 +30,7 @@ from dcp_zoo.api.inputs import (
     with_labels,
 )
 from dcp_zoo.backbone._torch import out_of_inference_mode
+from dcp_zoo.data import Split
 from dcp_zoo.data.unreadable import all_named
 from dcp_zoo.errors import ZooError, as_zoo_error, warn
 from dcp_zoo.features.cache import kept_features
@@ -136,16 +137,17 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
             validation: (images, labels), or a folder, on which some methods choose their hyperparameters.
                 Not the images of a test.
         """
-        data = labelled(images, labels, self.classnames, groups)
+        classes, split = labelled(images, labels, self.classnames, groups)
         if sample_weight is not None:
-            data, sample_weight = weighted(data, sample_weight)
+            split, sample_weight = weighted(split, sample_weight)
         if self.memory is None and parent_process():
             warn(
                 'Each process computes image features of its own: memory="FOLDER" shares them, and is faster from the '
                 "second fit on."
             )
         run = plan_own(
-            data,
+            split,
+            classes,
             validation,
             self.model,
             self.method,
@@ -166,7 +168,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         with kept_features(self.memory), all_named(run.split.all_items):
             self.model_, _ = train_head(run, None, RunOptions(progress=self._progress(), callbacks=callbacks))
         self.history_ = epochs
-        self.classes_ = data.classes
+        self.classes_ = classes
         return self
 
     def predict_proba(self, images: Images, *, together: bool = False) -> np.ndarray:
@@ -316,17 +318,17 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         super().__setstate__(state)
 
 
-def weighted(data: Labelled, sample_weight: Weights) -> tuple[Labelled, tuple[float, ...]]:
+def weighted(split: Split, sample_weight: Weights) -> tuple[Split, tuple[float, ...]]:
     """The images whose weight is above 0, and these weights. ZooError unless there is one for each image."""
-    if data.none:
+    if split.no_class:
         raise ZooError("Images of none of these have no weights: omit sample_weight, or these images.")
     weights = np.asarray(sample_weight, float)
-    if weights.shape != (len(data.items),) or not np.isfinite(weights).all() or (weights < 0).any():
-        raise ZooError(f"sample_weight needs {len(data.items)} numbers from 0, one per image.")
-    items = list(compress(data.items, weights))
+    if weights.shape != (len(split.train),) or not np.isfinite(weights).all() or (weights < 0).any():
+        raise ZooError(f"sample_weight needs {len(split.train)} numbers from 0, one per image.")
+    items = list(compress(split.train, weights))
     if len({item.label for item in items}) < 2:
         raise ZooError("sample_weight leaves images of fewer than two classes: raise some of the weights above 0.")
-    return data._replace(items=items), tuple(weights[weights > 0].tolist())
+    return replace(split, train=items), tuple(weights[weights > 0].tolist())
 
 
 def seed_of(random_state: object) -> int:

@@ -15,7 +15,6 @@ from dcp_zoo.api.inputs import (
     ClassNames,
     Groups,
     Images,
-    Labelled,
     Labels,
     hashed,
     labelled,
@@ -23,7 +22,7 @@ from dcp_zoo.api.inputs import (
     with_classes,
 )
 from dcp_zoo.backbone._torch import in_eval_mode, out_of_inference_mode
-from dcp_zoo.data import Item, Split
+from dcp_zoo.data import Split
 from dcp_zoo.data.images import ImageLike, normalise
 from dcp_zoo.data.unreadable import ERRORS, all_named, without_unreadable
 from dcp_zoo.errors import UnreadableImages, ZooError, check_choice, check_range
@@ -39,8 +38,6 @@ from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, METHODS, RecipeLike
 from dcp_zoo.training.run import Run, RunOptions, plan, train_head
-
-OWN_IMAGES = "folder"  # the dataset of heads trained here: images of the user's own
 
 
 @fair_threads()
@@ -96,10 +93,11 @@ def train(
             loops in a progress bar, as `rich.progress.track` does (default: tqdm's).
     """
     run_options = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
-    data = labelled(images, labels, classnames, groups)
+    classes, split = labelled(images, labels, classnames, groups)
     settings = RunOptions(**run_options)
     run = plan_own(
-        data,
+        split,
+        classes,
         validation,
         model,
         method,
@@ -115,7 +113,8 @@ def train(
 
 
 def plan_own(
-    data: Labelled,
+    split: Split,
+    classes: np.ndarray,
     validation: Images,
     model: str,
     method: str,
@@ -125,14 +124,13 @@ def plan_own(
     errors: str = "raise",
     **options: Any,
 ) -> Run:
-    """A run on labelled images, with images for validation or None; `errors` as of `train`, `sample_weight`
+    """A run on the images of `labelled`, with images for validation or None; `errors` as of `train`, `sample_weight`
     one number for each image, and `options` as of `plan`. Files are read when the run needs them."""
     check_choice("errors", errors, ERRORS)
-    val: list[Item] = []
+    items = split.train
     if validation is not None:
         val_images, val_labels = validation if isinstance(validation, (tuple, list)) else (validation, None)
-        val = with_classes(val_images, val_labels, data.classes.tolist(), data.names)
-    split = Split(OWN_IMAGES, data.names, data.items, val, no_class=data.none)
+        split = replace(split, val=with_classes(val_images, val_labels, classes.tolist(), split.classnames))
     if errors == "keep":
         split = without_unreadable(split, progress)
     readable = {item.key for item in split.train}  # an image that was given twice can be read twice, or not at all
@@ -143,7 +141,7 @@ def plan_own(
         return run
     if run.recipe.classifier == "none" or METHODS[method].trains:
         raise ZooError(f"{method} does not support sample_weight: choose method={DEFAULT_METHOD!r}.")
-    pairs = zip(data.items, sample_weight, strict=True)
+    pairs = zip(items, sample_weight, strict=True)
     return replace(run, sample_weight=tuple(weight for item, weight in pairs if item.key in readable))
 
 

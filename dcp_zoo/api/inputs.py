@@ -5,13 +5,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from dcp_zoo.data import Item, all_for_training, load_labelled, table_columns
+from dcp_zoo.data import Item, Split, all_for_training, load_labelled, table_columns
 from dcp_zoo.data.find import find_images
 from dcp_zoo.data.images import FORMS, pixels_sha256, to_image
 from dcp_zoo.data.splits import NO_CLASS
@@ -21,16 +20,8 @@ from dcp_zoo.tables import NONE, is_none
 Images = Any  # a folder with one folder per class, one image, or a sequence or batch of images, see `FORMS`
 Labels = Any  # one per image, names or numbers
 Groups = Any  # one per image, of any type: the same for images that were taken together
+OWN_IMAGES = "folder"  # the dataset of heads trained here: images of the user's own
 ClassNames = Mapping[Any, str] | Sequence[str] | None  # by label, or in the order of the labels
-
-
-class Labelled(NamedTuple):
-    """Labelled images, and their C classes."""
-
-    classes: np.ndarray  # the distinct labels (C,), sorted
-    names: list[str]  # of the classes, which CLIP reads
-    items: list[Item]  # their labels count from 0, in the order of `classes`
-    none: list[Item]  # of none of the classes: examples of what to reject
 
 
 def list_labelled_images(folder: str | Path) -> tuple[list[str], list[str]]:
@@ -45,8 +36,11 @@ def is_folder(images: Images) -> bool:
     return isinstance(images, (str, Path)) and Path(images).is_dir()
 
 
-def labelled(images: Images, labels: Labels = None, classnames: ClassNames = None, groups: Groups = None) -> Labelled:
-    """Images with their labels, of which `none of these` is no class; arguments as in `dcp_zoo.train`."""
+def labelled(
+    images: Images, labels: Labels = None, classnames: ClassNames = None, groups: Groups = None
+) -> tuple[np.ndarray, Split]:
+    """The distinct labels (C,), sorted, and the images with their labels in this order, of which `none of
+    these` is no class; arguments as in `dcp_zoo.train`."""
     items, labels = with_labels(images, labels, examples=True)
     if groups is not None:
         names = np.asarray(one_column(groups)).tolist()
@@ -61,7 +55,7 @@ def labelled(images: Images, labels: Labels = None, classnames: ClassNames = Non
     in_classes = compress(items, has_class)
     in_their_classes = [item._replace(label=i) for item, i in zip(in_classes, indices.tolist(), strict=True)]
     none = [item for item, has in zip(items, has_class, strict=True) if not has]
-    return Labelled(classes, _names(classes, classnames), in_their_classes, none)
+    return classes, Split(OWN_IMAGES, _names(classes, classnames), in_their_classes, no_class=none)
 
 
 def with_classes(images: Images, labels: Labels, classes: Sequence[Any], names: Sequence[str] = ()) -> list[Item]:
@@ -207,8 +201,8 @@ def is_nan(value: object) -> bool:
 def _is_array_of_one(images: Images) -> bool:
     """Whether this is an array or tensor of one image, not of several, or of paths. ZooError for what may be
     both."""
-    is_numbers = isinstance(images, torch.Tensor) or getattr(images, "dtype", np.dtype(object)).kind not in "OUS"
-    if not is_numbers or images.ndim not in (2, 3):
+    kind = getattr(images.dtype, "kind", "f")  # torch's types have none
+    if kind in "OUS" or images.ndim not in (2, 3):
         return False
     if images.ndim == 2:
         return True

@@ -287,8 +287,8 @@ def _read(images: Images, labels: Labels, groups: Groups) -> Split:
         return images
     if is_folder(images) or (labels is None and isinstance(images, (str, Path))):
         return load_labelled("folder", images, labels)
-    given = labelled(images, labels, groups=groups)
-    return Split("images", given.names, given.items, no_class=given.none, source=f"{len(given.items)} images")
+    _, split = labelled(images, labels, groups=groups)
+    return replace(split, source=f"{len(split.train)} images")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dcp_zoo.data.packaged import DATASETS, classnames, is_user_data
 from dcp_zoo.data.splits import split_sha256
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
-from dcp_zoo.files import check_empty, write_file
+from dcp_zoo.files import write_file
 from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME, accuracy_text
 from dcp_zoo.heads.head import Head
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained
@@ -94,8 +94,8 @@ def not_of_dataset(model: Head) -> str:
     else:
         return ""
     return (
-        f"This head says that it is of {name}, but {reason}. Train it on {name} as it is, or on these images as a "
-        "folder: dcp-zoo train FOLDER."
+        f"This head cannot be published as one of {name}: {reason}. Train it on {name} as it is, or on these images "
+        "as a folder: dcp-zoo train FOLDER."
     )
 
 
@@ -177,7 +177,6 @@ def export_hub(model: Head, folder: str | Path) -> Path:
             `preprocessor_config.json` and `onnx/model.onnx`, which contains CLIP's image tower.
     """
     folder = Path(folder)
-    check_empty(folder)
     with writing_to(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:

@@ -4,7 +4,6 @@ import json
 import os
 import warnings
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import nn
 from dcp_zoo.answers import log_softmax
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
-from dcp_zoo.errors import ZooError, import_extra, writing_to
+from dcp_zoo.errors import ZooError, import_extra
 from dcp_zoo.fields import Values
 from dcp_zoo.files import write_file
 from dcp_zoo.heads.fused import FusedHead
@@ -64,11 +63,9 @@ def export(model: Head | FusedHead, path: str | Path) -> Path:
                     f"The ONNX file does not match the model (logits differ by {error:.2g}) and was not kept. {REPORT}"
                 )
 
-    with torch.no_grad(), warnings.catch_warnings(), writing_to(path, "choose another file"):
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporters warn about their internals
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
-            write_file(path, write_and_check, "choose another file", Path(folder))
+        write_file(path, write_and_check, "choose another file")
     return path
 
 

@@ -32,7 +32,7 @@ from dcp_zoo.hub import (
     forget_index,
     is_offline,
 )
-from dcp_zoo.release import CARD_NAME, LICENSE, ONNX_FILE, accuracies, make_card, not_of_dataset, upload
+from dcp_zoo.release import CARD_NAME, LICENSE, ONNX_FILE, accuracies, make_card, upload
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import HeadEntry, IndexRow, find_head
 from dcp_zoo.zoo.resolve import resolve
@@ -92,9 +92,6 @@ def prepare(
         model = create_model(name, False)
         model.encoder.remember_weights(config["dcp"].get("clip_fingerprint", ""))
         load_head(model, folder)
-    problem = not_of_dataset(model)
-    if problem:
-        raise ZooError(f"{folder} cannot be published. {problem}")
     weights = folder / WEIGHTS_NAME
     if weights_file(folder) != weights:  # loading reads it, and nobody else would
         raise ZooError(f"The last save of {folder} was killed: load the head, save it again, then publish it.")

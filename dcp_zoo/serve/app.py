@@ -5,6 +5,7 @@ import ctypes
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from dcp_zoo.answers import Outputs, Promises
+from dcp_zoo.answers import Outputs, Promises, Row
 from dcp_zoo.data.images import UnsupportedImage
 from dcp_zoo.errors import ZooError, attempted
 from dcp_zoo.features.photos import pixels_of
@@ -58,27 +59,20 @@ class Service:
         """The images of a request with their most probable classes; of a form also why an image cannot be
         read, unless that holds for all: HTTPException, 415 for no image, 422 for a damaged one or one of
         too many pixels."""
-        loop = asyncio.get_running_loop()
         request.state.held = 0  # bytes of the body
         try:
             body = await asyncio.wait_for(self._body(request), self.limits.timeout)
             images = await images_of(request, body, self.limits.max_images)
-            decoding = (loop.run_in_executor(self.threads, self._decode, *image) for image in images)
-            decoded = await asyncio.gather(*decoding)
-            sound = [pixels for pixels in decoded if isinstance(pixels, np.ndarray)]
-            if not sound:  # not an image, or a damaged one, or with too many pixels
-                error = decoded[0]
+            answers = await asyncio.gather(*(self._answer_one(image, top_k, promises) for image in images))
+            if all(isinstance(answer, ZooError) for answer in answers):
+                error = answers[0]  # not an image, or a damaged one, or with too many pixels
                 raise HTTPException(415 if isinstance(error, UnsupportedImage) else 422, str(error))
-            futures = [loop.create_future() for _ in sound]
-            for waiting in zip(sound, futures, strict=True):
-                self.queue.put_nowait(waiting)
-            outputs = Outputs.joined(await asyncio.gather(*futures))
-            rows = iter(outputs.rows(self.classifier.classnames, top_k, promises))
-            answers = []
-            for (name, _), found in zip(images, decoded, strict=True):
-                row = {"error": str(found)} if isinstance(found, ZooError) else next(rows)
-                answers.append({"name": name} | row)
-            return JSONResponse({"images": answers})
+            rows = []
+            for image, answer in zip(images, answers, strict=True):
+                rows.append(
+                    {"name": image["path"]} | ({"error": str(answer)} if isinstance(answer, ZooError) else answer)
+                )
+            return JSONResponse({"images": rows})
         except ClientDisconnect:
             return Response(status_code=499)  # as nginx calls it; nobody receives it
         except asyncio.TimeoutError:
@@ -111,10 +105,17 @@ class Service:
             raise asyncio.QueueFull
         return bytes(body)
 
-    def _decode(self, name: str, data: bytes) -> np.ndarray | ZooError:
-        """An image's pixels, or why it has none."""
-        image = {"bytes": data, "path": name}
-        return attempted(pixels_of, image, self.classifier.preprocessing, self.limits.max_pixels)
+    async def _answer_one(self, image: Values, top_k: int, promises: Promises) -> Row | ZooError:
+        """The answer for an image, or why it cannot be read."""
+        loop = asyncio.get_running_loop()
+        decode = partial(attempted, pixels_of, image, self.classifier.preprocessing, self.limits.max_pixels)
+        pixels = await loop.run_in_executor(self.threads, decode)
+        if isinstance(pixels, ZooError):
+            return pixels
+        waiting = loop.create_future()
+        self.queue.put_nowait((pixels, waiting))
+        outputs: Outputs = await waiting
+        return outputs.rows(self.classifier.classnames, top_k, promises)[0]
 
     async def _classify(self) -> None:
         """Classify what waits as one batch, again and again."""
@@ -133,10 +134,10 @@ class Service:
                     settle(result)
 
 
-async def images_of(request: Request, body: bytes, most: int) -> list[tuple[str, bytes]]:
+async def images_of(request: Request, body: bytes, most: int) -> list[Values]:
     """The names and bytes of a request's images: its body, or the files of its form, at most so many."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        images = [("image", body)] if body else []
+        images = [{"path": "image", "bytes": body}] if body else []
     else:
 
         async def receive() -> Message:
@@ -145,7 +146,7 @@ async def images_of(request: Request, body: bytes, most: int) -> list[tuple[str,
         try:
             async with Request(request.scope, receive).form(max_files=most, max_fields=most) as form:
                 files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
-                images = [(f"{file.filename}"[:100], await file.read()) for file in files]
+                images = [{"path": f"{file.filename}"[:100], "bytes": await file.read()} for file in files]
         except MultipartParseError as error:  # of which older versions of starlette make no answer
             raise HTTPException(400, f"No image: the form is damaged ({error}).") from error
     if not images:
