@@ -118,12 +118,10 @@ def listed_images(labels: LabelFiles, folder: str | os.PathLike) -> list[str]:
         if file.is_dir():
             images += find_images([str(file)])
             continue
-        rows = readers.label_rows(file)
-        readers.check_has_class(file, [row.name for row in rows])
-        paths = [readers.listed_image(row.image, Path(folder)) for row in rows if row.name]
-        if not any(paths):
+        paths = [row.path for row in readers.label_rows(file, Path(folder)) if row.name and row.path]
+        if not paths:
             raise ZooError(f"{file} lists no image of {folder}: pass the folder that its paths start from.")
-        images += filter(None, paths)
+        images += paths
     return images
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from dcp_zoo.data import packaged
 from dcp_zoo.data.find import KNOWN, images_in, is_image, is_visible, warn_of_skipped
 from dcp_zoo.data.packaged import DatasetSpec, SplitRows
-from dcp_zoo.data.splits import NO_CLASS, PARTS, Item, Split, few_shot, given_group, listed_split
+from dcp_zoo.data.splits import NO_CLASS, PARTS, Item, Split, few_shot, given_group, listed_split, split_sha256
 from dcp_zoo.errors import ZooError, as_zoo_error, shorten
 from dcp_zoo.fields import Values, mismatch
 from dcp_zoo.files import read_plain
@@ -82,10 +82,9 @@ def _from_rows(spec: DatasetSpec, folder: Path, file: Path, rows: SplitRows) -> 
 def _is_coops(split: Split) -> bool:
     """Whether this is CoOp's split of the dataset or, where the package has its first draw alone, has
     this draw."""
-    rows = packaged.split_rows(split.name)
-    if rows is not None:
-        known = [[key, label] for part in PARTS for key, label, _ in rows[part]]
-        return known == [[item.key, item.label] for item in split.items]
+    expected = split_sha256(split.name)
+    if expected:
+        return split.sha256 == expected
     drawn = packaged.drawn(split.name)
     return drawn is None or drawn == [item.key for item in few_shot(split, 1, 1).train]
 
@@ -158,16 +157,18 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
 class LabelRow(NamedTuple):
     """A row of a labels file."""
 
-    image: str  # its path
+    image: str  # as it stands there
+    path: str  # of the image, see `listed_image`; "" if there is none
     name: str  # of the class, `NONE`, or "" for an image to leave out
     part: str  # train, val or test
     group: str  # the same for images that were taken together, or ""
     is_prediction: bool  # whether it has a head's probability
+    added: bool = False  # whether the first of several files does not list it
 
 
-def label_rows(file: Path) -> list[LabelRow]:
-    """The rows of a CSV file with some of `LABEL_COLUMNS`. What is called "leave out", or nothing, has
-    no class."""
+def label_rows(file: Path, folder: Path) -> list[LabelRow]:
+    """The rows of a CSV file with some of `LABEL_COLUMNS`, about images of a folder. What is called "leave
+    out", or nothing, has no class; ZooError if that is so of all."""
     with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}."):
         header, *rows = [[cell.strip() for cell in row] for row in read_csv(file)]
     columns = [_column(header, names) for names in LABEL_COLUMNS]
@@ -182,7 +183,10 @@ def label_rows(file: Path) -> list[LabelRow]:
             name = NONE
         elif is_reserved(name):
             name = ""
-        listed.append(LabelRow(image, name, part or PARTS[0], given_group(group), bool(probability)))
+        path = listed_image(image, folder)
+        listed.append(LabelRow(image, path, name, part or PARTS[0], given_group(group), bool(probability)))
+    if not any(row.name for row in listed):
+        raise ZooError(f"{file} lists {len(listed):,} images, none with a class: fill in its column class.")
     return listed
 
 
@@ -207,57 +211,43 @@ def read_labels(spec: DatasetSpec, folder: Path, files: Sequence[Path]) -> Split
             are `added`.
     """
     rows: dict[str, LabelRow] = {}  # by the real path of the image
-    items: dict[str, Item] = {}  # the same images, without labels
     notes = []
     for file in files:
-        known = len(items)
-        listed: dict[str, str] = {}  # by the real path: the class
-        missing = []
-        has_predictions = False
-        for row in label_rows(file):
-            has_predictions = has_predictions or row.is_prediction
-            path = listed_image(row.image, folder)
-            if not path:
-                if row.name:
-                    missing.append(row.image)
-                continue
-            real = os.path.realpath(path)
-            if listed.setdefault(real, row.name) != row.name:
-                problem = f"{row.image} has two classes, {listed[real]!r} and {row.name!r}"
-                raise ZooError(f"{file}: {problem}: keep one of them.")
-            first = rows.get(real, row)
-            rows[real] = first._replace(name=row.name)
-            if real not in items:
-                key = os.path.relpath(path, folder).replace(os.sep, "/")
-                items[real] = Item(path, key, NO_CLASS, file != files[0], row.group)
+        listed = label_rows(file, folder)
+        missing = [row.image for row in listed if row.name and not row.path]
         if missing:
-            problem = f"{file} lists {len(listed) + len(missing)} images, of which {len(missing)} are not in"
+            problem = f"{file} lists {len(listed)} images, of which {len(missing)} are not in"
             where = f"{folder} or the current folder: {shorten(missing)}"
             raise ZooError(f"{problem} {where}. Pass the folder that their paths start from, or run the command there.")
-        names = list(listed.values())
-        check_has_class(file, names)
-        if "" in names:
-            notes.append(f"Left out of {file}: {names.count(''):,} images without a class.")
+        before = len(rows)
+        names: dict[str, str] = {}  # by the real path
+        for row in listed:
+            if not row.path:
+                continue
+            real = os.path.realpath(row.path)
+            if names.setdefault(real, row.name) != row.name:
+                problem = f"{row.image} has two classes, {names[real]!r} and {row.name!r}"
+                raise ZooError(f"{file}: {problem}: keep one of them.")
+            first = rows.get(real, row._replace(added=file != files[0]))
+            rows[real] = first._replace(name=row.name)
+        left_out = [*names.values()].count("")
+        if left_out:
+            notes.append(f"Left out of {file}: {left_out:,} images without a class.")
         if file != files[0]:
-            notes.append(f"{file}: {len(items) - known:,} images added.")
-        if has_predictions:
+            notes.append(f"{file}: {len(rows) - before:,} images added.")
+        if any(row.is_prediction for row in listed):
             notes.append(f"{file} {PREDICTIONS}.")
     classes = sorted({row.name for row in rows.values()} - {NONE, ""})
     labels = {name: label for label, name in enumerate(classes)} | {NONE: NO_CLASS}
     parts: Values = {part: [] for part in (*PARTS, "no_class")}
-    for real, row in rows.items():
+    for row in rows.values():
         if row.name:
+            key = os.path.relpath(row.path, folder).replace(os.sep, "/")
             part = "no_class" if row.name == NONE else row.part
-            parts[part].append(items[real]._replace(label=labels[row.name]))
+            parts[part].append(Item(row.path, key, labels[row.name], row.added, row.group))
     for images in parts.values():
         images.sort(key=lambda item: (item.label, item.key))
     return Split(spec.name, classes, **parts, note=" ".join(notes), source=", ".join(map(str, files)))
-
-
-def check_has_class(file: Path, names: Sequence[str]) -> None:
-    """ZooError for a labels file in which the classes of all images are ""."""
-    if not any(names):
-        raise ZooError(f"{file} lists {len(names):,} images, none with a class: fill in its column class.")
 
 
 def listed_image(image: str, folder: Path) -> str:

@@ -4,7 +4,7 @@ the parts that are made of a user's own images."""
 import math
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -193,9 +193,9 @@ def _draw(items: list[Item], shots: int, rng: random.Random) -> list[Item]:
 
 def _by_label(items: list[Item]) -> dict[int, list[Item]]:
     """Items by label, labels in order of first appearance."""
-    images: dict[int, list[Item]] = {}
+    images = defaultdict[int, list[Item]](list)
     for item in items:
-        images.setdefault(item.label, []).append(item)
+        images[item.label].append(item)
     return images
 
 
@@ -230,8 +230,7 @@ def split_images(images: Split, test: float | None = None) -> Split:
         split = all_for_training(images)
         change = "all images are for training, none for a test"
     elif not images.has_parts:
-        train, val, tests = divide(images.train, test)
-        split = replace(images, train=train, val=val, test=tests, held_out=True)
+        split = replace(images, **divide(images.train, test), held_out=True)
         shares = f"{100 - 100 * test:.3g}/{100 * test:.3g} into training and test images" if test else "50/20/30"
         change = f"split {shares} within each class, deterministically"
     elif not images.test:
@@ -282,8 +281,8 @@ def all_for_training(split: Split) -> Split:
     return replace(split, train=train, val=[], test=[])
 
 
-def divide(items: list[Item], test: float | None = None) -> tuple[list[Item], list[Item], list[Item]]:
-    """Train, val and test images of each class, shuffled.
+def divide(items: list[Item], test: float | None = None) -> Values:
+    """The images of the parts train, val and test, of each class, shuffled.
 
     One more image in a class changes no other class. A group is in one part as a whole, so that parts
     may be smaller or larger; a group with images of several classes is for training.
@@ -293,7 +292,7 @@ def divide(items: list[Item], test: float | None = None) -> tuple[list[Item], li
         test: the share for the test; the others, at least one of each class, are for training. By
             default half of a class is for training, a fifth for validation, and the rest for the test.
     """
-    parts: dict[str, list[Item]] = {part: [] for part in PARTS}
+    parts: Values = {part: [] for part in PARTS}
     labelled_groups = {(item.group, item.label) for item in items if item.group}
     classes_of = Counter(group for group, _ in labelled_groups)
     for _, images in sorted(_by_label(items).items()):
@@ -304,21 +303,21 @@ def divide(items: list[Item], test: float | None = None) -> tuple[list[Item], li
         else:
             training = max(1, size - round(test * size))
             validation = 0
-        groups = dict[object, list[Item]]()
+        groups = defaultdict[object, list[Item]](list)
         for i, item in enumerate(images):
-            groups.setdefault(item.group or i, []).append(item)
+            groups[item.group or i].append(item)
         order = list(groups.values())
         random.Random(0).shuffle(order)
         done = 0
         for group in order:
+            part = "test"
             if done < training or classes_of[group[0].group] > 1:
-                parts["train"] += group
+                part = "train"
             elif done < training + validation:
-                parts["val"] += group
-            else:
-                parts["test"] += group
+                part = "val"
+            parts[part] += group
             done += len(group)
-    return parts["train"], parts["val"], parts["test"]
+    return parts
 
 
 DIGITS = 12  # of a hash: one of 10,000 images is taken for one of 100,000 different ones in 1 of 280,000 cases
@@ -345,15 +344,11 @@ def image_hashes(items: Sequence[Item], known: Mapping[str, Facts] | None = None
 
 
 def in_several_classes(items: Sequence[Item], hashes: Mapping[str, str]) -> list[list[Item]]:
-    """The items that are the same image with several labels, by the `image_hashes` of all; none without
-    hashes."""
-    if not hashes:
-        return []
+    """The items that are the same image with several labels, by the `image_hashes` of all."""
     names = " ".join(hashes.values()).split()
-    in_their_order = sorted(items, key=lambda item: not item.is_file)  # files come first
-    same = dict[str, list[Item]]()
-    for name, item in zip(names, in_their_order, strict=True):
-        same.setdefault(name, []).append(item)
+    same = defaultdict[str, list[Item]](list)
+    for name, item in zip(names, sorted(items, key=lambda item: not item.is_file), strict=False):  # files come first
+        same[name].append(item)
     return [images for images in same.values() if len({item.label for item in images}) > 1]
 
 

@@ -178,7 +178,8 @@ def train_on(clip: str, classes: dict[str, list[str]], folder: str) -> list[obje
     folder."""
     names, began = list(classes), time.monotonic()
     items = [Item(path, path, label) for label, paths in enumerate(classes.values()) for path in paths]
-    train, _, test = divide(group_own_images(items), HELD_OUT)  # visitors' images are not kept
+    parts = divide(group_own_images(items), HELD_OUT)  # visitors' images are not kept
+    train, test = parts["train"], parts["test"]
     shots = [item.path for item in train], [names[item.label] for item in train]
     own = FewShotClassifier(clip, memory=False).fit(*shots)
     lines = [f"Trained on {len(train)} photographs in {time.monotonic() - began:.0f} s. *Classify* now uses your head."]
