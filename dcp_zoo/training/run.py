@@ -95,13 +95,23 @@ class Run:
         return self.split if self.shots is None else few_shot(self.split, self.shots, self.seed)
 
     @property
+    def is_own(self) -> bool:
+        """Whether the images are the user's own."""
+        return is_user_data(self.split.name)
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether it reads training images."""
+        return METHODS[self.method].needs_images(self.recipe)
+
+    @property
     def fitted(self) -> BaseRecipe:
         """The recipe for the training images."""
         return self.recipe.fitted(len(self.subset.train), len(self.subset.classnames))
 
     def grouped(self, images: ImageLoader, options: "RunOptions") -> list[Item]:
         """The items with their groups; of own images these are found, unless they were given."""
-        if not is_user_data(self.split.name):
+        if not self.is_own:
             return list(images.items)
         features = METHODS[self.method].features
         reads_flips = features not in (None, plain) or self.recipe.classifier != "none"
@@ -120,7 +130,7 @@ class Run:
         method = METHODS[self.method]
         subset = self.subset
         val = None
-        if subset.val and method.needs_images(self.recipe):
+        if subset.val and self.needs_images:
             val = source.read(subset.val)
         return Task(
             source.clip,
@@ -136,7 +146,7 @@ class Run:
             probe=ProbeInputs(
                 weights=None if self.sample_weight is None else torch.tensor(self.sample_weight),
                 none=source.read(subset.no_class) if subset.no_class else None,
-                checks=val if is_user_data(self.split.name) else None,
+                checks=val if self.is_own else None,
                 encoders=[load_encoder(name, source.clip) for name in self.encoders],
                 describes=self.describes,
             ),
@@ -152,7 +162,7 @@ class Run:
             "split_sha256": self.split.sha256,
             "subset_sha256": subset_sha256(subset.train),
         }
-        if is_user_data(self.split.name):
+        if self.is_own:
             counts = Counter(item.label for item in subset.train)
             stored["class_images"] = {name: counts[label] for label, name in enumerate(subset.classnames)}
             stored["image_hashes"] = image_hashes(learnt_from(subset), self.facts)
@@ -196,7 +206,7 @@ class Source:
     def read(self, items: Sequence[Item], augment: str = "none", again: bool = False) -> ImageLoader:
         """Images, shown as in training: those that are read `again` and again stay in memory, decoded or
         after a frozen stem."""
-        facts = self.run.facts if is_user_data(self.run.split.name) else None
+        facts = self.run.facts if self.run.is_own else None
         photos = Photos(items, CACHE_BYTES if again else 0, facts)
         loader = ImageLoader(photos, self.extract, augment, self.run.workers)
         if not again:
@@ -297,7 +307,7 @@ def train_head(
     options = options or RunOptions()
     with alone_in(output) if output else nullcontext():
         head, evaluation = _fit_and_measure(run, output, options, source, by_folds)
-        if is_user_data(run.split.name) and run.test_share != 0 and not evaluation:
+        if run.is_own and run.test_share != 0 and not evaluation:
             options.log("There are too few images, or groups, of a class to leave any out: the accuracy is not known.")
         _save(run, head, output, options)
         if evaluation:  # last, as a report that cannot be written must not cost the head
@@ -331,9 +341,8 @@ def _fit_and_measure(
     task = run.task(source)
     method = METHODS[run.method]
     options.log(f"{method.title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
-    needs_images = method.needs_images(run.recipe)
     images = task.images
-    if needs_images:
+    if run.needs_images:
         task.images = images.with_items(run.grouped(images, options))
     if run.recipe.is_trained:
         state_path = output and output / STATE_NAME
@@ -353,12 +362,12 @@ def _fit_and_measure(
         is_read_twice = head.stats_modes != ("stored",)  # once for each kind of statistics
         test = source.read(run.split.test, again=is_read_twice)
         metrics, evaluation = measure(head, test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH))
-        if is_user_data(run.split.name) and needs_images and not run.split.held_out:
+        if run.is_own and run.needs_images and not run.split.held_out:
             _warn_of_shared_groups(subset.train, task.images, test)
     if evaluation:
         head.info |= {"metrics": metrics, **evaluation.info}
         _tell_smallest(subset, evaluation, options.log)
-    if needs_images:
+    if run.needs_images:
         groups = task.images.groups.unique().numel()
         if groups < len(task.images):
             head.info["groups"] = groups
@@ -371,7 +380,7 @@ def _fit_and_measure(
 
 def _save(run: Run, head: Head, output: Path | None, options: RunOptions) -> None:
     """Save a head that is measured; a warning for own training images that are in several classes."""
-    if METHODS[run.method].needs_images(run.recipe):
+    if run.needs_images:
         several = in_several_classes(learnt_from(run.subset), head.info.get("image_hashes", {}))
         pairs = [f"{group[0].name} and {group[1].name}" for group in several]
         if pairs:
@@ -482,7 +491,7 @@ def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> t
     for this have a message."""
     options = options or RunOptions()
     parted = run.split.has_parts
-    learns = METHODS[run.method].features is not None and METHODS[run.method].needs_images(run.recipe)
+    learns = METHODS[run.method].features is not None and run.needs_images
     by_folds = learns and run.test_share is None and not parted
     with alone_in(output):
         _check(run, output, options)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP, ImageEncoder
 from dcp_zoo.features import PLAIN, FeatureTable, ImageLoader
+from dcp_zoo.features.extract import plain_reading
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.progress import Progress, no_progress
 from dcp_zoo.training.state import TrainingState
@@ -103,11 +104,12 @@ class Task:
         """The plain view's embeddings (n, E), on the device."""
         return table.first_parts(1).rows(PLAIN)[0].to(self.clip.device)
 
-    def feature_loader(self) -> ImageLoader:
-        """The training images as features of the plain CLIP, unless each epoch shows other crops."""
+    def feature_loader(self, clip: FrozenCLIP | None = None) -> ImageLoader:
+        """The training images as features of a CLIP, by default the plain one, unless each epoch shows other
+        crops."""
         if self.images.crops:
             return self.images
-        features = self.images.table(views=self.images.views).first_parts(1)
+        features = self.images.table([plain_reading(clip or self.clip)], self.images.views).first_parts(1)
         return ImageLoader.of_features(features, self.images.augment)
 
     def linear_head(

@@ -42,11 +42,6 @@ class AdamWRecipe(BaseRecipe, augment="crop-flip"):
         return cls(steps=cls.steps * shots // 4)
 
 
-def both_blocks(clip: FrozenCLIP) -> list[Any]:
-    """The modules of the blocks of both towers, text first."""
-    return [block.module for block in [*clip.text_tower.blocks, *clip.vision_tower.blocks]]
-
-
 def check_blocks(clip: FrozenCLIP, method: str) -> None:
     """Raise ZooError unless both towers are open_clip's own, the text tower a causal one."""
     if not (isinstance(clip.vision_tower, OpenClipViT) and shares_prefix(clip.text)):
@@ -119,58 +114,37 @@ def fit_lora(task: Task) -> LinearHead:
     is used.
     """
     clip = own_clip(task.clip)
-    updates: Any = add_updates(clip, task.recipe)
-    train_weights(clip, task, updates.parameters(), task.recipe.steps)
+    check_blocks(clip, "CLIP-LoRA")
+    updated: list[LowRankBlock] = []
+    towers: list[Any] = [clip.text_tower, clip.vision_tower]
+    for tower in towers:
+        tower.blocks = [LowRankBlock(block.module, tower.width, task) for block in tower.blocks]
+        updated += tower.blocks
+    trained = [block.a for block in updated] + [block.b for block in updated]
+    train_weights(clip, task, trained, task.recipe.steps)
     with torch.no_grad():
-        for block, update in zip(both_blocks(clip), updates, strict=True):
-            block.attn.in_proj_weight.add_(update.scale * (update.b @ update.a).flatten(0, 1))
+        for block in updated:
+            block.module.attn.in_proj_weight.add_(block.scale * (block.b @ block.a).flatten(0, 1))
     return zero_shot_of(clip.with_clip(clip.clip), task)
 
 
-def add_updates(clip: FrozenCLIP, recipe: CLIPLoRARecipe) -> nn.ModuleList:
-    """Give the blocks of both towers of a CLIP fresh low-rank updates; returns these, text first, in
-    training mode."""
-    check_blocks(clip, "CLIP-LoRA")
-    updates = nn.ModuleList()
-    towers: list[Any] = [clip.text_tower, clip.vision_tower]
-    for tower in towers:
-        blocks = []
-        for block in tower.blocks:
-            update = LowRank(tower.width, recipe.rank, recipe.alpha, recipe.dropout).to(clip.device)
-            updates.append(update)
-            blocks.append(LowRankBlock(block.module, update))
-        tower.blocks = blocks
-    return updates
-
-
-class LowRank(nn.Module):
-    """Updates of the queries, keys and values of a block: x (.., D) -> (.., 3 D)."""
-
-    def __init__(self, width: int, rank: int, alpha: float, dropout: float) -> None:
-        super().__init__()
-        self.scale = alpha / rank**0.5
-        self.dropout = dropout
-        self.a = nn.Parameter(torch.empty(3, rank, width).uniform_(-(width**-0.5), width**-0.5))
-        self.b = nn.Parameter(torch.zeros(3, width, rank))
-
-    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The updates in `rows` of queries, keys and values, by default all."""
-        updates = []
-        for a, b in zip(self.a[rows], self.b[rows], strict=True):
-            updates.append(F.dropout(x, self.dropout, self.training) @ a.T @ b.T)
-        return self.scale * torch.cat(updates, -1)
-
-
 class LowRankBlock(OpenClipBlock):
-    """A block of CLIP with updates of its queries, keys and values."""
+    """A block of CLIP of this width D with updates A (3, r, D) and B (3, D, r) of its queries, keys and values,
+    in training."""
 
-    def __init__(self, module: nn.Module, update: LowRank) -> None:
+    def __init__(self, module: nn.Module, width: int, task: Task) -> None:
         super().__init__(module)
-        self.update = update
+        recipe: CLIPLoRARecipe = task.recipe
+        bound = width**-0.5
+        self.scale = recipe.alpha / recipe.rank**0.5
+        self.dropout = recipe.dropout
+        self.a = torch.empty(3, recipe.rank, width).uniform_(-bound, bound).to(task.clip.device).requires_grad_()
+        self.b = torch.zeros(3, width, recipe.rank, device=task.clip.device, requires_grad=True)
 
     def project(self, normed: Tensor, parts: str) -> Tensor:
         rows = slice(1) if parts == "q" else slice(1, None)
-        return super().project(normed, parts) + self.update(normed, rows)
+        updates = [F.dropout(normed, self.dropout) @ a.T @ b.T for a, b in zip(self.a[rows], self.b[rows], strict=True)]
+        return super().project(normed, parts) + self.scale * torch.cat(updates, -1)
 
 
 # ------------------------------------------------------------------------------------------------------------- CLIP-SVD
@@ -195,7 +169,7 @@ def fit_svd(task: Task) -> LinearHead:
     """
     clip = own_clip(task.clip)
     check_blocks(clip, "CLIP-SVD")
-    blocks = both_blocks(clip)
+    blocks = [block.module for block in [*clip.text_tower.blocks, *clip.vision_tower.blocks]]
     layers = [module for module in nn.ModuleList(blocks).modules() if isinstance(module, nn.Linear)]
     weights = [(block.attn, "in_proj_weight", 3) for block in blocks]
     weights += [(layer, "weight", 1) for layer in layers]
@@ -242,21 +216,17 @@ def fit_two_sfs(task: Task) -> LinearHead:
     """
     recipe: TwoSFSRecipe = task.recipe
     clip = own_clip(task.clip)
-    source = task.images
     norms = nn.ModuleList(module for module in clip.clip.modules() if isinstance(module, nn.LayerNorm))
     first = int(recipe.steps * recipe.first_stage)
     train_weights(clip, task, norms.requires_grad_().parameters(), first)
     weight = clip.zero_shot_classifier(task.classnames, task.texts).requires_grad_()
-    if not source.crops:
-        trained = Reading(clip, clip.parts, clip.read).only()
-        source = ImageLoader.of_features(source.table([trained], source.views), source.augment)
 
     def loss(inputs: Inputs, labels: Tensor) -> Tensor:
         with torch.no_grad():
             features = clip.encode_image(inputs)
         return F.cross_entropy(clip.logits(features, F.normalize(weight, dim=-1)).float(), labels)
 
-    train_steps(task, [weight], loss, source, recipe.steps - first)
+    train_steps(task, [weight], loss, task.feature_loader(clip), recipe.steps - first)
     return task.text_head(F.normalize(weight.requires_grad_(False), dim=-1), clip=clip)
 
 
