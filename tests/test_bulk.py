@@ -1,12 +1,15 @@
 """Many images: where they come from, what is written, and that a run survives kills and full disks."""
 
-import errno
 import json
+import math
 import os
 import re
+import resource
 import shutil
 import signal
+import sqlite3
 import time
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
@@ -171,25 +174,26 @@ def stopping(after: int, error: BaseException) -> Backend:
     return Fake(stop)
 
 
-def kept(name: str = "p.csv.partial.jsonl") -> int:
-    """The number of rows of a run that has not ended."""
-    return Path(name).read_bytes().count(b"\n") - 1
+BEGUN = "p.csv.partial.sqlite"
+
+
+def kept() -> int:
+    """The number of answers of a run that has not ended."""
+    with closing(sqlite3.connect(BEGUN)) as database:
+        ((count,),) = database.execute("SELECT count(*) FROM answers")
+    return count - 1
 
 
 def test_a_stopped_run_goes_on(photos):
-    """Also after a row of which half was written; with the same head and options alone."""
+    """With the same head and options alone."""
     images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"), Path("f.npz"))
     run_bulk(images, FAKE, OutputFiles(Path("q.csv"), Path("g.npz")), {"head": "x"}, batch_size=3)
-    for expected in (6, 12):
+    for expected in (6, 11):  # the damaged one again
         with pytest.raises(KeyboardInterrupt):
             run_bulk(images, stopping(2, KeyboardInterrupt()), outputs, {"head": "x"}, batch_size=3)
         assert (outputs.table.exists(), kept()) == (False, expected)
-        with Path("p.csv.partial.jsonl").open("a") as file:
-            file.write('{"image": "photos/')
-        with Path("p.csv.partial.float32").open("ab") as file:
-            file.write(b"12345")
     with pytest.raises(
-        ZooError, match=r"p.csv.partial.jsonl holds the first rows of another run, which differs in head, top k"
+        ZooError, match=r"p.csv.partial.sqlite holds the first answers of another run, which differs in head, top k"
     ):
         run_bulk(images, FAKE, outputs, {"head": "y"}, top_k=1)
     run_bulk(images, stopping(5, AssertionError("repeated")), outputs, {"head": "x"}, batch_size=3)
@@ -248,18 +252,17 @@ def test_ctrl_c_says_how_to_go_on(run, photos):
 
 
 def test_a_run_does_not_go_on_in_another_precision(photos, my_head):
-    """Of "auto", which another machine has resolved otherwise: what the run depends on is in the first
-    line."""
+    """Of "auto", which another machine has resolved otherwise."""
     images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"))
     with pytest.raises(KeyboardInterrupt):
         run_job(images, Predictor("my_head", batch_size=5), outputs, progress=stop_after_six)
-    begun = Path("p.csv.partial.jsonl")
-    here = begun.read_text()
-    assert '"precision": "float32"' in here
-    begun.write_text(here.replace('"precision": "float32"', '"precision": "bfloat16"', 1))
+    change = 'UPDATE answers SET row = replace(row, \'"precision": "{}"\', \'"precision": "{}"\') WHERE image = x\'\''
+    with closing(sqlite3.connect(BEGUN)) as database, database:
+        assert database.execute(change.format("float32", "bfloat16")).rowcount == 1
     with pytest.raises(ZooError, match="of another run, which differs in precision"):
         run_job(images, Predictor("my_head"), outputs)
-    begun.write_text(here)
+    with closing(sqlite3.connect(BEGUN)) as database, database:
+        database.execute(change.format("bfloat16", "float32"))
     run_job(images, Predictor("my_head", precision="float32"), outputs)
     assert len(read_csv("p.csv")) == 24
 
@@ -271,20 +274,29 @@ def test_two_processes_do_not_write_the_same_output(photos):
     assert not Path("p.csv").exists()
 
 
-def test_a_full_disk_loses_nothing(photos, monkeypatch):
+def test_a_full_disk_loses_nothing(photos):
+    """Here a limit for the size of files, which is below that of all answers."""
     images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"), Path("f.npz"))
-    calls = iter(range(6))  # of the plan, and of features and rows of each batch
 
-    def full(handle: int) -> None:
-        if next(calls, None) is None:
-            raise OSError(errno.ENOSPC, "No space left on device")
+    def wide(pixels: np.ndarray) -> Outputs:
+        found = compute(pixels)
+        return found._replace(features=np.tile(found.features, 700))
 
-    with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", full)
-        with pytest.raises(ZooError, match=r"No space left on device. Run the same command again later: it continues"):
-            run_bulk(images, FAKE, outputs, {}, batch_size=4)
-    assert kept() in (8, 12)
-    run_bulk(images, stopping(5, AssertionError("repeated")), outputs, {}, batch_size=4)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (130_000, hard))
+    try:
+        with pytest.raises(ZooError, match=r"Cannot write to .*Run the same command again later: it continues"):
+            run_bulk(images, Fake(wide), outputs, {}, batch_size=4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert kept() in (4, 8, 12)
+    left = iter(range(math.ceil((25 - kept()) / 4)))  # the damaged one again
+
+    def once(pixels: np.ndarray) -> Outputs:
+        assert next(left, None) is not None, "repeated"
+        return wide(pixels)
+
+    run_bulk(images, Fake(once), outputs, {}, batch_size=4)
     assert len(read_csv("p.csv")) == 24
 
 
@@ -293,6 +305,8 @@ def slow_run() -> None:
 
     def slow(pixels: np.ndarray) -> Outputs:
         time.sleep(0.05)
+        with Path("computed").open("a") as file:
+            file.write("1")
         return compute(pixels)
 
     os.setsid()
@@ -313,7 +327,7 @@ def test_a_killed_run_leaves_rows_and_no_process(photos):
 
     process = get_context("fork").Process(target=slow_run)
     process.start()
-    until(lambda: Path("p.csv.partial.jsonl").exists() and kept() > 8)
+    until(lambda: Path("computed").exists() and len(Path("computed").read_text()) > 9)
     process.kill()
     process.join()
     until(partial(has_ended, process.pid), 10)

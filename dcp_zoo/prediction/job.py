@@ -1,14 +1,14 @@
 """Classify many images into files, with resume.
 
-Until the files are complete, OUTPUT.partial.jsonl holds what the run depends on and then a row per image,
-with the state of its file, and OUTPUT.partial.float32 the features of these rows: the same command
-continues from there. Images that are new, were replaced meanwhile or could not be read get a row behind the
-others.
+Until the files are complete, OUTPUT.partial.sqlite holds what the run depends on, and each image's answer
+with the state of its file: the same command continues from there.
 """
 
 import json
 import os
+import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dcp_zoo.answers import Outputs, Row, is_changed, top_classes
-from dcp_zoo.errors import ZooError, import_extra, writing_to
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_output, file_state, locked, write_file
 from dcp_zoo.prediction import Predictor
@@ -27,9 +27,6 @@ from dcp_zoo.prediction.together import refined
 from dcp_zoo.progress import Progress, by_image, no_progress
 from dcp_zoo.tables import NONE
 
-# in a row of a run that has not ended
-STATE = "state"  # of the image's file
-WIDTH = "width"  # of its features
 LATER = "run the same command again later: it continues"
 Summary = tuple[list[str], int]  # see `summary_of`
 Batch = tuple[list[Row], np.ndarray | None]  # rows, and their features (n, E) or, with `together`, (n, E + C)
@@ -105,7 +102,7 @@ class OutputFiles:
         """Raise ZooError for unknown suffixes, results that exist, and places that cannot be written."""
         if self.table.suffix == ".parquet":
             import_extra("pyarrow", "data")
-        rows = self.partial(".jsonl")
+        begun = self.partial(".sqlite")
         for option, file, suffixes in (
             ("--output", self.table, [*writers.TABLES]),
             ("--features", self.features, [".npz"]),
@@ -116,7 +113,7 @@ class OutputFiles:
             if suffixes and file.suffix not in suffixes:
                 raise ZooError(f"{option} {file}: its suffix must be {' or '.join(suffixes)}.")
             # a run that was stopped at its end has written some of them
-            was_stopped = file.exists() and rows.exists() and file.stat().st_mtime >= rows.stat().st_mtime
+            was_stopped = file.exists() and begun.exists() and file.stat().st_mtime >= begun.stat().st_mtime
             check_output(file, self.overwrite or was_stopped, option)
 
 
@@ -137,119 +134,85 @@ def run(
         "together": together,
         "features": outputs.features is not None,
     }
+    file = outputs.partial(".sqlite")
     with locked(outputs.partial(".lock")) as free:  # the system releases it with the process
         if not free:
-            raise ZooError(
-                f"Another process is writing {outputs.partial('.jsonl')}: wait for it, or choose another --output."
-            )
-        _compute(images, predictor, outputs, plan, progress)
-        summary = _finish(images, predictor, outputs, together)
-        for suffix in (".jsonl", ".float32"):
-            outputs.partial(suffix).unlink(missing_ok=True)
+            raise ZooError(f"Another process is writing {file}: wait for it, or choose another --output.")
+        # the database needs no locks of its own, which not every file system has
+        connection = f"{file.absolute().as_uri()}?nolock=1"
+        with (
+            as_zoo_error(f"Cannot write to {file}: {{}}. {LATER.capitalize()}.", sqlite3.Error),
+            closing(sqlite3.connect(connection, uri=True)) as database,
+        ):
+            answers = _Answers(database, images)
+            differ = answers.begin(plan)
+            if differ:
+                problem = f"{file} holds the first answers of another run, which differs in {', '.join(differ)}."
+                raise ZooError(f"{problem} Repeat that run's command, choose another --output, or delete this file.")
+            _compute(answers, predictor, together, progress)
+            summary = _finish(answers, predictor, outputs, together)
+        file.unlink()
     return summary
 
 
-def _compute(
-    images: Sequence[str], predictor: Predictor, outputs: OutputFiles, plan: Values, progress: Progress
-) -> None:
-    """Append the rows and features of the images that the files of an earlier run lack."""
-    file = outputs.partial(".jsonl")
-    rows = _begun(file, plan, images)
-    states = {image: file_state(image) for image in images}  # before any is read
-    remaining = [image for image in images if states[image] is None or states[image] != rows.states.get(image)]
-    if not remaining:
-        return
-    done = len(rows.starts)
-    end = rows.end
-    batches = classify(remaining, predictor, plan["together"])
-    for batch, kept in by_image(progress, batches, "images", len(images), len(images) - len(remaining)):
-        width = 0
-        if kept is not None:
-            width = kept.shape[1]
-            _put(kept.tobytes(), outputs.partial(".float32"), done * kept[0].nbytes)
-        stored = [row | {STATE: states[row["image"]], WIDTH: width} for row in batch]
-        lines = "".join(json.dumps(row) + "\n" for row in stored).encode()
-        _put(lines, file, end)
-        done += len(batch)
-        end += len(lines)
+class _Answers(Iterable[Row]):
+    """The answers for some images in the database of a run that has not ended, read anew each time: they need
+    no memory. It has the row of each image, the state of its file then, and what `classify` kept of it."""
 
-
-class _Rows(Iterable[Row]):
-    """The rows of some images in the file of a run that has not ended, read anew each time: they need no
-    memory.
-
-    Attributes:
-        plan: what the run depends on; None if the file does not say it whole.
-        starts, end: where each row in the file begins, and where the last one ends.
-        numbers, states: of each image its last row, counted from 0, and the `file_state` that it was
-            computed of.
-        width: numbers in a row of features.
-    """
-
-    def __init__(self, file: Path, images: Sequence[str]) -> None:
-        self.file = file
+    def __init__(self, database: sqlite3.Connection, images: Sequence[str]) -> None:
+        self.database = database
         self.images = images
-        self.starts: list[int] = []
-        self.width = 0
-        self.numbers: dict[str, int] = {}
-        self.states: Values = {}
-        with file.open("rb") as lines:
-            first = lines.readline()
-            self.plan = json.loads(first) if first.endswith(b"\n") else None
-            self.end = len(first)
-            for line in lines:
-                if not line.endswith(b"\n"):  # the run was killed while it was written
-                    break
-                row = json.loads(line)
-                self.numbers[row["image"]] = len(self.starts)
-                # what could not be read may be by now, such as with the plugin for HEIC
-                self.states[row["image"]] = None if "error" in row else row.get(STATE)
-                self.width = row.get(WIDTH, 0)
-                self.starts.append(self.end)
-                self.end += len(line)
+        database.execute("CREATE TABLE IF NOT EXISTS answers (image BLOB PRIMARY KEY, state, row, kept)")
+
+    def get(self, column: str, image: str) -> Any:
+        """None of an image without an answer."""
+        query = f"SELECT {column} FROM answers WHERE image = ?"
+        found = self.database.execute(query, [os.fsencode(image)]).fetchone()
+        return found and found[0]
+
+    def put(self, image: str, state: str | None, row: Values, kept: np.ndarray | None = None) -> None:
+        values = os.fsencode(image), state, json.dumps(row), None if kept is None else kept.tobytes()
+        self.database.execute("REPLACE INTO answers VALUES (?, ?, ?, ?)", values)
+
+    def begin(self, plan: Values) -> list[str]:
+        """In what the run differs from that of the answers that are there."""
+        before = self.get("row", "")  # no image has this name
+        if before is None:
+            self.put("", None, plan)
+            return []
+        known = json.loads(before)
+        return [name.replace("_", " ") for name in plan if known.get(name) != plan[name]]
 
     def __iter__(self) -> Iterator[Row]:
-        with self.file.open("rb") as lines:
-            for image in self.images:
-                lines.seek(self.starts[self.numbers[image]])
-                row = json.loads(lines.readline())
-                yield {name: value for name, value in row.items() if name not in (STATE, WIDTH)}
+        for image in self.images:
+            yield json.loads(self.get("row", image))
 
-    def features(self, file: Path) -> np.ndarray:
-        """Those in this file (n, F), of the same images."""
-        order = [self.numbers[image] for image in self.images]
-        shape = len(self.starts), self.width
-        features = np.memmap(file, np.float32, "r", shape=shape)
-        return features if order == [*range(len(self.starts))] else features[order]
+    def kept(self) -> np.ndarray:
+        """(n, F), of the images in order."""
+        return np.stack([np.frombuffer(self.get("kept", image), np.float32) for image in self.images])
 
 
-def _begun(file: Path, plan: Values, images: Sequence[str]) -> _Rows:
-    """The rows that an earlier run left in a file, which gets the plan if new; ZooError for another plan."""
-    before = _Rows(file, images) if file.exists() else None
-    if before is None or before.plan is None:
-        _put(json.dumps(plan).encode() + b"\n", file, 0)
-        return _Rows(file, images)
-    differ = [name.replace("_", " ") for name in plan if before.plan.get(name) != plan[name]]
-    if differ:
-        problem = f"{file} holds the first rows of another run, which differs in {', '.join(differ)}."
-        raise ZooError(f"{problem} Repeat that run's command, choose another --output, or delete this file.")
-    return before
+def _compute(answers: _Answers, predictor: Predictor, together: bool, progress: Progress) -> None:
+    """Add the answers for images that have none, of the files as they are now."""
+    images = answers.images
+    states = {image: json.dumps(file_state(image)) for image in images}  # before any is read
+    remaining = [image for image in images if answers.get("state", image) != states[image]]
+    if not remaining:
+        return
+    batches = classify(remaining, predictor, together)
+    for rows, kept in by_image(progress, batches, "images", len(images), len(images) - len(remaining)):
+        with answers.database:  # all of them or none, also after a power cut
+            for i, row in enumerate(rows):
+                # what could not be read may be by now, such as with the plugin for HEIC
+                state = None if "error" in row else states[row["image"]]
+                answers.put(row["image"], state, row, None if kept is None else kept[i])
 
 
-def _put(content: bytes, file: Path, position: int) -> None:
-    """Let a file end with this content, which begins at this position, also after a power cut."""
-    with writing_to(file, LATER), file.open("r+b" if file.exists() else "wb") as opened:
-        opened.seek(position)
-        opened.write(content)
-        opened.truncate()
-        opened.flush()
-        os.fsync(opened.fileno())
-
-
-def _finish(images: Sequence[str], predictor: Predictor, outputs: OutputFiles, together: bool) -> Summary:
-    """Write the outputs of a run whose rows are complete."""
-    rows: Any = _Rows(outputs.partial(".jsonl"), images)
-    kept: Any = rows.features(outputs.partial(".float32")) if together or outputs.features else None
+def _finish(answers: _Answers, predictor: Predictor, outputs: OutputFiles, together: bool) -> Summary:
+    """Write the outputs of a run whose answers are complete."""
+    images = answers.images
+    rows: Iterable[Row] = answers
+    kept: Any = answers.kept() if together or outputs.features else None
     if together:
         rows = refine(rows, kept, predictor)
         kept = kept[:, : -len(predictor.backend.classnames)]
