@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 EMPTY = "-"
-SPREAD = "Mean ± standard deviation over seeds; without ±, of one seed or as published."
-INCOMPLETE = "A method without results for one of the datasets has no average."
 PUBLISHED = "published"  # in place of how a method's options were chosen: another project's figure
 
 
@@ -129,7 +127,8 @@ def method_table(
     means = values.mean().round(digits).unstack()
     is_best = means == (means.max() if value == "top1" else means.min())
     best = {str(name): list(means.index[column]) for name, column in is_best.items()}
-    return Table(caption, ["method", *map(str, columns)], rows, f"{SPREAD} {note}".strip(), best)
+    note = f"Mean ± standard deviation over seeds; without ±, of one seed or as published. {note}".strip()
+    return Table(caption, ["method", *map(str, columns)], rows, note, best)
 
 
 def few_shot_tables(results: "pd.DataFrame", value: str = "top1") -> list[Table]:
@@ -170,7 +169,8 @@ def by_dataset(results: "pd.DataFrame", value: str = "top1") -> Iterator[tuple[s
     each."""
     names = in_order(DATASETS, results.dataset)
     if len(names) > 1:
-        yield f"Average of {len(names)} datasets", averaged(results, value), INCOMPLETE
+        note = "A method without results for one of the datasets has no average."
+        yield f"Average of {len(names)} datasets", averaged(results, value), note
     for name in names:
         yield name, results[results.dataset == name], ""
 
@@ -184,14 +184,10 @@ def target_tables(results: "pd.DataFrame", protocol: str) -> list[Table]:
     tables = []
     for source in in_order(DATASETS, results.dataset):
         rows = results[results.dataset == source]
-        tested = in_order(DATASETS, rows.target)
-        targets = [name for name in tested if name != source]
-        means = averaged(rows[rows.target.isin(targets)], over="target").assign(target=average)
-        columns = [*targets, average]
-        if source in tested:
-            columns.insert(0, source)
-        both = pd.concat([rows, means])
-        note = f"The average is over {len(targets)} targets, without {source} itself."
+        targets = rows[rows.target != source]
+        both = pd.concat([rows, averaged(targets, over="target").assign(target=average)])
+        columns = [*in_order(DATASETS, rows.target), average]
+        note = f"The average is over {targets.target.nunique()} targets, without {source} itself."
         tables.append(method_table(both, f"Trained on {source}", "target", columns, note=note))
     return tables
 

@@ -17,7 +17,6 @@ from dcp_zoo.benchmark.plan import check_data
 from dcp_zoo.benchmark.report import SECTIONS, with_labels, write_report
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import advise, errors, log, output, plain_table, print_error, progress_bar, resumable
-from dcp_zoo.cli.options import Agree, Command
 from dcp_zoo.data import DatasetSpec, check, find_spec
 from dcp_zoo.data import download as downloads
 from dcp_zoo.errors import ZooError, as_zoo_error
@@ -203,7 +202,7 @@ def report(
 data = Typer(help="Download datasets, and check those on disk.", no_args_is_help=True)
 
 
-@data.command("check", cls=Command)
+@data.command("check", cls=opt.Command)
 def check_(
     names: list[str] = Argument(None, metavar="NAME...", help="Only these; also folder."),
     data_root: Path | None = Option(None, exists=True, file_okay=False, help="Folder with the datasets."),
@@ -223,26 +222,25 @@ def check_(
         counts = [f"{count:,}" for count in row.counts or ()]
         cells.append((row.name, row.status, *counts, row.sha256[:12]))
     output.print(plain_table(("dataset", "status", "train", "val", "test", "split sha256"), cells))
-    broken = [row for row in rows if row.status == "broken"]
     missing = [find_spec(row.name) for row in rows if row.status == "missing"]
-    for row in broken:
-        output.print(f"[red]{escape(row.name)}:[/] {escape(row.message)}", soft_wrap=True)
     for row in rows:
+        if row.status == "broken":
+            output.print(f"[red]{escape(row.name)}:[/] {escape(row.message)}", soft_wrap=True)
         if row.note:
             output.print(row.note, markup=False, soft_wrap=True)
     if missing:
         output.print("[bold]Where to get missing datasets[/] (most of them with dcp-zoo data download NAME)")
     for spec in missing:
         output.print(f"  {f'{spec.folder}/{spec.images}':51}{spec.source}", soft_wrap=True)
-    if broken:
+    if any(row.status == "broken" for row in rows):
         raise Exit(1)
 
 
-@data.command(cls=Command)
+@data.command(cls=opt.Command)
 def download(
     names: list[str] = Argument(metavar="NAME...", help="Datasets, or `all`."),
     data_root: Path = Option(help="Folder for the datasets; each gets a folder in CoOp's layout."),
-    agree: Agree = False,
+    agree: opt.Agree = False,
 ) -> None:
     """Download datasets, unpack them in CoOp's layout, and check them. CoOp's splits are part of this
     package.

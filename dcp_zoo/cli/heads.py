@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 Measured = tuple[Mapping[str, float], "Evaluation", Values]  # of a head: its metrics, predictions and conditions
 MOST = 10  # rows of each table
 TEST = "test top-1"  # the accuracy on images that a head has not seen
-LABEL = "Of PHOTOS without labels: choose so many to look at, to know the accuracy on all."
 UNKNOWN = "{} does not say which images it was trained on: if these are among them, the accuracy is too high."
 
 
@@ -42,7 +41,9 @@ def evaluate(
     labels: opt.Labels = None,
     data_root: opt.DataRoot = None,
     claim: bool = Option(False, "--claim", help="Compare with the accuracies that its card or checkpoint states."),
-    label: int | None = Option(None, min=2, help=LABEL),
+    label: int | None = Option(
+        None, min=2, help="Of PHOTOS without labels: choose so many to look at, to know the accuracy on all."
+    ),
     output_dir: Path | None = Option(None, "--output", help="With --label: new folder for a page and a table."),
     device: opt.Device = "auto",
     precision: opt.Precision = AUTO,

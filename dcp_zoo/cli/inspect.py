@@ -18,8 +18,6 @@ from dcp_zoo.files import check_output, check_outside, printable
 from dcp_zoo.tables import INSPECTION_PAGE, INSPECTION_TABLE
 from dcp_zoo.threads import use_threads
 
-MINIATURE = "dcp_mini knows names of everyday things, but does not understand sentences: pass --model small."
-
 
 def inspect(
     photos: Photos = None,
@@ -100,7 +98,7 @@ def search(
     else:
         found = dcp_zoo.search(folder, text, **options)
         if model == "dcp_mini":
-            advise(MINIATURE)
+            advise("dcp_mini knows names of everyday things, but does not understand sentences: pass --model small.")
     for row in found:
         output.print(f"{row.note}  {row[0]}".lstrip(), markup=False, soft_wrap=True)
     if to_label and output_dir is not None:

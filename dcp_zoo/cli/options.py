@@ -26,15 +26,6 @@ Text = str | None
 File = Path | None
 MODEL = "small, medium or large, or a model's name; see `dcp-zoo list`."
 HEAD = "A head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO."
-LABELS = (
-    "A CSV file with the columns file and class, in place of class folders. The images are in PHOTOS, next to this "
-    "file, or in the current folder. May be repeated, as for corrections: of several classes of an image, the last one "
-    "counts."
-)
-PRECISION = (
-    "auto (bfloat16 for a full-size model on devices with native bfloat16, else float32), float32 (the reference), "
-    "bfloat16, or float16."
-)
 
 
 def starting(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
@@ -48,7 +39,15 @@ HeadNames = Annotated[
     list[str], Option("--head", help=f"{HEAD} A second one is compared.", autocompletion=starting(trained_heads))
 ]
 Photos = Annotated[Text, Argument(metavar="PHOTOS", help="Your images: a folder per class.")]
-Labels = Annotated[list[Path] | None, Option(metavar="FILE", help=LABELS)]
+Labels = Annotated[
+    list[Path] | None,
+    Option(
+        metavar="FILE",
+        help="A CSV file with the columns file and class, in place of class folders. The images are in PHOTOS, next "
+        "to this file, or in the current folder. May be repeated, as for corrections: of several classes of an "
+        "image, the last one counts.",
+    ),
+]
 GroupBy = Annotated[
     Text,
     Option(
@@ -61,7 +60,13 @@ GroupBy = Annotated[
 Images = Annotated[Text, Argument(metavar="PHOTOS", help="Your images: a folder per class. Or a dataset's name.")]
 DataRoot = Annotated[File, Option(help="Folder with the datasets; for `folder`, the dataset itself.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
-Precision = Annotated[str, Option(help=PRECISION)]
+Precision = Annotated[
+    str,
+    Option(
+        help="auto (bfloat16 for a full-size model on devices with native bfloat16, else float32), float32 (the "
+        "reference), bfloat16, or float16.",
+    ),
+]
 Classes = Annotated[Text, Option("--classes", help='Other names: cat,dog,"dandelion, yellow"; or a file of them.')]
 Report = Annotated[File, Option(help="Write a page that shows the mistakes.", metavar="FILE.html", dir_okay=False)]
 Agree = Annotated[bool, Option("--agree", help="Agree to the datasets' terms without being asked.")]

@@ -38,32 +38,36 @@ NAMED = 10  # of the images that cannot be read
 ON_SCREEN = 1000  # images whose results belong in a file
 EXPLAINED = 50  # images, of each of which a person looks at a picture
 FILES = "Files"  # a panel of the help
-IMAGES = "Images, folders, patterns in quotes, or a .txt file with one path per line."
-SHEET = "Write a page to look at: the images of each class, the least certain first."
-ZERO_SHOT = (
-    "Zero-shot: by the names of twelve classes. The head was trained on images of only one of these, butterfly. "
-    "To train on images: dcp-zoo train MY_PHOTOS --output my_head"
-)
-SETS = "Also name the classes that each may be of, for 0.8, 0.9 or 0.95: in so many cases the right one is there."
-EXPLAIN = "Write pictures into a folder: what in an image speaks for its class. Up to 50."
 
 
 def predict(
-    images: list[str] | None = Argument(None, help=IMAGES),
+    images: list[str] | None = Argument(
+        None, help="Images, folders, patterns in quotes, or a .txt file with one path per line."
+    ),
     head: opt.HeadName = DEFAULT_HEAD,
     classes: opt.Classes = None,
     top_k: int = Option(5, min=1, help="Predictions per image."),
     sample: bool = Option(False, "--sample", help="Classify six sample photographs; without --head, zero-shot."),
     reject: bool = Option(False, "--reject", help="Label images of other things `none of these`."),
-    sets: float | None = Option(None, help=SETS),
+    sets: float | None = Option(
+        None,
+        help="Also name the classes that each may be of, for 0.8, 0.9 or 0.95: in so many cases the right one is "
+        "there.",
+    ),
     together: bool = Option(
         False, "--together", help="Refine predictions with the other images, if these are of few classes."
     ),
     as_json: opt.AsJson = False,
     table: Path | None = Option(None, "--output", help="Write a .csv, .jsonl or .parquet file.", rich_help_panel=FILES),
     features: Path | None = Option(None, help="Write the image features to a .npz file.", rich_help_panel=FILES),
-    sheet: Path | None = Option(None, help=SHEET, rich_help_panel=FILES),
-    explain: Path | None = Option(None, help=EXPLAIN, rich_help_panel=FILES),
+    sheet: Path | None = Option(
+        None, help="Write a page to look at: the images of each class, the least certain first.", rich_help_panel=FILES
+    ),
+    explain: Path | None = Option(
+        None,
+        help="Write pictures into a folder: what in an image speaks for its class. Up to 50.",
+        rich_help_panel=FILES,
+    ),
     overwrite: bool = Option(False, "--overwrite", help="Replace existing files.", rich_help_panel=FILES),
     device: opt.Device = "auto",
     precision: opt.Precision = AUTO,
@@ -89,7 +93,10 @@ def predict(
     names = opt.class_list(classes)
     if sample and head == DEFAULT_HEAD and not (names or images or reject or sets):  # which need its own classes
         names = SAMPLE_CLASSES
-        log(ZERO_SHOT)
+        log(
+            "Zero-shot: by the names of twelve classes. The head was trained on images of only one of these, "
+            "butterfly. To train on images: dcp-zoo train MY_PHOTOS --output my_head"
+        )
     predictor = dcp_zoo.Predictor(
         head,
         top_k=top_k,

@@ -19,7 +19,6 @@ from dcp_zoo.promises import trust_note
 from dcp_zoo.tables import quoted
 from dcp_zoo.training.recipes import default_recipe
 from dcp_zoo.zoo import registry
-from dcp_zoo.zoo.registry import HeadEntry, all_heads, get_head
 from dcp_zoo.zoo.resolve import local_heads, parse_name, trained_here
 from dcp_zoo.zoo.specs import MODELS, SIZES, ModelSpec, get_spec
 
@@ -27,16 +26,6 @@ PEOPLE = (  # what they ask of a model or a head: what it is, how good, of what 
     "head,status,method,model,CLIP,weights,CLIP weights,classes,texts,accuracy,dataset,images,trained,rejection,trust,"
     "licence,size,input,parameters,image tower,zero-shot,default head,trained heads,Hub repo,train it"
 ).split(",")
-ACCURACY_NOTE = (
-    "10 sets, ImageNet: zero-shot top-1 in percent, as published by others; not measured here. The mean over ten of "
-    "the paper's 11 datasets, and ImageNet alone; empty without a published figure. In this release "
-    f"{', '.join(f'--model {size} is {name}' for size, name in SIZES.items())}."
-)
-
-HEADS_NOTE = (
-    "Top-1 on the test images: of the method alone, and of the head as it is loaded, with the text probe that this "
-    "package adds."
-)
 
 
 def list_(
@@ -62,14 +51,21 @@ def list_(
     found = [known[name] for name in registry.matching(known, filter)]
     models = {*registry.list_models(filter), *(head.model for head in found)}
     if not models:
-        hint = nearest_hint(filter.strip("*"), [*MODELS, *all_heads()])
+        hint = nearest_hint(filter.strip("*"), [*MODELS, *registry.all_heads()])
         raise ZooError(f"No model or head matches {filter!r}.{hint} All: dcp-zoo list.")
     rows = []
     for spec in MODELS.values():
         if spec.name in models:
             rows.append((spec.name, spec.license or "see Hub", spec.download or "bundled", *spec.accuracies))
     output.print(plain_table(("model", "licence", "size", "10 sets", "ImageNet"), rows))
-    output.print(ACCURACY_NOTE, "", style="dim")
+    sizes = ", ".join(f"--model {size} is {name}" for size, name in SIZES.items())
+    output.print(
+        "10 sets, ImageNet: zero-shot top-1 in percent, as published by others; not measured here. The mean over "
+        "ten of the paper's 11 datasets, and ImageNet alone; empty without a published figure. In this release "
+        f"{sizes}.",
+        "",
+        style="dim",
+    )
     planned = [head for head in found if head.status == "planned"]
     heads = [head for head in found if "." in filter or head.status != "planned"]
     if heads:
@@ -81,7 +77,14 @@ def list_(
             rows.append((head.name, head.status, *top1))
         output.print(plain_table(("head", "status", "method alone", "with text probe"), rows))
         notes = dict.fromkeys(DATASETS[head.dataset].part_note for head in heads if head.dataset in DATASETS)
-        output.print(HEADS_NOTE, *[note for note in notes if note], "", sep="\n", style="dim")
+        output.print(
+            "Top-1 on the test images: of the method alone, and of the head as it is loaded, with the text probe "
+            "that this package adds.",
+            *[note for note in notes if note],
+            "",
+            sep="\n",
+            style="dim",
+        )
     if planned:
         shots = ", ".join(map(str, sorted({head.shots for head in planned})))
         output.print(
@@ -141,7 +144,7 @@ def describe(name: str) -> Values:
         return describe_model(get_spec(name))
     if tag in ("", registry.CLIP_TAG):
         return describe_model(get_spec(place))
-    head = get_head(f"{place}.{tag}")
+    head = registry.get_head(f"{place}.{tag}")
     folder = trained_here(head)
     if folder:
         return describe_checkpoint(head.name, folder)
@@ -202,7 +205,7 @@ def describe_model(spec: ModelSpec) -> Values:
     return {name: value for name, value in details.items() if value}
 
 
-def describe_head(head: HeadEntry) -> Values:
+def describe_head(head: registry.HeadEntry) -> Values:
     details: Values = {
         "status": head.status,
         "licence": head.license or "none yet: not trained",

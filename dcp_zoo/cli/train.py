@@ -30,13 +30,6 @@ if TYPE_CHECKING:
 REFIT = "After the accuracy is measured, the head is trained on all images and saved."
 DATASET_SHOTS = 16  # training images per class of a dataset
 SEED = 1  # unless another is given
-METHOD = (
-    f"{DEFAULT_METHOD} (a classifier on CLIP's features; the default), dcp (coupled prompts in both towers plus text "
-    f"probe; takes longer), or another: {', '.join(METHODS)}. "
-    "With --help: the fields of its recipe."
-)
-RECIPE = "For dcp: release (as in the authors' code) or paper (the same with their paper's coupling)."
-SKIP = "Replace them, or leave them out by --skip-unreadable."
 RECIPE_PANEL = "Recipe (default: the method's)"
 
 
@@ -47,7 +40,11 @@ def train(
     ),
     head: str | None = Option(None, help="A head of the zoo: sets method, model, dataset, shots and seed."),
     model: opt.Model = "dcp_mini",
-    method: str | None = Option(None, help=METHOD),
+    method: str | None = Option(
+        None,
+        help=f"{DEFAULT_METHOD} (a classifier on CLIP's features; the default), dcp (coupled prompts in both towers "
+        f"plus text probe; takes longer), or another: {', '.join(METHODS)}. With --help: the fields of its recipe.",
+    ),
     labels: opt.Labels = None,
     group_by: opt.GroupBy = None,
     data_root: opt.DataRoot = None,
@@ -66,7 +63,12 @@ def train(
     precision: opt.Precision = "auto",
     skip_unreadable: bool = Option(False, "--skip-unreadable", help="Leave out images that cannot be read."),
     overwrite: bool = Option(False, "--overwrite", help="Start again and replace the contents of the output folder."),
-    recipe: str | None = Option(None, metavar="release|paper", help=RECIPE, rich_help_panel=RECIPE_PANEL),
+    recipe: str | None = Option(
+        None,
+        metavar="release|paper",
+        help="For dcp: release (as in the authors' code) or paper (the same with their paper's coupling).",
+        rich_help_panel=RECIPE_PANEL,
+    ),
     changes: list[str] = Option(
         (),
         "--set",
@@ -146,7 +148,7 @@ def train(
 
     settings = RunOptions(overwrite=overwrite, progress=progress_bar, log=log, show=show)
     images = split.all_items if dataset == "folder" else []
-    with resumable(), users_cache(), all_named(images, SKIP):
+    with resumable(), users_cache(), all_named(images, "Replace them, or leave them out by --skip-unreadable."):
         if refit:
             trained, metrics = train_on_all(run, output_dir, settings)
         else:

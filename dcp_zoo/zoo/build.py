@@ -238,13 +238,12 @@ def build_tokenizer(spec: ModelSpec) -> Tokenizer | None:
 
 # --- image encoders ---
 
-TIMM_SCHEMES = ("hf-hub:", "local-dir:")  # before names of models outside timm's registry
-
 
 def check_encoders(names: Sequence[str]) -> None:
     """ZooError for a name that timm does not know."""
     for name in names:
-        if not name.startswith(TIMM_SCHEMES) and not timm.is_model_pretrained(name):
+        is_elsewhere = name.startswith(("hf-hub:", "local-dir:"))  # outside timm's registry
+        if not is_elsewhere and not timm.is_model_pretrained(name):
             hint = nearest_hint(name, timm.list_models(pretrained=True))
             raise ZooError(
                 f"timm has no pretrained image model {name!r}.{hint} All: timm.list_models(pretrained=True)."

@@ -27,7 +27,6 @@ from dcp_zoo.zoo.specs import MODELS, SIZES, ModelSpec, get_spec
 
 CLIP_TAG = "clip"  # in place of a head's: CLIP's own weights, without a head
 SHOTS = (1, 2, 4, 8, 16)
-STATUSES = ("bundled", "published", "planned")
 HUB_ORG = "dcp-zoo"
 WEIGHTS = Path(__file__).parents[1] / "weights"
 MANIFEST = Path(__file__).parent / "heads.json"
@@ -325,7 +324,7 @@ def list_heads(filter: str = "", status: str | None = None, hub: bool = False) -
 
         return [found for found in search_heads() if matching([found.head, f"{found.owner}/{found.head}"], filter)]
     if status is not None:
-        check_choice("status", status, STATUSES)
+        check_choice("status", status, ("bundled", "published", "planned"))
     names = [head.name for head in known_heads().values() if status in (None, head.status)]
     return matching(names, filter)
 
