@@ -41,9 +41,9 @@ from dcp_zoo.data.groups import with_groups as set_groups
 from dcp_zoo.errors import ZooWarning
 from dcp_zoo.features.cache import kept_features
 from dcp_zoo.features.extract import FeatureExtractor
+from dcp_zoo.features.groups import looks_few, with_subjects
 from dcp_zoo.features.loader import ImageLoader
 from dcp_zoo.features.photos import Photos
-from dcp_zoo.features.subjects import looks_few, with_subjects
 from dcp_zoo.fields import Values
 from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.progress import no_progress

@@ -30,7 +30,7 @@ class Accuracy(NamedTuple):
         independent: the effective number of images, (sum m)^2 / sum m^2 for groups of m images that were
             taken together, see `dcp_zoo.data.groups`. Default: as many as the images.
         untested: classes of which there is no image.
-        at_most: of images that look like few subjects, see `dcp_zoo.features.subjects`, and are counted by
+        at_most: of images that look like few subjects, see `dcp_zoo.features.groups`, and are counted by
             these, the upper end of the interval by images that each count alone.
     """
 

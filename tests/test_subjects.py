@@ -17,7 +17,7 @@ from dcp_zoo.data import Item, load_image
 from dcp_zoo.data.groups import with_groups
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.errors import ZooWarning
-from dcp_zoo.features.subjects import clustered, silhouette, with_subjects
+from dcp_zoo.features.groups import clustered, silhouette, with_subjects
 
 CLASSES = {"animals": ("cat", "otter", "osprey"), "things": ("coffee", "flowers", "lake")}
 pytestmark = pytest.mark.filterwarnings("always:These look like about")

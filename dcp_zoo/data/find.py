@@ -26,7 +26,13 @@ def find_images(sources: Sequence[str]) -> list[str]:
 
 def _images_of(source: str) -> list[str]:
     if os.path.isdir(source):  # noqa: PTH112  Path would change the names: ./a.jpg
-        return _in_folder(source)
+        skipped = Counter[str]()
+        images = list(images_in(source, skipped))
+        if not images:
+            instead = f", but {_counted(skipped)}" if skipped else ": it is empty"
+            raise ZooError(f"No image in {source} ({KNOWN}){instead}.")
+        warn_of_skipped(source, skipped)
+        return images
     if source.lower().endswith(LISTS) and Path(source).is_file():
         return _in_list(Path(source))
     if has_magic(source) and not Path(source).exists():
@@ -37,16 +43,6 @@ def _images_of(source: str) -> list[str]:
     if is_image(source) or os.path.lexists(source):
         return [source]  # a missing one among many is an error in its row
     raise ZooError(f"There is no file or folder {source}: check the path.")
-
-
-def _in_folder(folder: str) -> list[str]:
-    skipped = Counter[str]()
-    images = list(images_in(folder, skipped))
-    if not images:
-        instead = f", but {_counted(skipped)}" if skipped else ": it is empty"
-        raise ZooError(f"No image in {folder} ({KNOWN}){instead}.")
-    warn_of_skipped(folder, skipped)
-    return images
 
 
 def _in_list(file: Path) -> list[str]:

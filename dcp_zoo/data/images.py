@@ -25,16 +25,7 @@ from dcp_zoo.threads import available_cores
 if TYPE_CHECKING:
     import numpy as np  # slow to import
 
-HEIF_BRANDS = (
-    b"heic",
-    b"heix",
-    b"heim",
-    b"heis",
-    b"hevc",
-    b"hevx",
-    b"mif1",
-    b"msf1",
-)  # bytes 8 to 12 of a file
+HEIF_BRANDS = (b"he", b"mif1", b"msf1")  # bytes 8 to 12 of a file begin with one of these
 LONGEST = 100  # side, in units of the other: the shorter one is enlarged to the input size, and this one with it
 # last bytes of a complete file; a WebP that is not complete cannot be opened
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "WEBP": b""}
@@ -135,19 +126,13 @@ def _of_array(image: Any) -> Image.Image:
 def _check_levels(array: "np.ndarray") -> None:
     """ZooError unless these are floats from 0 to 1. It tells no range: of many images each has another
     one."""
-    problem = ""
+    problems = [""]
     if array.dtype.kind == "f":
         low = array.min()
-        high = array.max()
-        if low != low:
-            problem = " with NaN"
-        elif low < 0:
-            problem = " with numbers below 0"
-        elif high > 1:
-            problem = " with numbers above 1"
-        else:
-            return
-    raise ZooError(f"An array of {array.dtype}{problem} is not an image: {FORMS}.")
+        found = {"NaN": low != low, "numbers below 0": low < 0, "numbers above 1": array.max() > 1}
+        problems = [f" with {what}" for what, holds in found.items() if holds]
+    if problems:
+        raise ZooError(f"An array of {array.dtype}{problems[0]} is not an image: {FORMS}.")
 
 
 def _name(image: Image.Image) -> str:
@@ -357,7 +342,7 @@ def _identified(stream: IO[bytes]) -> ImageFile.ImageFile:
             if accepted and not isinstance(accepted, str):  # a text says why PIL does not read it
                 stream.seek(0)
                 return make(stream, "")
-    if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:  # whatever its suffix: phones also call such files .jpg
+    if start[4:8] == b"ftyp" and start.startswith(HEIF_BRANDS, 8):  # phones also call such files .jpg
         raise UnidentifiedImageError("PIL cannot read HEIC without a plugin (pip install pillow-heif)")
     raise UnidentifiedImageError(f"not in a supported format ({', '.join(picture_formats())})")
 

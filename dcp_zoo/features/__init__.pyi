@@ -9,6 +9,7 @@ from .extract import FeatureExtractor as FeatureExtractor
 from .extract import is_plain_reading as is_plain_reading
 from .groups import group_images as group_images
 from .groups import group_own_images as group_own_images
+from .groups import looks_few as looks_few
 from .loader import Batch as Batch
 from .loader import ImageLoader as ImageLoader
 from .photos import CACHE_BYTES as CACHE_BYTES

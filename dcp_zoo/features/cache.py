@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dcp_zoo.backbone.clip import Encoder
 from dcp_zoo.errors import UNREADABLE, ZooError, attempted, warn
 from dcp_zoo.features import LIBRARIES
 from dcp_zoo.files import cache_folder, text_sha256, write_file
@@ -47,15 +46,12 @@ class FeatureCache:
         self._lock = Lock()
         self._writable = True
         if folder is not None:
+            size = 0
             with suppress(OSError):  # another process has just removed a file
-                self._remove_oldest(folder)
-
-    def _remove_oldest(self, folder: Path) -> None:
-        size = 0
-        for path in sorted(folder.glob(f"*/*{END}"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
-            size += path.stat().st_size
-            if size > self.limit:
-                path.unlink()
+                for path in sorted(folder.glob(f"*/*{END}"), key=lambda path: -path.stat().st_mtime_ns):
+                    size += path.stat().st_size
+                    if size > self.limit:
+                        path.unlink()
 
     def get(self, setting: str, keys: Sequence[str]) -> dict[str, Tensor]:
         """The rows that are kept of the images with these keys."""
@@ -77,7 +73,12 @@ class FeatureCache:
         """Keep rows by the keys of their images; "" is the key of an image that must not be kept."""
         rows = {key: row for key, row in rows.items() if key}
         if self.folder is None:
-            self._put_in_memory(setting, rows)
+            with self._lock:
+                new = {(setting, key): row.clone() for key, row in rows.items() if (setting, key) not in self._memory}
+                self._memory |= new
+                self._bytes += sum(row.nbytes for row in new.values())
+                while self._bytes > self.limit:
+                    self._bytes -= self._memory.pop(next(iter(self._memory))).nbytes
         elif rows and self._writable:
             names = " ".join(map(text_sha256, rows))
             content = save({"batch": torch.stack([*rows.values()])}, {"keys": names})
@@ -86,15 +87,6 @@ class FeatureCache:
             if isinstance(error, ZooError):
                 self._writable = False
                 warn(f"Image features are not cached for the next run. {error}")
-
-    def _put_in_memory(self, setting: str, rows: Mapping[str, Tensor]) -> None:
-        with self._lock:
-            for key, row in rows.items():
-                before = self._memory.pop((setting, key), None)
-                self._bytes += row.nbytes - (0 if before is None else before.nbytes)
-                self._memory[setting, key] = row.clone()
-            while self._bytes > self.limit:
-                self._bytes -= self._memory.pop(next(iter(self._memory))).nbytes
 
 
 active_cache: ContextVar[FeatureCache | None] = ContextVar("active_cache", default=None)  # None keeps nothing
@@ -137,11 +129,6 @@ def shared_features() -> Iterator[None]:
     nothing is kept there, until its end."""
     with kept_features(active_cache.get() or FeatureCache()):
         yield
-
-
-def tower_setting(model: Encoder, precision: str) -> str:
-    """What features of a frozen encoder depend on besides the images."""
-    return f"{precision} {model.identity()} {model.device.type} {model.preprocessing} {computed_by()}"
 
 
 @cache

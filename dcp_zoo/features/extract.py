@@ -14,7 +14,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP, Reading
 from dcp_zoo.backbone.inputs import VIEW_BATCH, Inputs
 from dcp_zoo.data.images import NUMBERS, crop, in_batches
 from dcp_zoo.errors import UnreadableImages, ZooError, shorten
-from dcp_zoo.features.cache import active_cache, computed_by, tower_setting
+from dcp_zoo.features.cache import active_cache, computed_by
 from dcp_zoo.features.device import autocast
 from dcp_zoo.features.photos import Photos
 from dcp_zoo.features.table import FeatureTable
@@ -120,7 +120,9 @@ class FeatureExtractor:
         is_changed = isinstance(reading.encoder, FrozenCLIP) and reading.encoder is not self.clip
         if is_changed or reading.prompts is not None or active_cache.get() is None:
             return ""
-        return f"{[*reading.parts]} {tower_setting(reading.encoder, self.precision)}"  # waits for the device
+        encoder = reading.encoder
+        tower = f"{encoder.identity()} {encoder.device.type} {encoder.preprocessing}"  # waits for the device
+        return f"{[*reading.parts]} {self.precision} {tower} {computed_by()}"
 
     def _encode(self, columns: Sequence["Column"], positions: Sequence[int], images: Any) -> None:
         """Compute what is missing of images, which are shown in one view, in its columns."""

@@ -25,8 +25,7 @@ from dcp_zoo.data.unreadable import unreadable_summary
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.features.cache import users_cache
 from dcp_zoo.features.device import pick_device
-from dcp_zoo.features.groups import comparable
-from dcp_zoo.features.subjects import looks_few, with_subjects
+from dcp_zoo.features.groups import comparable, looks_few, with_subjects
 from dcp_zoo.features.table import FeatureTable
 from dcp_zoo.files import write_file
 from dcp_zoo.pages import templates

@@ -41,11 +41,11 @@ from dcp_zoo.features import (
     ImageLoader,
     Photos,
     group_images,
+    looks_few,
     pick_device,
     pick_precision,
     shared_features,
 )
-from dcp_zoo.features.subjects import looks_few
 from dcp_zoo.fields import Values
 from dcp_zoo.files import alone_in
 from dcp_zoo.heads.config import MEASURED, NO_CLASSIFIER
