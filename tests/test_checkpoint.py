@@ -299,7 +299,6 @@ def test_modes_are_the_users(mini, tmp_path):
         ({"context": torch.ones(5, 4, 64)}, r"context \(5, 4, 64\) instead of \(5, 4, 256\)"),
         ({"prompts.text": torch.zeros(4, DT).fill_diagonal_(float("nan"))}, "damaged: NaN or infinity in prompts.text"),
         ({"context": torch.full((5, 4, 256), -1e30)}, r"in context, or numbers beyond 1e\+15"),
-        ({"classifier.text_scale": torch.tensor(-1.0)}, "classifier.text_scale is -1, but must be at least 0"),
     ],
 )
 def test_tensors_that_do_not_fit_change_nothing(folder, mini, tensors, message):

@@ -174,11 +174,6 @@ class FrozenCLIP(Frozen):
         return {EMBEDDING: self.num_features} | (tower.extra if tower else {})
 
     @property
-    def joined_widths(self) -> tuple[int, ...]:
-        """The widths of those parts, the first ones, that images are compared by."""
-        return tuple(width for name, width in self.parts.items() if name in JOINED)
-
-    @property
     def device(self) -> torch.device:
         return self.clip.logit_scale.device
 

@@ -38,7 +38,8 @@ LEAST, MOST = 4, 200  # images of a class that is looked at
 def comparable(items: Sequence[Item], clip: FrozenCLIP, progress: Progress = no_progress) -> FeatureTable:
     """The features that images are compared by: those of a CLIP but for intermediate ones, and the
     images' facts. An image that cannot be read is an error in the table."""
-    reading = plain_reading(clip).only(len(clip.joined_widths))
+    reading = plain_reading(clip)
+    reading = reading.only(len(reading.parts) - reading.inside)
     extract = FeatureExtractor(clip, pick_precision(AUTO, clip.architecture, clip.device), progress)
     return extract(Photos(items), [reading], facts=True, keep_errors=True)
 

@@ -14,6 +14,7 @@ the head can be fused, exported, and given a text probe.
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.backbone._torch import in_eval_mode, pool, pool_stream
 from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, check_classnames
-from dcp_zoo.backbone.clip import FrozenCLIP, Linear, joined, parts_of
+from dcp_zoo.backbone.clip import FrozenCLIP, Linear, join, joined, parts_of
 from dcp_zoo.backbone.inputs import Images, Inputs
 from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.backbone.towers.open_clip import append_prompts
@@ -75,18 +76,13 @@ class PromptAttention(nn.Module):
 
     def forward(self, own: Tensor, other: Tensor) -> Tensor:
         """own (M, D), other (M, other_dim) -> the new prompts (M, D)."""
-        query, key = self.query_and_key(own, other)
-        x = own + self.attn(query, key, key, need_weights=False)[0]
+        x = own + self.attend(own, other, need_weights=False)[0]
         return x + self.mlp(self.norm2(x))
 
-    def query_and_key(self, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention reads, (M, D) each; the keys are the values, too."""
-        return self.norm1(self.query(other)), self.norm1(own)  # by the same norm
-
-    def weights(self, own: Tensor, other: Tensor) -> Tensor:
-        """How much each query attends to each key (heads, M, M)."""
-        query, key = self.query_and_key(own, other)
-        return self.attn(query, key, key, average_attn_weights=False)[1]
+    def attend(self, own: Tensor, other: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
+        """What attention adds to own (M, D), and with `need_weights` how much each prompt attends to each."""
+        key = self.norm1(own)  # and value
+        return self.attn(self.norm1(self.query(other)), key, key, **options)
 
 
 class CMPA(nn.Module):
@@ -104,14 +100,10 @@ class CMPA(nn.Module):
     def forward(self, v: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Pooled vision prompts v (M, Dv) and text prompts t (M, Dt) -> both rewritten; None for those that
         are not."""
-        new = {tower: attention(own, other) for tower, attention, own, other in self._reads(v, t)}
+        new = {tower: attention(own, other) for tower, attention, own, other in self.reads(v, t)}
         return new.get("vision"), new.get("text")
 
-    def weights(self, v: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """The same prompts -> the attention of each tower whose prompts are rewritten (heads, M, M)."""
-        return {tower: attention.weights(own, other) for tower, attention, own, other in self._reads(v, t)}
-
-    def _reads(self, v: Tensor, t: Tensor) -> Iterator[tuple[str, Any, Tensor, Tensor]]:
+    def reads(self, v: Tensor, t: Tensor) -> Iterator[tuple[str, Any, Tensor, Tensor]]:
         """Of each such tower its attention, its own prompts, and those that they are rewritten from."""
         prompts = {"vision": v, "text": t}
         for tower, source in self.rewritten_from.items():
@@ -189,31 +181,23 @@ class DCP(Head):
         features, text = self.encode(images)
         if self.text_probe is None:
             return self.encoder.logits(features, text)
-        reads = self.reads
-        others = [reading.encode(images) for reading in reads[1:]]  # plain CLIP's first
-        weight, bias = self.zero_shot_linear()
-        with torch.autocast(features.device.type, enabled=False):
-            zero_shot = F.linear(others[0][:, : features.shape[1]].to(weight.dtype), weight, bias)
-        f = joined([features, *others], parts_of(reads))
-        return self.text_probe((self.encoder.logits(features, text) + zero_shot) / 2, f, self.classes)
+        own, *others = self.reads
+        reads = [replace(own, linear=lambda: self.encoder.scaled(text)), *others]
+        weight, bias = join(reads)
+        f = joined([features, *(reading.encode(images) for reading in others)], parts_of(reads))
+        with torch.autocast(f.device.type, enabled=False):
+            return self.text_probe(F.linear(f.to(weight.dtype), weight, bias), f, self.classes)
 
     def encode(self, images: Images) -> tuple[Tensor, Tensor]:
         """Images, one batch -> normalised features of the images (B, E) and of the classes (C, E)."""
         if self.stats == "stored":  # the towers need not run side by side
             prompts, text_features = self._constants()
             return self.encoder.encode_image(images, prompts), text_features
-        features, text = self._encode_batch(images)
-        return features, text.features()
-
-    def _encode_batch(self, images: Images) -> tuple[Tensor, PrefixRun | FullRun]:
-        """Image features (B, E) with the statistics of this batch, and the text tower, before the class
-        names."""
-        last_step = deque(self._walk(images, last=True), maxlen=1)  # tokens of earlier blocks are freed
-        ((x, text),) = last_step
-        return self.encoder.vision_tower.features(x), text
+        ((x, text),) = deque(self._walk(images, last=True), maxlen=1)  # tokens of earlier blocks are freed
+        return self.encoder.vision_tower.features(x), text.features()
 
     def _encode_prompted(self, images: Images) -> Tensor:
-        return super()._encode_prompted(images) if self.stats == "stored" else self._encode_batch(images)[0]
+        return self.encode(images)[0]
 
     def couplings(
         self, pooled: Callable[[int], Tensor], names: TextChunks | None = None

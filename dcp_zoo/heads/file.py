@@ -25,8 +25,7 @@ from dcp_zoo.files import alone_in, check_regular, write_file
 from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME, HeadConfig, is_checkpoint, read_config, waiting_file
 from dcp_zoo.probe.model import PREFIX
 
-FILE_PREFIX = "classifier."  # of the text probe's tensors in a file
-IN_FILE = {"stored_stats": "context", PREFIX: FILE_PREFIX}  # how names of tensors begin in the model, and in a file
+IN_FILE = {"stored_stats": "context", PREFIX: "classifier."}  # how names of tensors begin in the model, and in a file
 IN_MODEL = {in_file: in_model for in_model, in_file in IN_FILE.items()}
 LARGEST = 1e15  # of a trained number: sums of its squares are float32 numbers
 SAVE_SECONDS = 60.0  # that a save waits for others in the same folder
@@ -120,9 +119,6 @@ def read_tensors(directory: str | Path, expected: str) -> dict[str, Tensor]:
         raise ZooError(f"{path} is damaged ({error}). Train or download the checkpoint again.") from error
     state = {name: tensor.float() for name, tensor in tensors.items()}
     check_finite(state, f"{path} is damaged")
-    name = f"{FILE_PREFIX}text_scale"
-    if name in state and not (state[name] >= 0).all():
-        raise ZooError(f"{path} is damaged: {name} is {state[name].min():g}, but must be at least 0.")
     return {renamed(name, IN_MODEL): tensor for name, tensor in state.items()}
 
 

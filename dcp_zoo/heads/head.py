@@ -643,11 +643,8 @@ class Head(nn.Module, ABC):
             return None
         widths = [reading.widths for reading in self.readable]
         changed = widths[0][0] if self.has_own_features else 0
-        examples = state.get(f"{PREFIX}examples", torch.empty(0))
-        gate = state.get(f"{PREFIX}gate", torch.empty(0))
-        probe = TextProbe(classes, widths, changed, len(examples)).to(self.encoder.device)
-        probe.gate = probe.bias.new_empty(gate.shape)
-        return probe
+        lengths = [len(state.get(f"{PREFIX}{name}", ())) for name in ("examples", "gate")]
+        return TextProbe(classes, widths, changed, *lengths).to(self.encoder.device)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:  # .to(), .half(): tensors change without a new version
         self._clear_caches()

@@ -98,7 +98,8 @@ class TextProbe(nn.Module):
         classes: those of the head, or as many as its images have.
         widths: of the parts of each reading that it reads.
         changed: how many of the first columns are features that the method changed.
-        examples: how many images of no class it knows."""
+        examples: how many images of no class it knows.
+        gate: the numbers of its gate."""
 
     weight: Tensor
     bias: Tensor
@@ -111,7 +112,12 @@ class TextProbe(nn.Module):
     gate: Tensor
 
     def __init__(
-        self, classes: Sequence[str], widths: Sequence[Sequence[int]], changed: int = 0, examples: int = 0
+        self,
+        classes: Sequence[str],
+        widths: Sequence[Sequence[int]],
+        changed: int = 0,
+        examples: int = 0,
+        gate: int = 0,
     ) -> None:
         super().__init__()
         self.classes = list(classes)
@@ -128,7 +134,7 @@ class TextProbe(nn.Module):
             "spread": torch.tensor(1.0),
             "examples": torch.zeros(examples, width - changed),
             "margin": torch.tensor(0.0) if examples else torch.empty(0),
-            "gate": torch.empty(0),
+            "gate": torch.empty(gate),
         }
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
