@@ -214,8 +214,3 @@ def table(rows: Sequence[Values], names: Iterable[str]) -> Values:
         blank = BLANKS.get(name.partition("_")[0], "")
         columns[name] = np.array([row.get(name, blank) for row in rows], type(blank))
     return columns
-
-
-def is_changed(row: Row) -> bool:
-    """Whether the image had another class without the other images of its folder."""
-    return "alone" in row and row["alone"] != row["class"]

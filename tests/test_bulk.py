@@ -342,7 +342,7 @@ def test_the_contact_sheet_begins_with_the_least_certain(photos):
     Path("photos/b/22.jpg").rename("photos/b/<b>.jpg")
     images = sorted(find_images(["photos"]) * 6)
     rows = [row for batch, _ in classify(images, FAKE) for row in batch]
-    write_sheet(Path("out/s.html"), images, rows, "s.html")
+    write_sheet(Path("out/s.html"), rows, "s.html")
     page = Path("s.html").read_text()
     assert re.findall(r'<h2 id="\d">(\w+)\s*<small>(.*?)</small>', page, re.DOTALL) == [
         ("bright", "66 images, the 60 least certain"),

@@ -123,8 +123,11 @@ def _shares(tower: VisionTower, reading: Reading, weights: Mapping[str, Tensor],
 
     def logit_of_last(x: Tensor) -> Tensor:
         hidden = tower.hidden(x[:, : tower.pooled])
-        both = {EMBEDDING: tower.project(hidden)[0], HIDDEN: hidden[0]}
-        return torch.stack([_along(both[name], w) for name, w in weights.items() if name in both]).sum()
+        logits = []
+        for name, part in ((EMBEDDING, tower.project(hidden)[0]), (HIDDEN, hidden[0])):
+            if name in weights:
+                logits.append(part @ weights[name] / part.norm().detach())  # its length is constant
+        return torch.stack(logits).sum()
 
     if STEM in weights:
         *earlier, maps = tower.stem.stages(tower.checked(image))
@@ -160,11 +163,6 @@ def _gradient(value: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         return torch.autograd.grad(value(x), x)[0]
-
-
-def _along(part: Tensor, weight: Tensor) -> Tensor:
-    """The logit of a part, whose length is constant."""
-    return part @ weight / part.norm().detach()
 
 
 def _of_means(maps: Sequence[Tensor], weight: Tensor) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dcp_zoo.answers import Outputs, Row, is_changed, top_classes
+from dcp_zoo.answers import Outputs, Row, top_classes
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_output, file_state, locked, write_file
@@ -81,9 +81,10 @@ def summary_of(rows: Iterable[Row]) -> Summary:
     errors = []
     changed = 0
     for row in rows:
-        changed += is_changed(row)
         if "error" in row:
             errors.append(row["error"])
+        elif row.get("alone", row["class"]) != row["class"]:
+            changed += 1
     return errors, changed
 
 
@@ -219,6 +220,6 @@ def _finish(answers: _Answers, predictor: Predictor, outputs: OutputFiles, toget
     if outputs.features:
         write_file(outputs.features, partial(writers.write_features, names=images, features=kept), LATER)
     if outputs.sheet:
-        write_file(outputs.sheet, partial(writers.write_sheet, outputs.sheet, images, rows), LATER)
+        write_file(outputs.sheet, partial(writers.write_sheet, outputs.sheet, rows), LATER)
     write_file(outputs.table, partial(writers.TABLES[outputs.table.suffix], rows=rows), LATER)
     return summary_of(rows)

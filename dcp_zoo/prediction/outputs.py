@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from dcp_zoo.answers import Row, cells, is_changed, table
+from dcp_zoo.answers import Row, cells, table
 from dcp_zoo.data.images import thumbnails
 from dcp_zoo.fields import Values
 from dcp_zoo.pages import templates
@@ -77,7 +77,7 @@ PER_CLASS = 60  # images shown of a class: the sheet of a million images must op
 SIZE = 128  # pixels of a thumbnail's longer side
 
 
-def write_sheet(path: Path, images: Sequence[str], rows: Iterable[Row], temporary: str) -> None:
+def write_sheet(path: Path, rows: Iterable[Row], temporary: str) -> None:
     """Write the contact sheet to a `temporary` file; its links to the images are relative to `path`."""
     counts = Counter[str]()
     least_certain = defaultdict[str, list[tuple[float, int, Row]]](list)  # by class, a heap
@@ -92,24 +92,17 @@ def write_sheet(path: Path, images: Sequence[str], rows: Iterable[Row], temporar
         if len(heap) > PER_CLASS:
             heapq.heappop(heap)
 
-    classes = len(counts.keys() - {NONE})
-
     def pictures(name: str) -> Iterator[Values]:
-        """Of one class, the least certain first."""
-        shown = [(images[-position], row) for _, position, row in sorted(least_certain[name], reverse=True)]
-        small = thumbnails((image for image, _ in shown), SIZE, quality=70)
-        for (image, row), thumbnail in zip(shown, small, strict=True):
-            yield {
-                "thumbnail": thumbnail,
-                "name": os.path.basename(image),  # noqa: PTH119
-                "path": image,
-                "link": _link(image, path.parent),
-                "predictions": row["predictions"][:2],
-                "rejected": row.get("rejected"),
-                "alone": row["alone"] if is_changed(row) else None,
-            }
+        """The answers of one class, the least certain first."""
+        shown = [row for *_, row in sorted(least_certain[name], reverse=True)]
+        small = thumbnails((row["image"] for row in shown), SIZE, quality=70)
+        for row, thumbnail in zip(shown, small, strict=True):
+            file = row["image"]
+            yield row | {"name": Path(file).name, "link": _link(file, path.parent), "thumbnail": thumbnail}
 
-    of_images = "1 image" if len(images) == 1 else f"{len(images):,} images"
+    images = counts.total() + len(errors)
+    classes = len(counts.keys() - {NONE})
+    of_images = "1 image" if images == 1 else f"{images:,} images"
     content = {
         "title": f"{of_images} in {classes} {'class' if classes == 1 else 'classes'}",
         "groups": sorted(counts.items(), key=lambda group: (group[0] == NONE, group[0])),

@@ -18,6 +18,7 @@ from dcp_zoo.files import write_file
 from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME, accuracy_text
 from dcp_zoo.heads.head import Head
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained
+from dcp_zoo.pages import templates
 from dcp_zoo.promises import trust_note
 from dcp_zoo.release.onnx import export, take_any_size
 from dcp_zoo.zoo.registry import get_head, newest
@@ -232,22 +233,8 @@ def write_client_files(model: Head, folder: Path) -> None:
     """Add to a model's checkpoint what other clients read: an ONNX file, a `preprocessor_config.json`, and
     fields of `config.json`. ZooError as of `export` and `take_any_size`."""
     take_any_size(export(model, folder / ONNX_FILE))
-    cfg = model.pretrained_cfg
-    _, height, width = cfg["input_size"]
-    preprocessor = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": False,  # the ONNX file does this and the next two
-        "do_center_crop": False,
-        "do_normalize": False,
-        "do_convert_rgb": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": int(height / cfg["crop_pct"])},
-        "resample": 3,  # bicubic
-        "crop_size": {"height": height, "width": width},
-        "image_mean": list(cfg["mean"]),
-        "image_std": list(cfg["std"]),
-    }
+    preprocessor = templates(__package__).get_template(f"{PREPROCESSOR}.jinja").render(cfg=model.pretrained_cfg)
+    write_file(folder / PREPROCESSOR, preprocessor)
     labels = {str(i): name for i, name in enumerate(model.classnames)}
     config = json.loads((folder / CONFIG_NAME).read_text()) | {
         "model_type": "vit",  # of the types for which both clients classify images, the one that says least
@@ -255,5 +242,4 @@ def write_client_files(model: Head, folder: Path) -> None:
         "id2label": labels,
         "label2id": {name: int(i) for i, name in labels.items()},
     }
-    for name, content in ((PREPROCESSOR, preprocessor), (CONFIG_NAME, config)):
-        write_file(folder / name, json.dumps(content, indent=1) + "\n")
+    write_file(folder / CONFIG_NAME, json.dumps(config, indent=1) + "\n")
