@@ -33,9 +33,9 @@ from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.base import Method
+from dcp_zoo.training.methods.linear import fit_zero_shot
 from dcp_zoo.training.methods.table import GROUP
 from dcp_zoo.training.methods.text_probe import TextProbeRecipe
-from dcp_zoo.training.methods.zero_shot import fit as zero_shot
 from dcp_zoo.training.task import Task
 from dcp_zoo.zoo.specs import get_spec
 
@@ -61,7 +61,7 @@ class EmbeddingHead(LinearHead):
 
 
 def fit_embedding(task: Task) -> LinearHead:
-    head = zero_shot(task)
+    head = fit_zero_shot(task)
     head.__class__ = EmbeddingHead
     return head
 
@@ -89,7 +89,7 @@ def real_table(
 
     [dim]python benchmarks/real_table.py --data-root DATA --output TABLE --dry-run[/]
     """
-    METHODS.entries[EMBEDDING] = EntryPoint(EMBEDDING, "real_table:EMBEDDING_PROBE", GROUP)
+    METHODS[EMBEDDING] = EntryPoint(EMBEDDING, "real_table:EMBEDDING_PROBE", GROUP)
     spec = get_spec(model)
     names = split_commas([datasets])
     trials = plan_trials(

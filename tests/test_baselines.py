@@ -55,8 +55,7 @@ from dcp_zoo.prediction.heads import outputs_of_loader
 from dcp_zoo.training.evaluation import top1
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.caches import BETAS, PENALTIES
-from dcp_zoo.training.methods.linear import ALPHAS, gaussian_discriminant
-from dcp_zoo.training.methods.zero_shot import ENSEMBLE
+from dcp_zoo.training.methods.linear import ALPHAS, ENSEMBLE, gaussian_discriminant
 from dcp_zoo.training.task import Task
 
 pytestmark = FEW_STEPS

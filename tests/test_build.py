@@ -254,7 +254,7 @@ def test_the_notebook_goes_on_where_a_lost_machine_stopped(small, uploads, monke
     read again, and no head is trained or published twice."""
     monkeypatch.chdir(small)
     monkeypatch.setattr(pace, "pace", lambda *args: PACE)
-    monkeypatch.setattr(METHODS, "entries", dict(METHODS.entries))  # to which the table adds one
+    monkeypatch.setattr(METHODS, "data", dict(METHODS.data))  # to which the table adds one
     choices = {"models": "dcp_mini", "shots": "1", "datasets": ["caltech101", "fgvc_aircraft"]}
     choices["compared"] = "fgvc_aircraft"
     lost = Notebook(monkeypatch, capsys, drive, **choices)
@@ -327,7 +327,7 @@ def test_the_table_of_a_real_clip_is_submitted(small, monkeypatch, capsys):
     """On stand-ins: says what it takes, stops, resumes, and `submit.py` takes all rows."""
     monkeypatch.setattr(pace, "pace", lambda *args: PACE)
     monkeypatch.setattr(submit, "split_sha256", lambda name: None)
-    monkeypatch.setattr(METHODS, "entries", dict(METHODS.entries))  # to which it adds one
+    monkeypatch.setattr(METHODS, "data", dict(METHODS.data))  # to which it adds one
     table = CommandLine(monkeypatch, capsys, real_table.app)
     command = ["--model", "dcp_mini", "--datasets", "caltech101,fgvc_aircraft", "--shots", "1", "--seeds", "1,2"]
     command += ["--data-root", small / "DATA", "--output", small / "TABLE"]

@@ -242,7 +242,7 @@ def test_the_example_of_the_page(folder, tmp_path, monkeypatch):
     name, value = re.search(r'methods"\]\n(\S+) = "(\S+)"', (tmp_path / "pyproject.toml").read_text()).groups()
     monkeypatch.syspath_prepend(tmp_path)
     install(tmp_path, **{name: value})
-    monkeypatch.setattr(table.METHODS, "entries", table.Methods().entries)  # as in a new process
+    monkeypatch.setattr(table.METHODS, "data", table.Methods().data)  # as in a new process
     photos = [folder / "red" / "0.png", folder / "blue" / "0.png"]
     classifier = dcp_zoo.FewShotClassifier(method="nearest-mean").fit(folder)
     assert list(classifier.predict(photos)) == ["red", "blue"]

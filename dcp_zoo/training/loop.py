@@ -15,7 +15,7 @@ from dcp_zoo.backbone._torch import seeded
 from dcp_zoo.backbone.inputs import Inputs
 from dcp_zoo.features import Batch, autocast
 from dcp_zoo.heads.head import Head
-from dcp_zoo.progress import Progress, no_progress
+from dcp_zoo.progress import Progress
 from dcp_zoo.training.evaluation import warn_if_not_learnt
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
 from dcp_zoo.training.state import TrainingState
@@ -33,7 +33,7 @@ def descend(
     batches: Iterable[Batch],  # at least the remaining steps' tuples of tensors
     lr_at: Schedule,
     steps: int,  # of the whole run
-    progress: Progress = no_progress,
+    progress: Progress,
     after: Callable[[int], object] = lambda step: None,  # called after each step with its number; True ends the run
 ) -> None:
     """Gradient descent, one step per batch: the loop of every method that trains. The state records the loss

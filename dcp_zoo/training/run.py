@@ -191,7 +191,7 @@ class Run:
             "CLIP weights": clip.fingerprint(),
             "CLIP architecture": construction(clip.clip),
             "preprocessing": clip.preprocessing,
-            **({"descriptions": self.descriptions} if self.descriptions else {}),
+            "descriptions": self.descriptions,
         }
 
 

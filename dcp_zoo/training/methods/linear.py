@@ -1,5 +1,5 @@
-"""Linear classifiers on the features of the frozen image tower: a linear probe; LP++, which blends it with
-text; and Gaussian classes, to which GDA adds text."""
+"""Linear classifiers on the features of the frozen image tower. By text: zero-shot CLIP, with one prompt or
+eight. By images: a linear probe. By both: SS-Text, LP++, and GDA."""
 
 import warnings
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.features import PLAIN, Views
 from dcp_zoo.heads.kinds import LinearHead
@@ -22,6 +23,55 @@ ALONE = 4.0  # scale of a linear probe's logits, with one image per class
 ALPHA_EVERY = 10  # epochs of LP++
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)  # of GDA
 NO_SCATTER = 1e-10  # a scatter below this fraction of the rows' squared length is rounding of float32
+
+ENSEMBLE = (  # templates beside the dataset's
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+
+# ------------------------------------------------------------------------------------------- Zero-shot CLIP, SS-Text
+
+
+def fit_zero_shot(task: Task) -> LinearHead:
+    """The cosine between an image and the name of each class. With image features f (B, E), text features
+    t_c (E,) of the class names in a template, and s = exp(logit_scale):
+
+        logits_c = s f t_c^T                                                 (B,)
+    """
+    return task.text_head(task.text, texts=task.texts)
+
+
+def fit_ensemble(task: Task) -> LinearHead:
+    """t_c is the normalised mean over the dataset's template and the seven that CLIP's authors selected on
+    ImageNet, as used by Tip-Adapter. Sentences of the classes take the place of all templates."""
+    texts: Texts = (task.texts, *ENSEMBLE) if isinstance(task.texts, str) else task.texts
+    return task.text_head(task.clip.zero_shot_classifier(task.classnames, texts), texts=texts)
+
+
+@torch.no_grad()
+def fit_ss_text(task: Task) -> LinearHead:
+    """SS-Text: text features plus training features. With image features f (B, E), text features t_c (E,) of
+    the classes, s = exp(logit_scale), and n training images, of which n_c are of class c and have features
+    that sum to m_c:
+
+        w_c      = t_c + s n_c / n m_c                                       (E,)
+        logits_c = s f w_c^T / |w_c|                                         (B,)
+
+    w minimises the linear part of the cross-entropy, -s f w_y^T in the mean over the training images, plus
+    the sum over the classes of |w_c - t_c|^2 / (2 n_c): the fewer images a class has, the closer it stays to
+    its text.
+    """
+    features = task.embeddings(task.train)
+    one_hot = F.one_hot(task.train.labels, len(task.classnames)).to(features)  # (n, C)
+    strength = task.clip.clip.logit_scale.exp() * one_hot.mean(0)  # (C,), s n_c / n
+    weight = task.text + strength[:, None] * (one_hot.T @ features)
+    return task.text_head(F.normalize(weight, dim=-1))
+
 
 # ------------------------------------------------------------------------------------------------------- Linear probe
 
@@ -200,7 +250,7 @@ def chosen_alpha(task: Task, text: Tensor, views: Tensor, weight: Tensor, bias: 
     """alpha, and what it was chosen on if not on validation images: text features (C, E), and the `weight`
     (C, E) and `bias` (C,) that were fitted to the `views` of training images (V, n, E)."""
     labels = task.train.labels
-    plain = task.train.rows(PLAIN)[0]  # images are held out as they are, not as random crops
+    unaugmented = task.train.rows(PLAIN)[0]  # images are held out as they are, not as random crops
 
     def zero_shot(rows: Tensor) -> Tensor:
         return task.clip.logits(rows.to(text.device), text).cpu()
@@ -218,12 +268,12 @@ def chosen_alpha(task: Task, text: Tensor, views: Tensor, weight: Tensor, bias: 
     def fit_without_plain(views: Tensor, labels: Tensor) -> Linear:
         return gaussian_of_views(views[1:], labels, len(text))
 
-    held_out = left_out(torch.cat([plain[None], views]), labels, task.train.groups, fit_without_plain)
+    held_out = left_out(torch.cat([unaugmented[None], views]), labels, task.train.groups, fit_without_plain)
     if held_out:
         positions, scores = held_out
-        return best(plain[positions], scores, labels[positions]), {"selection": CROSS_VALIDATION}
-    spread = (plain @ weight.T + bias).std()
-    return (zero_shot(plain).std() / 2 / spread.clamp(min=1e-6)).item(), {}
+        return best(unaugmented[positions], scores, labels[positions]), {"selection": CROSS_VALIDATION}
+    spread = (unaugmented @ weight.T + bias).std()
+    return (zero_shot(unaugmented).std() / 2 / spread.clamp(min=1e-6)).item(), {}
 
 
 def gaussian_of_views(views: Tensor, labels: Tensor, classes: int) -> Linear:
@@ -246,7 +296,8 @@ def shared_precision(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
     0, as with one row per class, P would be 0: an isotropic covariance with the variance of the class means
     takes the place of S."""
     n, width = features.shape
-    scatter = torch.zeros(width, width, dtype=torch.float64)  # (n - 1) S
+    identity = torch.eye(width, dtype=torch.float64)
+    scatter = torch.zeros_like(identity)  # (n - 1) S
     squares = 0.0
     for rows, row_labels in in_float64(features, labels):
         centred = rows - means[row_labels]
@@ -254,8 +305,8 @@ def shared_precision(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
         squares += rows.square().sum().item()
     if scatter.trace() <= NO_SCATTER * squares:
         variance = (means - means.mean(0)).square().sum() / max(len(means) - 1, 1)
-        scatter = (n - 1) * variance / width * torch.eye(width, dtype=torch.float64)
-    shrinkage = scatter.trace() / max(n - 1, 1) * torch.eye(width, dtype=torch.float64)
+        scatter = (n - 1) * variance / width * identity
+    shrinkage = scatter.trace() / max(n - 1, 1) * identity
     precision = width * torch.linalg.pinv(scatter + shrinkage, hermitian=True)
     return (precision + precision.T) / 2
 
@@ -266,10 +317,22 @@ def gda_views(task: Task) -> Views:
     return fitted if PLAIN in fitted else (*fitted, PLAIN)
 
 
+PAPER = "Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021"
+ZERO_SHOT = Method("zero-shot", "Zero-shot", PAPER, fit_zero_shot, trains=False, features=plain)
+ZERO_SHOT_ENSEMBLE = Method("zero-shot-ensemble", "Zero-shot, 8 prompts", PAPER, fit_ensemble, trains=False)
+SS_TEXT = Method(
+    "ss-text",
+    "SS-Text",
+    "Silva-Rodriguez et al., Few-Shot, Now for Real: Medical VLMs Adaptation without Balanced Sets or Validation, "
+    "MICCAI 2025",
+    fit_ss_text,
+    abilities=FITTED,
+    features=plain,
+)
 LINEAR_PROBE = Method(
     "linear-probe",
     "Linear probe",
-    "Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021",
+    PAPER,
     fit_linear_probe,
     LinearProbeRecipe,
     FITTED,

@@ -4,10 +4,11 @@ task to a head, by any method.
 Other packages add methods by the entry-point group `dcp_zoo.methods`, see docs/baselines.md.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import UserDict
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, warn
 from dcp_zoo.training.recipes import AUTHORS, EXAMPLES_UNUSED, BaseRecipe, Recipe
@@ -22,13 +23,13 @@ DEFAULT_METHOD = "text-probe"  # of `train`: on the miniature no head with promp
 RecipeLike = BaseRecipe | Mapping[str, object] | str | None
 GROUP = "dcp_zoo.methods"
 OWN = {  # module and object in this package, in the order of tables
-    "zero-shot": "zero_shot:ZERO_SHOT",
-    "zero-shot-ensemble": "zero_shot:ZERO_SHOT_ENSEMBLE",
+    "zero-shot": "linear:ZERO_SHOT",
+    "zero-shot-ensemble": "linear:ZERO_SHOT_ENSEMBLE",
     "linear-probe": "linear:LINEAR_PROBE",
     "tip-adapter": "caches:TIP_ADAPTER",
     "tip-adapter-f": "caches:TIP_ADAPTER_F",
     "proker": "caches:PROKER",
-    "ss-text": "zero_shot:SS_TEXT",
+    "ss-text": "linear:SS_TEXT",
     "gda": "linear:GDA",
     "lp-plus-plus": "linear:LP_PLUS_PLUS",
     "text-probe": "text_probe:TEXT_PROBE",
@@ -51,29 +52,23 @@ OWN = {  # module and object in this package, in the order of tables
 }
 
 
-class Methods(Mapping[str, "Method"]):
+class Methods(UserDict[str, Any]):
     """Methods by name, imported when they are looked up: this package's, then those of other packages.
     ZooError for one that cannot be imported."""
 
     def __init__(self) -> None:
-        self.entries = {name: EntryPoint(name, f"{__package__}.{value}", GROUP) for name, value in OWN.items()}
+        super().__init__({name: EntryPoint(name, f"{__package__}.{value}", GROUP) for name, value in OWN.items()})
         for entry in entry_points(group=GROUP):
-            if entry.name in self.entries:
+            if entry.name in self:
                 problem = f"The method {entry.name!r} of {_package(entry)} is left out"
                 warn(f"{problem}: there is one of that name already.")
             else:
-                self.entries[entry.name] = entry
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
+                self[entry.name] = entry
 
     def __getitem__(self, name: str) -> "Method":
         from dcp_zoo.training.methods.base import Method
 
-        entry = self.entries[name]
+        entry = self.data[name]
         failed = f"The method {name!r} of {_package(entry)} cannot be used: {{}}. Repair or uninstall that package."
         with as_zoo_error(failed, Exception):
             method = entry.load()  # which Python imports once

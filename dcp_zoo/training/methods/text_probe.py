@@ -25,7 +25,7 @@ from dcp_zoo.probe.fit import ReadingFeatures, fit_on_features
 from dcp_zoo.probe.folds import shares
 from dcp_zoo.probe.threshold import THRESHOLD_IMAGES, promises_of, share_above, thresholds_of
 from dcp_zoo.rejection import REFUSED
-from dcp_zoo.training.methods.zero_shot import ZERO_SHOT
+from dcp_zoo.training.methods.linear import ZERO_SHOT
 from dcp_zoo.training.recipes import EXAMPLES_UNUSED, BaseRecipe
 from dcp_zoo.training.task import IMAGES_ALONE, ProbeInputs
 
