@@ -104,10 +104,9 @@ class Unfinished:
         if self._file.is_file():
             self.results = _read_checked(self._file, self.conditions)["results"]
 
-    def keep(self, results: list[Values]) -> None:
+    def keep(self) -> None:
         """Write the results so far, and their conditions; before a training there are none."""
-        self.results = results
-        write_json(self._file, self.conditions | {"results": results})
+        write_json(self._file, self.conditions | {"results": self.results})
 
 
 def read_folder(folder: Path) -> Values:

@@ -129,11 +129,11 @@ def run_trial(trial: Trial, settings: Settings, images: TrialImages | None = Non
     folder = None
     if run.recipe.is_trained or len(trial.targets) > 1:  # otherwise it is trained again in seconds
         folder = unfinished.head
-        unfinished.keep(unfinished.results)
+        unfinished.keep()
     with kept_features(images.features):
         head = _trained(run, folder, images)
         trained = time.perf_counter()
-        results = _tests(trial, head, images, unfinished)
+        _test(trial, head, images, unfinished)
     test_seconds = time.perf_counter() - trained
     known = run.info()
     info = without(head.info, (*known, "train_seconds"))
@@ -145,14 +145,14 @@ def run_trial(trial: Trial, settings: Settings, images: TrialImages | None = Non
         "subset_sha256": known["subset_sha256"] if trial.shots else "",
         "info": info,
         "selection": info.get("text_probe", info).get("selection") or by_default,
-        "results": results,
+        "results": unfinished.results,
         "train_seconds": head.info["train_seconds"],
         "test_seconds": round(test_seconds, 2),
         "versions": library_versions(),
     }
     # heads of this name are those of few-shot: other protocols train others
     if trial.method == settings.save_heads and trial.protocol == "few-shot":
-        metrics = {f"top1_{entry['stats']}": entry["top1"] for entry in results}
+        metrics = {f"top1_{entry['stats']}": entry["top1"] for entry in unfinished.results}
         saved = head.save_pretrained(settings.output / SAVED_HEADS / trial.head, overwrite=True, metrics=metrics)
         result["head_sha256"] = sha256_of(saved / WEIGHTS_NAME)
     return result
@@ -167,12 +167,11 @@ def _trained(run: Run, folder: Path | None, images: TrialImages) -> Head:
     return train_head(run, folder, options, images)[0]
 
 
-def _tests(trial: Trial, head: Head, images: TrialImages, unfinished: store.Unfinished) -> list[Values]:
-    """One entry per test dataset, part of its classes, and way of measuring the head; earlier ones come
-    first."""
+def _test(trial: Trial, head: Head, images: TrialImages, unfinished: store.Unfinished) -> None:
+    """Add one result per test dataset, part of its classes, and way of measuring the head to those that are
+    known."""
     batch_size = getattr(trial.recipe, "eval_batch_size", EVAL_BATCH)
-    entries = list(unfinished.results)
-    done = {(entry["target"], entry["classes"]) for entry in entries}
+    done = {(entry["target"], entry["classes"]) for entry in unfinished.results}
     for target, part in product(trial.targets or (trial.dataset,), PROTOCOLS[trial.protocol].parts):
         if (target, part) in done:
             continue
@@ -194,9 +193,8 @@ def _tests(trial: Trial, head: Head, images: TrialImages, unfinished: store.Unfi
                 "nll": negative_log_likelihood(*answers),
                 "images": len(split.test),
             }
-            entries.append(entry)
-        unfinished.keep(entries)
-    return entries
+            unfinished.results.append(entry)
+        unfinished.keep()
 
 
 def execute(trial: Trial, settings: Settings, images: TrialImages | None = None) -> Event:
