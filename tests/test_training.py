@@ -16,7 +16,8 @@ from dcp_zoo.features.extract import FeatureExtractor
 from dcp_zoo.features.loader import ImageLoader
 from dcp_zoo.features.photos import CACHE_BYTES, Photos
 from dcp_zoo.prediction.heads import outputs_of_loader
-from dcp_zoo.training.evaluation import top1, warn_if_not_learnt
+from dcp_zoo.training.evaluation import top1
+from dcp_zoo.training.loop import warn_if_not_learnt
 from dcp_zoo.training.methods import fit_head
 from dcp_zoo.training.methods.dcp import regularised_loss, round_and_store_stats
 from dcp_zoo.training.recipes import default_recipe

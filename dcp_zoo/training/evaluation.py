@@ -18,13 +18,11 @@ from dcp_zoo.answers import Outputs, Thresholds
 from dcp_zoo.backbone._torch import in_eval_mode
 from dcp_zoo.backbone.clip import parts_of
 from dcp_zoo.data import Item
-from dcp_zoo.errors import warn
 from dcp_zoo.features import ImageLoader, LabelledItems
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import NO_CLASSIFIER
 from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.heads import outputs_of_loader
-from dcp_zoo.training.recipes import NOT_LEARNT
 
 EVAL_BATCH = 100  # images; logits do not depend on it, except with batch statistics
 BINS = 15
@@ -209,18 +207,6 @@ def measured(
     evaluation = Evaluation.of(next(iter(outputs.values())), classnames, items)
     labels = evaluation.labels
     return {f"top1_{mode}": top1(torch.from_numpy(each.logits), labels) for mode, each in outputs.items()}, evaluation
-
-
-def warn_if_not_learnt(loss: float, classes: int, epochs: int) -> None:
-    """Warn if the loss on the training images is above `NOT_LEARNT` of a guess's."""
-    guess = math.log(max(classes, 2))
-    if loss > NOT_LEARNT * guess:
-        longer = 3 * epochs
-        warn(
-            f"Training has not converged: the loss on the training images is {loss:.2f} at the end, where guessing "
-            f"gives {guess:.2f}. Train longer (--set epochs={longer}; in Python recipe={{'epochs': {longer}}}), or "
-            "check that the labels are right."
-        )
 
 
 def top1(logits: Tensor, labels: Tensor) -> float:

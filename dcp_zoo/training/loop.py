@@ -13,14 +13,15 @@ from torch.nn import functional as F
 
 from dcp_zoo.backbone._torch import seeded
 from dcp_zoo.backbone.inputs import Inputs
+from dcp_zoo.errors import warn
 from dcp_zoo.features import Batch, autocast
 from dcp_zoo.heads.head import Head
 from dcp_zoo.progress import Progress
-from dcp_zoo.training.evaluation import warn_if_not_learnt
 from dcp_zoo.training.recipes import TrainingRecipe, batch_sizes
 from dcp_zoo.training.state import TrainingState
 from dcp_zoo.training.task import Epoch, Task
 
+NOT_LEARNT = 0.4  # of the loss of a random guess: training images with a higher loss are not learnt
 # inputs and labels of a batch, and its targets if there are any -> the loss; or the loss, and a value to
 # report instead
 Loss = Callable[..., Tensor | tuple[Tensor, Tensor]]
@@ -140,6 +141,18 @@ def train(
             p.data.copy_(optimizer.state[p]["average"] / run)
     warn_if_not_learnt(fmean(losses[-per_epoch:]), images.num_classes, recipe.num_epochs)
     return losses
+
+
+def warn_if_not_learnt(loss: float, classes: int, epochs: int) -> None:
+    """Warn if the loss on the training images is above `NOT_LEARNT` of a guess's."""
+    guess = math.log(max(classes, 2))
+    if loss > NOT_LEARNT * guess:
+        longer = 3 * epochs
+        warn(
+            f"Training has not converged: the loss on the training images is {loss:.2f} at the end, where guessing "
+            f"gives {guess:.2f}. Train longer (--set epochs={longer}; in Python recipe={{'epochs': {longer}}}), or "
+            "check that the labels are right."
+        )
 
 
 def build_optimizer(recipe: TrainingRecipe, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:

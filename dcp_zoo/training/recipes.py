@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from dcp_zoo.data.packaged import find_spec
 from dcp_zoo.errors import check_range
@@ -19,7 +19,6 @@ EXAMPLES_UNUSED = "The {} images of none of the classes are not used: {}."
 # the default beside the paper's: a schedule that fits the training set, clip_reg with CLIP, and a text probe
 FITTED_SCHEDULE: Values = {"epochs": None, "drop_last": False, "clip_reg": 1.0, "classifier": TEXT_PROBE}
 FEWEST_STEPS, MIN_EPOCHS = 100, 5
-NOT_LEARNT = 0.4  # of the loss of a random guess: training images with a higher loss are not learnt
 # changes to `Recipe` in the authors' two recipes: their released code, and their paper with that code's
 # other numbers
 PAPER: Values = {"ctx_init": PHRASE}
@@ -59,6 +58,7 @@ class BaseRecipe(Checked):
     whether `loop.train` trains by it: with callbacks, and a state from which it resumes."""
 
     is_trained = False
+    by_protocol: ClassVar[Mapping[str, Values]] = {}  # published values, where they depend on it, but for few-shot
     augment: str = option(
         "none",
         "augmentation of training images: random crops and flips, only flips, or none",
@@ -78,8 +78,8 @@ class BaseRecipe(Checked):
     @classmethod
     def for_task(cls, model: str, dataset: str, shots: int, protocol: str) -> "BaseRecipe":
         """The published values for a task with at least one image per class; by default those of the
-        fields."""
-        return cls()
+        fields, or `by_protocol`."""
+        return cls(**cls.by_protocol.get(protocol, {}))
 
     def fitted(self: R, images: int, classes: int) -> R:
         """This recipe for a training set; the same, unless its length depends on that."""
@@ -87,7 +87,7 @@ class BaseRecipe(Checked):
 
     def updated(self: R, changes: Mapping[str, Any], where: str = "the recipe") -> R:
         """A copy with some fields changed; ZooError for an unknown field or a value that it cannot have."""
-        of_dcp = {part.name for part in fields(Recipe)}.difference(part.name for part in fields(self))
+        of_dcp = Recipe.__dataclass_fields__.keys() - self.__dataclass_fields__.keys()
         advice = "Options of prompts need the method dcp." if of_dcp & changes.keys() else ""
         check(where, problems(changes, type(self)), advice)
         return replace(self, **changes)

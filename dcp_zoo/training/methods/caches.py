@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -95,10 +96,10 @@ def choose_strength(head: CacheHead, task: Task) -> CacheHead:
         zero_shot = task.clip.logits(features, head.weight)
 
         def candidates() -> Iterator[tuple[tuple[float, float], Tensor]]:
-            betas = grid(recipe.search_max, 40)
+            betas = np.geomspace(0.1, recipe.search_max, 40).tolist()
             for beta in task.progress(betas, "alpha and beta", len(betas)):
                 cached = head.cached(features, beta)
-                for alpha in grid(recipe.search_max, 20):
+                for alpha in np.geomspace(0.1, recipe.search_max, 20).tolist():
                     yield (alpha, beta), zero_shot + alpha * cached
 
         strength = most_accurate(candidates(), task.val.labels)
@@ -107,11 +108,6 @@ def choose_strength(head: CacheHead, task: Task) -> CacheHead:
     head.beta.fill_(beta)
     head.info = {"alpha": round(alpha, 4), "beta": round(beta, 4)}
     return head
-
-
-def grid(largest: float, steps: int) -> list[float]:
-    """`steps` values from 0.1 to `largest`, spaced geometrically."""
-    return [0.1 * (largest / 0.1) ** (i / (steps - 1)) for i in range(steps)]
 
 
 # ------------------------------------------------------------------------------------------------------------- ProKeR

@@ -25,6 +25,7 @@ from dcp_zoo.training.recipes import TrainingRecipe, count, option
 from dcp_zoo.training.task import Task
 
 PROMPT_STD = 0.02  # of initial prompts, as in the papers
+FROM_IMAGENET = ("cross-dataset", "domain-shift")  # protocols that measure its transfer
 CTX_INIT = "words before the class name that initialise the first text prompts"
 TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES[:60])  # of PromptSRC
 
@@ -185,10 +186,8 @@ class VPTDeepRecipe(TrainingRecipe, lr=0.0025):
     n_ctx: int = count(8, "prompt tokens in a block")
     depth: int = count(12, "blocks with their own prompts; at most the tower's blocks")
 
-    @classmethod
-    def for_task(cls, model: str, dataset: str, shots: int, protocol: str) -> "VPTDeepRecipe":
-        # as in MaPLe's comparison of transfer; for few-shot, which that lacks, DCP's 20 epochs
-        return cls() if protocol == "few-shot" else cls(epochs=5)
+    # as in MaPLe's comparison of transfer; for few-shot, which that lacks, DCP's 20 epochs
+    by_protocol = {protocol: {"epochs": 5} for protocol in ("base-to-new", *FROM_IMAGENET)}
 
 
 def fit_vpt_deep(task: Task) -> PromptHead:
@@ -245,15 +244,11 @@ def fit_ivlp(task: Task) -> PromptHead:
 
 @dataclass(frozen=True)
 class MaPLeRecipe(IndependentRecipe, lr=0.0035, n_ctx=2):
-    @classmethod
-    def for_task(cls, model: str, dataset: str, shots: int, protocol: str) -> "MaPLeRecipe":
-        # a smaller budget where an ImageNet head must transfer; for few-shot, which the paper lacks, DCP's
-        # 20 epochs
-        if protocol in ("cross-dataset", "domain-shift"):
-            return cls(lr=0.0026, epochs=2, depth=3)
-        if protocol == "base-to-new":
-            return cls(epochs=5)
-        return cls()
+    # a smaller budget where an ImageNet head must transfer; for few-shot, which the paper lacks, DCP's 20 epochs
+    by_protocol = {
+        "base-to-new": {"epochs": 5},
+        **{protocol: {"lr": 0.0026, "epochs": 2, "depth": 3} for protocol in FROM_IMAGENET},
+    }
 
 
 class MaPLe(PromptHead):
@@ -305,15 +300,11 @@ class PromptSRCRecipe(IndependentRecipe, epochs=50):
     average_mean: float = option(0.6, "centre of the Gaussian over epochs, as a fraction of their number")
     average_std: float = option(0.6, "its standard deviation, likewise")
 
-    @classmethod
-    def for_task(cls, model: str, dataset: str, shots: int, protocol: str) -> "PromptSRCRecipe":
-        # the authors': a late, narrow Gaussian for base-to-new; an early, wide one for transfer from
-        # ImageNet
-        if protocol in ("cross-dataset", "domain-shift"):
-            return cls(epochs=20, depth=3, average_mean=0.3, average_std=0.5)
-        if protocol == "base-to-new":
-            return cls(epochs=20, average_mean=0.75, average_std=0.05)
-        return cls()
+    # the authors': a late, narrow Gaussian for base-to-new; an early, wide one for transfer from ImageNet
+    by_protocol = {
+        "base-to-new": {"epochs": 20, "average_mean": 0.75, "average_std": 0.05},
+        **{protocol: {"epochs": 20, "depth": 3, "average_mean": 0.3, "average_std": 0.5} for protocol in FROM_IMAGENET},
+    }
 
 
 def fit_promptsrc(task: Task) -> PromptHead:
