@@ -236,7 +236,7 @@ def test_decoded_images_are_cached_up_to_a_size_and_unchanged(tmp_path):
     items = [Item(str(tmp_path / f"{i}.png"), f"{i}.png", i) for i in range(6)]
     for i, item in enumerate(items):
         Image.effect_noise((40 + i, 30), 80).convert("RGB").save(item.path)
-    dataset = PhotoDataset(Photos(items, 8000), to_tensor, TensorDataset(torch.arange(6)))
+    dataset = PhotoDataset(Photos(items, 8000), to_tensor, TensorDataset(torch.arange(6)), None, [False] * 6)
     plain = torch.stack([to_tensor(Image.open(item.path).convert("RGB")) for item in items])
     for _ in range(2):
         images, labels = zip(*dataset.__getitems__(range(6)), strict=True)

@@ -97,9 +97,9 @@ class Split:
                 lines.append(f"{part}\t{item.key}\t{item.label}\t{self.classnames[item.label]}\n")
         return text_sha256("".join(lines))
 
-    def with_each_part(self, change: Callable[[list[Item]], list[Item]]) -> "Split":
-        """The split with `change` applied to the images of train, of val and of test."""
-        parts: Values = {part: change(getattr(self, part)) for part in PARTS}
+    def with_each(self, change: Callable[[Item], Item | None]) -> "Split":
+        """The split with `change` applied to each image of train, of val and of test; None leaves it out."""
+        parts: Values = {part: list(filter(None, map(change, getattr(self, part)))) for part in PARTS}
         return replace(self, **parts)
 
 
@@ -111,11 +111,11 @@ def subset_sha256(items: Iterable[Item]) -> str:
 def listed_split(name: str, rows: SplitRows, folder: str = "") -> Split:
     """The split that these rows list; their images are in a folder."""
     parts: Values = {}
-    names: dict[int, str] = {}
+    names = set[tuple[int, str]]()
     for part in PARTS:
         parts[part] = [Item(f"{folder}/{key}", key, label) for key, label, _ in rows[part]]
-        names.update((label, classname) for _, label, classname in rows[part])
-    return Split(name, [names[label] for label in sorted(names)], **parts, source=folder)
+        names |= {(label, classname) for _, label, classname in rows[part]}
+    return Split(name, [classname for _, classname in sorted(names)], **parts, source=folder)
 
 
 def split_sha256(name: str) -> str | None:
@@ -138,18 +138,16 @@ def group_by(split: Split, how: str) -> Split:
     with as_zoo_error(f"--group-by {how} is neither folder nor a regular expression ({{}}).", re.error):
         pattern = re.compile(how)
 
-    def group_of(item: Item) -> str:
-        if how == "folder":
-            folder = item.key.rpartition("/")[0]
-            is_class_folder = folder.rpartition("/")[2] == split.classnames[item.label]
-            return "" if is_class_folder else folder
+    def grouped(item: Item) -> Item:
+        folder = item.key.rpartition("/")[0]
         match = pattern.search(item.key)
-        return match[min(1, pattern.groups)] if match else ""
+        group = match[min(1, pattern.groups)] if match else ""
+        if how == "folder":
+            is_class_folder = folder.rpartition("/")[2] == split.classnames[item.label]
+            group = "" if is_class_folder else folder
+        return item._replace(group=given_group(group))
 
-    def with_groups(items: list[Item]) -> list[Item]:
-        return [item._replace(group=given_group(group_of(item))) for item in items]
-
-    found = split.with_each_part(with_groups)
+    found = split.with_each(grouped)
     if not any(item.group for item in found.items):
         example = f", such as {split.items[0].key}" if split.items else ""
         raise ZooError(f"--group-by {how} finds no group in the paths of {split.source}{example}.")
@@ -210,10 +208,10 @@ def subsample_classes(split: Split, part: str) -> Split:
     half = math.ceil(count / 2)
     labels = range(half) if part == "base" else range(half, count)
 
-    def of_these(items: list[Item]) -> list[Item]:
-        return [item._replace(label=item.label - labels.start) for item in items if item.label in labels]
+    def renumbered(item: Item) -> Item | None:
+        return item._replace(label=item.label - labels.start) if item.label in labels else None
 
-    return replace(split.with_each_part(of_these), classnames=[split.classnames[label] for label in labels])
+    return replace(split.with_each(renumbered), classnames=split.classnames[labels.start : labels.stop])
 
 
 OWN_TEST_SHARE = 0.3

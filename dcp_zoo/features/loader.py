@@ -221,8 +221,8 @@ class PhotoDataset(Dataset[Any]):
     photos: Photos
     transform: Callable[..., Tensor]
     others: TensorDataset
-    seeds: Sequence[int] | None = None
-    is_mirrored: Sequence[bool] = ()
+    seeds: Sequence[int] | None
+    is_mirrored: Sequence[bool]
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -236,9 +236,7 @@ class PhotoDataset(Dataset[Any]):
     def _sample(self, index: int, image: Any) -> Batch:
         with nullcontext() if self.seeds is None else seeded(self.seeds[index]):
             x = self.transform(image)
-        if self.is_mirrored and self.is_mirrored[index]:
-            x = x.flip(-1)
-        return (x, *self.others[index])
+        return (x.flip(-1) if self.is_mirrored[index] else x, *self.others[index])
 
 
 def _collated(form: Callable[[Tensor], Inputs], samples: list[Any]) -> Batch:

@@ -2,7 +2,6 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -193,32 +192,16 @@ class Inspection:
         spanning = [group for group in listed if group not in self.copies]
         groups = (self.copies + spanning)[: SHOWN // 2]
         shown = {*self.suspects[:SHOWN], *self.of_no_class[:SHOWN], *(i for group in groups for i in group[:8])}
-        return (
-            templates(__package__)
-            .get_template("inspection.html.jinja")
-            .render(
-                title=f"Inspection of {Path(self.data.source).name}",
-                inspection=self,
-                rows=rows,
-                has_parts=len({row.part for row in rows}) > 1,
-                pictures=dict(zip(shown, thumbnails(self.data.items[i].path for i in shown), strict=True)),
-                groups=[(_title([rows[i] for i in group]), group[:8]) for group in groups],
-                shown=SHOWN,
-                weakest=sorted(self.answers.per_class, key=lambda row: (row.percent, row.images)),
-            )
+        pictures = thumbnails(self.data.items[i].path for i in shown)
+        page = templates(__package__).get_template("inspection.html.jinja")
+        return page.render(
+            title=f"Inspection of {Path(self.data.source).name}",
+            inspection=self,
+            rows=rows,
+            pictures={rows[i].file: picture for i, picture in zip(shown, pictures, strict=True)},
+            groups=[[rows[i] for i in group] for group in groups],
+            shown=SHOWN,
         )
-
-
-def _title(group: Sequence[Inspected]) -> str:
-    """Such as "3 images, across 2 classes, across test and train"."""
-    title = f"{len(group)} images"
-    classes = {row.label for row in group}
-    if len(classes) > 1:
-        title += f", across {len(classes)} classes"
-    parts = {row.part for row in group}
-    if len(parts) > 1:
-        title += f", across {' and '.join(sorted(parts))}"
-    return title
 
 
 @fair_threads()
@@ -263,7 +246,7 @@ def inspect(
     items = data.items
     if not any(item.group for item in items):
         grouped = with_groups(items, joined([*copies, *bursts(facts)]))
-        items = with_subjects(grouped, seen.first_parts(1).rows()[0].numpy())
+        items = with_subjects(grouped, seen.first_parts(1).joined.numpy())
     groups = group_ids([item.group for item in items])
     judged = out_of_fold(features, target, groups[readable])
     tested = [data.items[readable[i]] for i in judged.left_out]
