@@ -11,9 +11,10 @@ from dcp_zoo.promises import COVERAGES, TRUSTED, images_for_set
 from dcp_zoo.tables import NONE, quoted
 
 DISTANCE_WEIGHT = 4.0  # of the distance in `in_distribution_score`, beside the entropy in nats
-# An answer as JSON has it: "class", what was decided, or `NONE`; "predictions", as of `top_classes`; "rejected"
-# and "set", if these were asked for; "trusted", if the head has it. Of an image in a file also "image", its
-# name, and "error" alone if it cannot be read; with --together "alone", the class without the other images
+# An answer as JSON has it: "class", what was decided, or `NONE`; "predictions", the most probable classes, best
+# first, each "class" and "probability", from 0 to 1; "rejected" and "set", if these were asked for; "trusted",
+# if the head has it. Of an image in a file also "image", its name, and "error" alone if it cannot be read; with
+# --together "alone", the class without the other images
 Row = Values
 # what stands in a column of a table, or of its kind for further classes, where there is no answer; "" in others
 BLANKS: Values = {"probability": np.float32(np.nan), "trusted": False, "rejected": False}
@@ -52,12 +53,6 @@ def best(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> li
     for row, classes in zip(probabilities.tolist(), positions.tolist(), strict=True):
         ranked.append([Prediction(classnames[i], row[i]) for i in classes])
     return ranked
-
-
-def top_classes(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> list[list[Values]]:
-    """`best`, as it is written: {"class": name, "probability": from 0 to 1, rounded}."""
-    ranked = best(probabilities, classnames, top_k)
-    return [[{"class": name, "probability": round(p, 6)} for name, p, _ in row] for row in ranked]
 
 
 class Promises(NamedTuple):
@@ -176,8 +171,10 @@ class Outputs(NamedTuple):
 
     def rows(self, classnames: Sequence[str], top_k: int, promises: Promises = NO_PROMISES) -> list[Row]:
         """The answers, see `Row`."""
-        predictions = top_classes(self.probabilities, classnames, top_k)
-        columns: Values = {"class": [row[0]["class"] for row in predictions], "predictions": predictions}
+        ranked = best(self.probabilities, classnames, top_k)
+        columns: Values = {"class": [row[0].name for row in ranked], "predictions": []}
+        for row in ranked:
+            columns["predictions"].append([{"class": name, "probability": round(p, 6)} for name, p, _ in row])
         if self.rejected is not None:
             columns["class"] = np.where(self.rejected, NONE, columns["class"]).tolist()
             columns["rejected"] = self.rejected.tolist()

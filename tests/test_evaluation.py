@@ -16,7 +16,7 @@ from PIL import Image
 import dcp_zoo
 from dcp_zoo import FewShotClassifier
 from dcp_zoo.accuracy import Accuracy
-from dcp_zoo.answers import top_classes
+from dcp_zoo.answers import Outputs
 from dcp_zoo.data import Item, load_split
 from dcp_zoo.heads.config import read_config
 from dcp_zoo.training.evaluation import Confusion, Evaluation
@@ -80,8 +80,9 @@ def test_the_page_shows_every_mistake_as_a_picture(evaluation, tmp_path):
     assert "Expected calibration error" in page.read_text()
 
 
-def test_top_classes_are_sorted_and_ties_keep_the_order_of_the_classes():
-    rows = top_classes(np.float32([[0.2, 0.3, 0.2, 0.3], [0, 1 - 1e-7, 1e-7, 0]]), ["a", "b", "c", "d"], 3)
+def test_predictions_are_sorted_and_ties_keep_the_order_of_the_classes():
+    logits = np.log(np.float32([[0.2, 0.3, 0.2, 0.3], [1e-9, 1 - 1e-7, 1e-7, 1e-9]]))
+    rows = [row["predictions"] for row in Outputs(logits).rows(["a", "b", "c", "d"], 3)]
     assert [[row["class"] for row in found] for found in rows] == [["b", "d", "a"], ["b", "c", "a"]]
     assert [row["probability"] for row in rows[0]] == [0.3, 0.3, 0.2]
     assert [row["probability"] for row in rows[1]] == [1, 0, 0]

@@ -204,8 +204,8 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
                 self.batch_size,
                 self.precision,
                 self._progress(),
-                reject,
                 self.errors,
+                reject,
                 features=head.stats == "stored",
             )
         return outputs

@@ -83,12 +83,13 @@ def weight_of(head: Head, features: Tensor, label: int) -> Tensor:
     text = F.linear(features, text_weight, text_bias).float()
     share = share_of_text(own, text, probe.measure(head.classes)(features, examples=False), probe.gate)
     way = (torch.arange(STEPS, device=share.device)[:, None] + 0.5) / STEPS
-    with torch.enable_grad():
-        own_way = (way * own).requires_grad_()
-        text_way = (way * text).requires_grad_()
-        logits = mixed(own_way, text_way, share)
-        of_own, of_text = torch.autograd.grad((logits[:, label] - logits.mean(1)).mean(), (own_way, text_way))
-    return of_own.sum(0) @ weight.float() + of_text.sum(0) @ text_weight.float()
+
+    def mean_logit(both: Tensor) -> Tensor:
+        logits = mixed(both[0], both[1], share)
+        return (logits[:, label] - logits.mean(1)).mean()
+
+    of_own, of_text = _gradient(mean_logit, way * torch.stack([own, text])).sum(1)
+    return of_own @ weight.float() + of_text @ text_weight.float()
 
 
 def _shares(tower: VisionTower, reading: Reading, weights: Mapping[str, Tensor], image: Tensor) -> Iterator[Tensor]:

@@ -26,7 +26,7 @@ from dcp_zoo.features.photos import Photos
 from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction import Backend
-from dcp_zoo.progress import Progress, by_image, no_progress
+from dcp_zoo.progress import Progress, by_image
 from dcp_zoo.rejection import REFUSED
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.zoo.factory import create_model
@@ -148,10 +148,10 @@ def outputs_of(
     head: Head,
     items: Sequence[Item],
     batch_size: int,
-    precision: str = AUTO,
-    progress: Progress = no_progress,
+    precision: str,
+    progress: Progress,
+    errors: str,
     reject: float | None = None,
-    errors: str = "raise",
     features: bool = False,
     alone: bool = True,
 ) -> tuple[Outputs, Mapping[int, ZooError]]:
@@ -183,7 +183,7 @@ def outputs_of_readable(
     head has no stored ones, and images are rejected at the usual rate, where it can. ZooError if none can be
     read."""
     reject = None if head.cannot_reject or head.stats != "stored" else REFUSED
-    outputs, broken = outputs_of(head, items, batch_size, precision, progress, reject, errors, alone=False)
+    outputs, broken = outputs_of(head, items, batch_size, precision, progress, errors, reject, alone=False)
     readable = [i for i in range(len(items)) if i not in broken]
     if not readable:
         refuse(items, broken)

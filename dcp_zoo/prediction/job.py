@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dcp_zoo.answers import Outputs, Row, top_classes
+from dcp_zoo.answers import Outputs, Row
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_output, file_state, locked, write_file
@@ -57,11 +57,10 @@ def refine(rows: Iterable[Row], kept: np.ndarray, predictor: Predictor) -> list[
     rows = [row if "error" in row else row | {"alone": row["class"]} for row in rows]
     accepted = np.array([row.get("alone", NONE) != NONE for row in rows], bool)
     probabilities = refined(Outputs(logits, features=features), accepted)
-    ranked = top_classes(probabilities, classnames, predictor.top_k)
-    for row, predictions, is_accepted in zip(rows, ranked, accepted, strict=True):
+    answers = Outputs(np.log(probabilities.clip(min=1e-30))).rows(classnames, predictor.top_k)
+    for row, answer, is_accepted in zip(rows, answers, accepted, strict=True):
         if is_accepted:
-            row["class"] = predictions[0]["class"]
-            row["predictions"] = predictions
+            row |= answer
         row.pop("trusted", None)  # the answers of images alone are
     return rows
 
