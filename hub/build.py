@@ -169,7 +169,7 @@ def release_head(
         repo = f"{org or HUB_ORG}/{head.name}"
         release = prepare(output / SAVED_HEADS / head.name, repo, others=others)
         reasons = refusals(release, results[plain], note)
-        if release.sha256 != results[trial.key]["head_sha256"]:
+        if release.row["sha256"] != results[trial.key]["head_sha256"]:
             reasons.append("the checkpoint is not the one that was measured")
         if release.head is None:
             reasons.append("it is not one of the zoo's heads, by dataset, shots and seed")
@@ -190,7 +190,7 @@ def manifest_entry(release: Release, revision: str) -> dict[str, Any]:
     """The entry of a head in the manifest, pinned to a revision; a bundled head stays bundled."""
     assert release.head
     status = "bundled" if release.head.status == "bundled" else "published"
-    return {"status": status, "org": release.repo_id.split("/")[0], **release.row(revision)}
+    return {"status": status, "org": release.repo_id.split("/")[0], **release.row, "revision": revision}
 
 
 def pin(entries: dict[str, dict[str, Any]]) -> bool:

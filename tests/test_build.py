@@ -394,6 +394,6 @@ def test_gates():
         ({"metrics": {"top1_stored": 70.0}}, "not measured with both kinds of statistics"),
     ):
         head = registry.HeadEntry("dcp_mini.dtd-1shot")
-        release = Release(Path(), head, "org/head", "head", None, INFO | MEASURED | change, "mit")
+        release = Release(Path(), head, "org/head", None, INFO | MEASURED | change, {})
         found = refusals(release, zero_shot, "")
         assert [reason in text for text in found] == ([True] if reason else []), found

@@ -35,9 +35,7 @@ from dcp_zoo.data.unreadable import all_named
 from dcp_zoo.errors import ZooError, as_zoo_error, warn
 from dcp_zoo.features.cache import kept_features
 from dcp_zoo.fields import Values
-from dcp_zoo.files import alone_in, packed, unpacked
-from dcp_zoo.heads.config import is_checkpoint
-from dcp_zoo.heads.file import SAVE_SECONDS
+from dcp_zoo.files import packed, unpacked
 from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.heads import loaded, outputs_of
 from dcp_zoo.prediction.together import refined
@@ -255,16 +253,13 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write a checkpoint, which `load`, `dcp_zoo.create_model` and the command line read. ZooError for a
-        folder that has a checkpoint, unless `overwrite`, or one that is not writable."""
+        folder that has another one, unless `overwrite`, or that is not writable."""
         model = self._head()
         info: Values = {}
         labels = self.classes_.tolist()
         if labels != model.classnames:
             info[LABELS] = [list(pair) for pair in zip(model.classnames, labels, strict=True)]
-        with alone_in(Path(folder), SAVE_SECONDS):
-            if is_checkpoint(folder) and not overwrite:
-                raise ZooError(f"{folder} already holds a checkpoint: choose another folder, or pass overwrite=True.")
-            return model.save_pretrained(folder, overwrite=True, **info)
+        return model.save_pretrained(folder, overwrite=overwrite, **info)
 
     @classmethod
     def load(cls, folder: str | Path, **params: Any) -> "FewShotClassifier":

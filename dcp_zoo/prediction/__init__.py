@@ -154,9 +154,8 @@ class Predictor:
         self.rank = 0  # of this process, among those that share the GPUs of a machine
         self.on_onnx = name.endswith(".onnx")
         if self.on_onnx:
-            other_precision = self.precision not in ("auto", "float32")
-            own_rate = self.reject not in (None, False, True)
-            if self.classnames or other_precision or own_rate:
+            is_as_exported = self.precision in ("auto", "float32") and self.reject in (None, False, True)
+            if self.classnames or not is_as_exported:
                 problem = f"{name} is run as it was exported"
                 raise ZooError(f"{problem}: omit other classes and precision, and let reject be True or None.")
             self.head = str(Path(name).absolute())

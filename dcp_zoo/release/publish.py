@@ -6,7 +6,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,20 +54,9 @@ class Release:
     folder: Path
     head: HeadEntry | None  # of the zoo, which its index lists; None for any other head
     repo_id: str
-    sha256: str
     card: ModelCard
     info: Values  # what the checkpoint stores about its training
-    license: str
-    others: dict[str, float] = field(default_factory=dict)  # top-1 in other protocols
-
-    def row(self, revision: str) -> IndexRow:
-        """Its row in the index, pinned to a commit."""
-        return {
-            "revision": revision,
-            "sha256": self.sha256,
-            "license": self.license,
-            "metrics": self.info.get("metrics", {}) | self.others,
-        }
+    row: IndexRow  # in the index, once it has a revision
 
 
 def prepare(
@@ -96,7 +85,13 @@ def prepare(
     if weights_file(folder) != weights:  # loading reads it, and nobody else would
         raise ZooError(f"The last save of {folder} was killed: load the head, save it again, then publish it.")
     card = make_card(model, repo_id, license, weights.stat().st_size, (folder / ONNX_FILE).exists(), others)
-    return Release(folder, head, repo_id, sha256_of(weights), card, model.info, license, others or {})
+    row: IndexRow = {
+        "revision": "",
+        "sha256": sha256_of(weights),
+        "license": license,
+        "metrics": model.info.get("metrics", {}) | (others or {}),
+    }
+    return Release(folder, head, repo_id, card, model.info, row)
 
 
 def zoo_head(config: HeadConfig, name: str) -> HeadEntry | None:
@@ -196,7 +191,7 @@ def publish(release: Release, replaces: str | None = None) -> str:
     release.card.save(release.folder / CARD_NAME)
     revision = retried(lambda: upload(release.folder, release.repo_id))
     if release.head:
-        rows = {release.head.name: release.row(revision)}
+        rows: dict[str, IndexRow] = {release.head.name: {**release.row, "revision": revision}}
         retried(lambda: add_to_index(release.repo_id.split("/")[0], rows))
     if replaces:
         card = ModelCard.load(download_file(replaces, CARD_NAME))
