@@ -188,6 +188,8 @@ def _cells(x: Tensor) -> list[Tensor]:
 
 def are_copies(a: Tensor, b: Tensor) -> Tensor:
     """Whether each of two grey copies (m, 1, 32, 32) shows the same picture (m,)."""
+    if not len(a):
+        return torch.ones(0, dtype=torch.bool)
     starts = torch.tensor([[scale, 0, x, 0, scale, y] for scale, x, y in STARTS])
     small_a = _shrunk(a, SMALL).repeat_interleave(len(starts), 0)
     small_b = _shrunk(b, SMALL).repeat_interleave(len(starts), 0)
@@ -195,6 +197,8 @@ def are_copies(a: Tensor, b: Tensor) -> Tensor:
     value = correlation(small_a, small_b, maps)[0]
     best, start = value.view(-1, len(starts)).max(1)
     same = best > COARSE
+    if not same.any():
+        return same
     a = a[same]
     b = b[same]
     maps = maps.view(-1, len(starts), 6)[torch.arange(len(same)), start][same]
@@ -217,7 +221,8 @@ def align(a: Tensor, b: Tensor, maps: Tensor, steps: int) -> Tensor:
         steps: their number.
     """
     side = a.shape[-1]
-    x, y, _ = _points(side).view(side, side, 3).unbind(-1)
+    axis = (torch.arange(side) * 2 + 1) / side - 1  # from -1 to 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
     for _ in range(steps):
         part, weights = _laid_over(a, maps)
         dy, dx = torch.gradient(part[:, 0], spacing=2 / side, dim=(1, 2))
@@ -244,18 +249,9 @@ def correlation(a: Tensor, b: Tensor, maps: Tensor) -> tuple[Tensor, Tensor, Ten
     return (weights * image * other).sum(1) * (overlap > OVERLAP), part, weights
 
 
-def _points(side: int) -> Tensor:
-    """The coordinates x and y of each pixel, from -1 to 1, and 1 (s s, 3)."""
-    axis = (torch.arange(side) * 2 + 1) / side - 1
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    return torch.stack([x, y, torch.ones(side, side)], -1).flatten(0, 1)
-
-
 def _laid_over(a: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
     """The part of a that lies under each pixel of b, and the weights of these pixels, see `correlation`."""
-    side = a.shape[-1]
-    matrices = maps.view(-1, 2, 3) + torch.eye(2, 3)
-    grid = (_points(side) @ matrices.mT).view(-1, side, side, 2)
+    grid = F.affine_grid(maps.view(-1, 2, 3) + torch.eye(2, 3), list(a.shape), align_corners=False)
     part = F.grid_sample(a, grid, padding_mode="border", align_corners=False)
     inside = (grid.abs() <= 1).all(-1).flatten(1).float()
     return part, inside / inside.sum(1, keepdim=True).clamp(min=1)

@@ -76,7 +76,7 @@ def load_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if isinstance(opened, str):
         with _opened_image(opened, max_pixels) as file:
             return _rgb(file)
-    with _explained(_name(opened)):
+    with _explained(getattr(opened, "filename", "") or "in memory"):
         return _rgb(opened.copy() if opened is image else opened)
 
 
@@ -133,11 +133,6 @@ def _check_levels(array: "np.ndarray") -> None:
         problems = [f" with {what}" for what, holds in found.items() if holds]
     if problems:
         raise ZooError(f"An array of {array.dtype}{problems[0]} is not an image: {FORMS}.")
-
-
-def _name(image: Image.Image) -> str:
-    """What errors call an image in memory."""
-    return str(getattr(image, "filename", "") or "in memory")
 
 
 def pixels_sha256(image: ImageLike) -> str:
@@ -289,12 +284,10 @@ def thumbnails(images: Iterable[ImageLike], side: int = SIDE, quality: int = 75)
 def check_complete(path: ImageLike) -> None:
     """ZooError if not an image, or truncated: a JPEG, PNG or WebP by its header and last bytes, the
     rest is decoded."""
-    opened = to_image(path)
-    if isinstance(opened, Image.Image):
-        with _explained(_name(opened)):
-            opened.load()  # what PIL has opened is not decoded before
+    if not isinstance(path, str):
+        load_image(path)
         return
-    with _opened_image(opened) as image:
+    with _opened_image(path) as image:
         file: Any = image.fp
         position = file.tell()
         file.seek(max(0, file.seek(0, 2) - 4096))

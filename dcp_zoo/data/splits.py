@@ -352,14 +352,12 @@ def in_several_classes(items: Sequence[Item], hashes: Mapping[str, str]) -> list
 
 def not_trained_on(items: Sequence[Item], info: Values) -> list[Item]:
     """The images that are not among the training images in a head's `info`."""
-    hashes = info.get("image_hashes")
-    if not hashes:
-        return list(items)
+    hashes = info.get("image_hashes", {})
     files = set(hashes.get("files", "").split())
     pixels = set(hashes.get("pixels", "").split())
 
     def is_new(item: Item) -> bool:
-        if item.is_file and file_sha256(item.path)[:DIGITS] in files:
+        if files and item.is_file and file_sha256(item.path)[:DIGITS] in files:
             return False
         return not pixels or pixels_sha256(item.path)[:DIGITS] not in pixels
 

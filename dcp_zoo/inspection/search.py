@@ -83,7 +83,7 @@ def search(
     if (not text) == (like is None):
         raise ZooError('Say what to find: a text such as "red mug on a table", a photo, or --to-label.')
     check_new(output, folder)
-    items = as_items(find_images([str(folder)]))
+    items = items_in(folder)
     clip = plain_clip(model).to(pick_device(device))
     if like is None:
         wanted = clip.zero_shot_classifier([str(text)])[0].float().cpu()
@@ -148,17 +148,17 @@ def suggest(
         model, device, progress: see `inspect`; the model is that of features without a head.
     """
     check_new(output, images)
-    paths = find_images([str(images)])
-    paths = paths[:: math.ceil(len(paths) / MOST)]
+    items = items_in(images)
+    items = items[:: math.ceil(len(items) / MOST)]
     labelled = listed_images(labels, images)
     if head is None:
         clip = plain_clip(model).to(pick_device(device))
-        suggestions = [Suggestion(file) for file in _worth_a_label(paths, labelled, clip, count, progress)]
+        suggestions = [Suggestion(file) for file in _worth_a_label(items, labelled, clip, count, progress)]
     else:
         with lent(head, device) as trained:
-            new = {item.path for item in not_trained_on(as_items(paths), trained.info)}
-            labelled += [path for path in paths if path not in new]
-            files = _worth_a_label(paths, labelled, trained.frozen, count, progress)
+            new = {item.path for item in not_trained_on(items, trained.info)}
+            labelled += [item.path for item in items if item.path not in new]
+            files = _worth_a_label(items, labelled, trained.frozen, count, progress)
             answers: list[Any] = predict(trained, files) if files else []
         suggestions = [Suggestion(file, *row[0][:2]) for file, row in zip(files, answers, strict=True)]
     if not suggestions:
@@ -170,21 +170,25 @@ def suggest(
 
 
 def _worth_a_label(
-    paths: Sequence[str], labelled: Sequence[str], clip: FrozenCLIP, count: int, progress: Progress
+    items: Sequence[Item], labelled: Sequence[str], clip: FrozenCLIP, count: int, progress: Progress
 ) -> list[str]:
     """At most `count` of the images that can be read and are not black, see `spread`."""
-    table = comparable(as_items(paths), clip, progress)
+    table = comparable(items, clip, progress)
     assert table.facts is not None
     brightest = np.percentile(table.facts[:, : GREY**2].numpy(), 99, 1)  # NaN of an image that cannot be read
     usable = np.flatnonzero(brightest >= 255 * BLACK)
     known = table.of([])
     if labelled:
         known = comparable(as_items(labelled), clip, progress)
-    return [paths[usable[i]] for i in spread(table.joined[usable], known.of(known.readable).joined, count)]
+    return [items[usable[i]].path for i in spread(table.joined[usable], known.of(known.readable).joined, count)]
 
 
 def as_items(paths: Iterable[str]) -> list[Item]:
     return [Item(path, path, 0) for path in paths]
+
+
+def items_in(folder: str | Path) -> list[Item]:
+    return as_items(find_images([str(folder)]))
 
 
 def check_new(output: str | Path | None, images: str | Path) -> None:

@@ -20,14 +20,13 @@ import numpy as np
 from dcp_zoo.accuracy import wilson
 from dcp_zoo.answers import Outputs, Promises, best
 from dcp_zoo.api.functions import lent
-from dcp_zoo.data.find import find_images
 from dcp_zoo.data.readers import listed_image
 from dcp_zoo.data.splits import not_trained_on
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, check_range
 from dcp_zoo.features import AUTO
 from dcp_zoo.features.cache import users_cache
 from dcp_zoo.heads.head import Head
-from dcp_zoo.inspection.search import TO_LABEL, Suggestion, as_items, check_new, write_found
+from dcp_zoo.inspection.search import TO_LABEL, Suggestion, check_new, items_in, write_found
 from dcp_zoo.prediction.heads import outputs_of_readable
 from dcp_zoo.progress import Progress, bar
 from dcp_zoo.promises import TRUSTED
@@ -124,7 +123,7 @@ def spot_check(
     if count > len(rows):
         check_new(output, images)
     with lent(head, device) as model, users_cache():
-        items = not_trained_on(as_items(find_images([str(images)])), model.info)
+        items = not_trained_on(items_in(images), model.info)
         if not items:
             raise ZooError(f"The head was trained on all images of {images}: pass others.")
         outputs, items = outputs_of_readable(model, items, 64, precision, progress)
