@@ -428,7 +428,7 @@ def test_names_do_not_command_the_terminal(run, photos, bundled, monkeypatch, ca
     assert (code, "Error[red]: x" in out) == (1, True)
     assert "\\x1b]0;title\\x07\\u202egpj\\x9b2J\\u2028\\nError" in out
     console.output.print(HOSTILE, Table(HOSTILE, title=HOSTILE), Text(HOSTILE))
-    console.print_error(HOSTILE)
+    console.log(HOSTILE, console.ERROR)
     more = capsys.readouterr()
     assert more.out.count("\\u202egpj") == 3
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e]", out + more.out + more.err)

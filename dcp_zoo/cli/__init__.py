@@ -12,7 +12,7 @@ from typing import Any
 from typer import Exit, Option, Typer
 
 from dcp_zoo.cli import benchmark, deploy, heads, inspect, predict, show, train  # not the functions of these names
-from dcp_zoo.cli.console import print_error, print_note
+from dcp_zoo.cli.console import ERROR, log
 from dcp_zoo.cli.options import Command
 from dcp_zoo.errors import ZooError
 from dcp_zoo.threads import wait_passively
@@ -59,7 +59,7 @@ def main(program: Typer = app) -> None:
     """Run the command line or a script; bad input ends with one message and exit code 2, Ctrl-C by Typer
     with 130."""
     wait_passively()  # before a command imports torch
-    warnings.showwarning = lambda text, *_, **__: print_note(str(text))
+    warnings.showwarning = lambda text, *_, **__: log(str(text), "[yellow]Note:[/] ")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a name that the terminal cannot show must not end the command
@@ -73,5 +73,5 @@ def main(program: Typer = app) -> None:
         message = f"This path is too long for the system: {shortened(error.filename)}. Check it."
     else:
         return
-    print_error(message)
+    log(message, ERROR)
     sys.exit(2)

@@ -16,7 +16,7 @@ from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.plan import check_data
 from dcp_zoo.benchmark.report import SECTIONS, with_labels, write_report
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import advise, errors, log, output, plain_table, print_error, progress_bar, resumable
+from dcp_zoo.cli.console import ERROR, advise, errors, log, output, plain_table, progress_bar, resumable
 from dcp_zoo.data import DatasetSpec, check, find_spec
 from dcp_zoo.data import download as downloads
 from dcp_zoo.errors import ZooError, as_zoo_error
@@ -271,5 +271,5 @@ def download_all(specs: Sequence[DatasetSpec], data_root: Path, agree: bool) -> 
             output.print(f"{spec.name}: complete, split sha256 {row.sha256[:12]}")
         except ZooError as error:  # the others can continue
             failed.append(spec.name)
-            print_error(f"{spec.name}: {error}")
+            log(f"{spec.name}: {error}", ERROR)
     return failed

@@ -17,6 +17,7 @@ from dcp_zoo.heads.config import ACCEPTED
 from dcp_zoo.progress import bar
 from dcp_zoo.rejection import REFUSED
 
+ERROR = "[bold red]Error:[/] "
 QUIET = 30.0  # seconds between the lines of a log that show where a run is
 
 
@@ -49,18 +50,11 @@ def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     return table
 
 
-def print_error(text: str) -> None:
-    errors.print(f"[bold red]Error:[/] {escape(from_here(text))}", soft_wrap=True)
-
-
-def print_note(text: str) -> None:
-    errors.print(f"[yellow]Note:[/] {escape(from_here(text))}", soft_wrap=True)
-
-
-def log(text: str) -> None:
-    """Print a message, if there is one, next to progress bars, verbatim: brackets are not markup."""
+def log(text: str, mark: str = "") -> None:
+    """Print a message, if there is one, next to progress bars; its brackets are not markup, those of a `mark`
+    before it are."""
     if text:
-        errors.print(from_here(text), markup=False)
+        errors.print(f"{mark}{escape(from_here(text))}", soft_wrap=bool(mark))
 
 
 def from_here(text: str) -> str:

@@ -10,11 +10,11 @@ from typer import Argument, Exit, Option
 import dcp_zoo
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import (
+    ERROR,
     advise,
     log,
     output,
     plain_table,
-    print_error,
     progress_bar,
     rejection_note,
     resumable,
@@ -124,7 +124,7 @@ def predict(
     else:
         errors, changed = summary_of(show_on_screen(paths, predictor, together, as_json))
     for error in errors[:NAMED]:
-        print_error(printable(error))
+        log(printable(error), ERROR)
     if errors:
         log(f"{len(errors):,} of {len(paths):,} images cannot be read.")
     if table:
