@@ -464,6 +464,44 @@ def coupling(images: int) -> str:
     )
 
 
+@cache
+def elsewhere() -> pd.DataFrame:
+    """Top-1 of `paper.py coupling-elsewhere`, means over targets: a column for each method and its changes, a
+    row for what is tested, what was trained on, and the draw."""
+    rows = results("coupling_elsewhere").fillna({"changes": ""})
+    styles = (rows.target == rows.trained_on).map({True: "the style of training", False: "other styles"})
+    rows["tested"] = styles.where(rows.protocol == "domain-shift", rows.trained_on + ", " + rows.target + " classes")
+    return rows.pivot_table("top1", ["tested", "trained_on", "seed"], ["method", "changes"], sort=False)
+
+
+def elsewhere_gaps(method: str, changes: str, base: tuple[str, str] = PAPERS_COUPLING) -> "pd.Series[float]":
+    """Top-1 on other styles minus the base's, paired by draw: the mean of each style of training."""
+    found = elsewhere().loc["other styles"]
+    return (found[method, changes] - found[base]).dropna().groupby("trained_on", sort=False).mean()
+
+
+def coupling_elsewhere() -> str:
+    """What CMPA is worth in other styles than those of training, and on new classes."""
+    found = elsewhere()
+    columns = list(found.index.unique("tested"))
+    lines = []
+    for method, changes in found:
+        own = found[method, changes]
+        means = own.groupby("tested", sort=False).mean()
+        counts = own.groupby("tested").count()
+        gaps = elsewhere_gaps(method, changes)
+        lines.append(
+            [
+                f"{titled(method)}, `{changes}`" if changes else titled(method),
+                *("" if pd.isna(means[name]) else f"{means[name]:.1f}" for name in columns),
+                "" if (method, changes) == PAPERS_COUPLING else report.difference_cell(gaps),
+                f"{counts['other styles'] // gaps.size} / {counts[columns[-1]]}",
+            ]
+        )
+    header = ["prompts, 16 images", *columns, "difference on other styles", "draws of styles / of classes"]
+    return as_table(header, lines)
+
+
 def rejection() -> str:
     """How well the heads' score tells known images from others: means over sets and seeds, the worst set of
     the far ones, and what the heads' threshold rejects and accepts."""
@@ -537,14 +575,17 @@ def worth() -> str:
     set, then over sets; how often trust is broken also without groceries."""
     rows = results("worth")
     rows["told"] = 100 * rows["trusted_5"].notna()
+    rows["kind"] = rows["of_a_burst"].map({1: "", 4: ", in bursts of 4"})
+    rows["kind"] = rows["kind"].where(rows["weights"] != "dcp_vitb32", ", features of ViT-B/32")
+    cells = ["kind", "images_per_class"]
     columns = ["coverage_80", "coverage_90", "coverage_95", "size_90", "worst_90", "told", "trusted_5", "wrong_5"]
-    means = rows.groupby(["images_per_class", "set"])[columns].mean().groupby("images_per_class").mean()
+    means = rows.groupby([*cells, "set"])[columns].mean().groupby(cells).mean()
     lines = []
-    for images, row in means.iterrows():
-        heads = rows[(rows["images_per_class"] == images) & rows["trusted_5"].notna()]
+    for (kind, images), row in means.iterrows():
+        heads = rows[(rows[cells] == [kind, images]).all(axis=1) & rows["trusted_5"].notna()]
         wrong = [part["wrong_5"] > 5 for part in (heads, heads[heads["set"] != "groceries"])]
         broken = [f"{each.sum()} of {len(each)}" if len(each) else "" for each in wrong]
-        lines.append([f"{images}", *("" if pd.isna(cell) else f"{cell:.1f}" for cell in row), *broken])
+        lines.append([f"{images}{kind}", *("" if pd.isna(cell) else f"{cell:.1f}" for cell in row), *broken])
     header = ["images of a class", "in a set where 80 % are asked", "90 %", "95 %", "classes in a set for 90 %"]
     header += ["in a set for 90 %, worst class", "heads that can tell", "images trusted", "wrong of these"]
     return as_table([*header, "heads with more than 5 % wrong", "the same without groceries"], lines)

@@ -41,7 +41,7 @@ METHOD = "text-probe"
 
 def task(known: Known, split: Split) -> Task:
     recipe = METHODS[METHOD].recipe(MODEL, "folder", 0, "few-shot")
-    return Task(known.clip, MODEL, split.classnames, TEMPLATE, known.source(split.train), None, recipe, 0)
+    return Task(known.clip, MODEL, split.classnames, TEMPLATE, known.images(split.train), None, recipe, 0)
 
 
 def rejection(known: Known, images: int, seed: int) -> float:

@@ -1,15 +1,19 @@
 """What heads promise of images like their training images, beside what other images say: sets of classes,
 trusted answers, and the lower end of the accuracy that `train` tells.
 
-    python benchmarks/worth.py --data-root DATA      writes results/worth.csv; resumes when repeated
+    python benchmarks/worth.py --data-root DATA --clip CLIP      writes results/worth.csv; resumes when repeated
 
-DATA is as in `sets.py`. Groups are found and kept apart as in `told.py`. The other images are those of the
-same source's training and test parts, at most `OTHERS` of a class. All shares are in percent. Coverage and
-size are of images that are not refused, the trusted share is of all; the worst class has 20 others or more.
+DATA is as in `sets.py`. Training images are single photographs, or bursts of four as in `bursts.py`. Groups
+are found and kept apart as in `told.py`. The other images are those of the same source's training and test
+parts, at most `OTHERS` of a class. All shares are in percent. Coverage and size are of images that are not
+refused, the trusted share is of all; the worst class has 20 others or more. CLIP has features of OpenAI's
+ViT-B/32, see `real_clip.py`: there, training images and others are all of the test part.
 """
 
 import random
 from collections import Counter
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -17,14 +21,18 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from bursts import variant
+from given_features import GivenCLIP, given_table
 from growing import GrowingTable
 from many_sets import draw
+from real_clip import named_classes
 from sets import CHOOSING, REPORTING, of_class
 from told import MODEL, with_groups
+from torch.nn import functional as F
 
 from dcp_zoo.answers import Outputs, Promises, Thresholds
 from dcp_zoo.benchmark.plan import weights_id
-from dcp_zoo.data import Item, Split
+from dcp_zoo.data import Item, Split, load_image
 from dcp_zoo.features.cache import kept_features
 from dcp_zoo.features.extract import FeatureExtractor
 from dcp_zoo.features.loader import ImageLoader
@@ -37,12 +45,19 @@ from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation
 from dcp_zoo.training.run import RunOptions, plan, train_head
 
 RESULTS = Path(__file__).parent / "results" / "worth.csv"
-KEY = ("weights", "set", "images_per_class", "draw")
+KEY = ("weights", "set", "images_per_class", "of_a_burst", "draw")
 COLUMNS = [*KEY, "classes", "images", "promised_by", "others", "refused", "top1", "told", "told_low"]
 COLUMNS += [f"{what}_{100 * asked:g}" for asked in COVERAGES for what in ("coverage", "size", "worst")]
 COLUMNS += [f"{what}_{100 * share:g}" for share in WRONG for what in ("trusted", "wrong")]
-IMAGES = (2, 4, 8, 16)
+IMAGES = ((2, 1), (4, 1), (8, 1), (16, 1), (8, 4), (16, 4))  # of a class, and of these in a burst
+REAL = "dcp_vitb32"
+VECTORS = {
+    "Caltech-101, ViT-B/32": "caltech101",
+    "SUN397, ViT-B/32": "sun397_named",
+    "Food-101, ViT-B/32": "food101_named",
+}
 TRAINED = 32  # images of a class at most, from which all draws are
+GIVEN_IMAGES = (2, 4, 8)  # of a class; some classes have ten
 OTHERS = 40
 LEAST = 20  # others of a class whose coverage is told
 
@@ -58,15 +73,39 @@ def of_sets(outputs: Outputs, labels: np.ndarray, least: float) -> tuple[float, 
     return 100 * float(held.mean()), float(np.mean([len(each) for each in sets if each])), worst
 
 
-def measured(split: Split, others: list[Item], seed: int) -> Values:
-    """The row of one head."""
+class Vectors:
+    """Features of images of one set that CLIP's ViT-B/32 gave, for those classes whose name it read, too."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        with np.load(folder / f"{name}.npz") as file, np.load(folder / "text_vitb32.npz") as text:
+            arrays = dict(file)
+            arrays = arrays if "text_vector" in arrays else named_classes(arrays, dict(text))
+        self.names = [str(name) for name in arrays["classnames"]]
+        self.rows = F.normalize(torch.from_numpy(arrays["test_vector"]).float(), dim=-1)
+        self.items = [Item(row, f"{row}", label) for row, label in enumerate(arrays["test_label"].tolist())]
+        self.clip = GivenCLIP()
+        self.clip.clip.output_dim = self.rows.shape[1]
+        texts = F.normalize(torch.from_numpy(arrays["text_vector"]).float(), dim=-1)
+        self.clip.given_texts = dict(zip(self.names, texts, strict=True))
+
+    def read(self, items: Sequence[Item], augment: str = "none", again: bool = False) -> ImageLoader:
+        rows = self.rows[[item.path for item in items]]
+        return ImageLoader.of_features(given_table(items, [[rows]]))
+
+
+def measured(split: Split, others: list[Item], seed: int, given: Vectors | None = None) -> Values:
+    """The row of one head, on photographs or on features that are given."""
     shown: list[Evaluation] = []
     options = RunOptions(progress=no_progress, show=shown.append)
-    run = plan(split, MODEL, "text-probe", seed=seed, device="cpu", describes=False)
-    head, _ = train_head(run, None, options, by_folds=True)
+    run = plan(split, REAL if given else MODEL, "text-probe", seed=seed, device="cpu", describes=False)
+    if given:
+        head, _ = train_head(run, None, options, clip=given.clip, read=given.read, by_folds=True)
+        images = given.read(others)
+    else:
+        head, _ = train_head(run, None, options, by_folds=True)
+        images = ImageLoader(Photos(others), FeatureExtractor(head.frozen))
     stored = head.promises
     unlike = head.rejection_threshold() if stored else None
-    images = ImageLoader(Photos(others), FeatureExtractor(head.frozen))
     outputs = outputs_of_loader(head, images, EVAL_BATCH, Thresholds(unlike=unlike))
     labels = images.labels.numpy()
     right = outputs.logits.argmax(1) == labels
@@ -95,6 +134,23 @@ def measured(split: Split, others: list[Item], seed: int) -> Values:
     return {name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()}
 
 
+def in_bursts(items: list[Item], classes: int, size: int, folder: Path, draw: int) -> list[Item]:
+    """As many images of each class, as bursts of the first of its photographs."""
+    if size == 1:
+        return items
+    rng = random.Random(draw)
+    made = []
+    for label in range(classes):
+        own = of_class(items, label)
+        for item in own[: len(own) // size]:
+            photo = load_image(item.path)
+            for number in range(size):
+                path = folder / f"{len(made)}.jpg"
+                variant(photo, rng).save(path, quality="keep")
+                made.append(Item(str(path), f"{item.key}, {number}", label))  # `train` finds the groups
+    return made
+
+
 def some(items: list[Item], classes: int, most: int) -> list[Item]:
     """At most so many of each class, drawn once."""
     rng = random.Random(0)
@@ -104,7 +160,8 @@ def some(items: list[Item], classes: int, most: int) -> list[Item]:
 
 def main(
     data_root: Annotated[Path, typer.Option(help="Folder with the sets, see sets.py.")],
-    draws: Annotated[int, typer.Option(help="Of each set and number of images.")] = 3,
+    clip: Annotated[Path, typer.Option(help="Folder with features, see real_clip.py.")],
+    draws: Annotated[int, typer.Option(help="Of each set and number of images.")] = 5,
     only: Annotated[list[str], typer.Option(help="These sets alone.")] = [],  # noqa: B006
 ) -> None:
     """Measure every set, number of images and draw that the table does not have for the current weights
@@ -114,7 +171,7 @@ def main(
     weights = weights_id(MODEL)
     with TemporaryDirectory() as folder, kept_features():
         for name, image_set in (CHOOSING | REPORTING).items():
-            cells = [(images, seed) for seed in range(1, draws + 1) for images in IMAGES]
+            cells = [(*images, seed) for seed in range(1, draws + 1) for images in IMAGES]
             left = [cell for cell in cells if (weights, name, *cell) not in table]
             if not left or (only and name not in only):
                 continue
@@ -122,13 +179,26 @@ def main(
             train = some(train, len(names), TRAINED)
             items = with_groups(train + some(test, len(names), OTHERS))
             pool = names, items[: len(train)], items[len(train) :]
-            for images, seed in left:
+            for images, size, seed in left:
                 drawn = draw(pool, images, seed)
                 trained = {item.group for item in drawn.train if item.group}
                 keys = {item.key for item in drawn.train}
                 others = [item for item in items if item.key not in keys and item.group not in trained]
-                row = measured(Split("folder", names, drawn.train), some(others, len(names), OTHERS), seed)
-                table.add([dict(zip(KEY, (weights, name, images, seed), strict=True)) | row])
+                with TemporaryDirectory() as made:
+                    photos = in_bursts(drawn.train, len(names), size, Path(made), seed)
+                    row = measured(Split("folder", names, photos), some(others, len(names), OTHERS), seed)
+                table.add([dict(zip(KEY, (weights, name, images, size, seed), strict=True)) | row])
+    for name, file in VECTORS.items():
+        given = Vectors(clip, file)
+        for seed, images in product(range(1, draws + 1), GIVEN_IMAGES):
+            key = REAL, name, images, 1, seed
+            if key in table or (only and name not in only):
+                continue
+            drawn = draw((given.names, given.items, []), images, seed)
+            keys = {item.key for item in drawn.train}
+            others = [item for item in given.items if item.key not in keys]
+            row = measured(Split(file.removesuffix("_named"), given.names, drawn.train), others, seed, given)
+            table.add([dict(zip(KEY, key, strict=True)) | row])
 
 
 if __name__ == "__main__":
