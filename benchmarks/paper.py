@@ -5,10 +5,11 @@ classes, and what its parts are worth.
     python benchmarks/paper.py prompts --data-root DATA        methods that train prompts or weights
     python benchmarks/paper.py parts --data-root DATA          the paper's recipe with one change at a time
     python benchmarks/paper.py coupling --data-root DATA       what CMPA is worth
+    python benchmarks/paper.py coupling-elsewhere --data-root DATA       the same in other styles and new classes
 
-The first two write results/transfer.csv, the others results/parts.csv and results/coupling.csv. All resume,
-and measure one draw of everything before the next. Draws and test images are those of `many_sets.py`, sets
-those of `sets.py`.
+The first two write results/transfer.csv, the others results/parts.csv, results/coupling.csv and
+results/coupling_elsewhere.csv. All resume, and measure one draw of everything before the next. Draws and
+test images are those of `many_sets.py`, sets those of `sets.py`.
 
 A method that trains is read by its own logits, and with the text probes that follow it by default. A text
 probe is also read "without gate": the text then has no say beyond the probe's, however far an image is from
@@ -69,6 +70,7 @@ CHANGES: tuple[Mapping[str, Any], ...] = (
     *({"n_ctx": n} for n in (2, 4, 8)),
 )
 COUPLED = "weights set images_per_class seed method changes top1 test_images trained_parameters cpu_seconds".split()
+ELSEWHERE = "weights protocol trained_on seed method changes target top1 test_images cpu_seconds".split()
 PROMPTED: Sequence[tuple[str, Mapping[str, Any]]] = (  # the most telling first
     *(("dcp", {"coupling": coupling}) for coupling in ("bidirectional", "self", "none")),
     *((method, {}) for method in ("zero-shot", "ivlp", "vpt-deep", "coop", "kgcoop", "prograd", "cocoop")),
@@ -181,6 +183,36 @@ def coupling(data_root: Data, draws: Draws = 3) -> None:
             logits = torch.from_numpy(outputs_of_loader(head, test, EVAL_BATCH).logits)
             trained = (p.numel() for part, p in head.named_parameters() if part.startswith(head.trained))
             table.add([(*key, top1(logits, test.labels), len(logits), sum(trained), seconds)])
+
+
+@app.command()
+def coupling_elsewhere(data_root: Data, draws: Draws = 3) -> None:
+    """Measure what `coupling` does in other styles and on new classes, with 16 images per class."""
+    table = GrowingTable(RESULTS / "coupling_elsewhere.csv", ELSEWHERE, ELSEWHERE[:6])
+    trained_on = [(protocol, name) for protocol, name in TRAINED if protocol != CROSS]
+    with TemporaryDirectory() as folder:
+        pools = Pools(data_root, Path(folder))
+        for seed, (method, changes), (protocol, name) in product(range(1, draws + 1), PROMPTED, trained_on):
+            changed = ", ".join(f"{option}={value}" for option, value in changes.items())
+            key = (weights_id(MODEL), protocol, name, seed, method, changed)
+            if key in table or not applies(method, protocol):
+                continue
+            split = of_part(draw(pools[name], IMAGES, seed), protocol)
+            all_changes = CROSS_ENTROPY | changes if method == "dcp" else changes
+            run = plan(split, MODEL, method, seed=seed, changes=all_changes, classifier="none", device="cpu")
+            task = run.task(Source(run, clip=frozen_clip()))
+            started = process_time()
+            head = fit_head(method, task)
+            seconds = round(process_time() - started, 1)
+            tested = {target: (pools[target][0], test_of(pools[target])) for target in targets_of(protocol, name)}
+            rows = list[Sequence[Any]]()
+            for target, (names, test) in tests_of(protocol, tested).items():
+                if list(names) != head.classnames:
+                    head.set_classnames(names)
+                first = test.labels.min() if target == "new" else 0  # classes that are counted from the middle
+                logits = torch.from_numpy(outputs_of_loader(head, test, EVAL_BATCH).logits)
+                rows.append((*key, target, top1(logits, test.labels - first), len(logits), seconds))
+            table.add(rows)
 
 
 class Pools(dict[str, Pool]):

@@ -42,7 +42,7 @@ from dcp_zoo.prediction.heads import outputs_of_loader
 from dcp_zoo.progress import no_progress
 from dcp_zoo.promises import COVERAGES, WRONG
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation
-from dcp_zoo.training.run import RunOptions, plan, train_head
+from dcp_zoo.training.run import RunOptions, Source, plan, train_head
 
 RESULTS = Path(__file__).parent / "results" / "worth.csv"
 KEY = ("weights", "set", "images_per_class", "of_a_burst", "draw")
@@ -73,7 +73,7 @@ def of_sets(outputs: Outputs, labels: np.ndarray, least: float) -> tuple[float, 
     return 100 * float(held.mean()), float(np.mean([len(each) for each in sets if each])), worst
 
 
-class Vectors:
+class Vectors(Source):
     """Features of images of one set that CLIP's ViT-B/32 gave, for those classes whose name it read, too."""
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -84,6 +84,7 @@ class Vectors:
         self.rows = F.normalize(torch.from_numpy(arrays["test_vector"]).float(), dim=-1)
         self.items = [Item(row, f"{row}", label) for row, label in enumerate(arrays["test_label"].tolist())]
         self.clip = GivenCLIP()
+        self.extract = FeatureExtractor(self.clip)
         self.clip.clip.output_dim = self.rows.shape[1]
         texts = F.normalize(torch.from_numpy(arrays["text_vector"]).float(), dim=-1)
         self.clip.given_texts = dict(zip(self.names, texts, strict=True))
@@ -99,7 +100,7 @@ def measured(split: Split, others: list[Item], seed: int, given: Vectors | None 
     options = RunOptions(progress=no_progress, show=shown.append)
     run = plan(split, REAL if given else MODEL, "text-probe", seed=seed, device="cpu", describes=False)
     if given:
-        head, _ = train_head(run, None, options, clip=given.clip, read=given.read, by_folds=True)
+        head, _ = train_head(run, None, options, given, by_folds=True)
         images = given.read(others)
     else:
         head, _ = train_head(run, None, options, by_folds=True)
