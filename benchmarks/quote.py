@@ -610,6 +610,21 @@ def spot_check() -> str:
     return as_table([*header, "of random labels", "random labels for one"], lines)
 
 
+def which_head() -> str:
+    """Which of two heads is better: means over draws, then over sets."""
+    rows = results("which_head")
+    rows["gap"] = rows["difference"].abs()
+    columns = ["gap", "better", "worse", "false_alarms", "enough"]
+    cells = ["heads", "of_a_burst", "labelled"]
+    means = rows.groupby([*cells, "set"])[columns].mean().groupby(cells).mean()
+    lines = []
+    for (heads, of_a_burst, labelled), row in means.iterrows():
+        label = f"{labelled}" if of_a_burst == 1 else f"{labelled} bursts of {of_a_burst}"
+        lines.append([heads, label, *(f"{row[name]:.1f}" for name in columns)])
+    header = ["heads of a class's", "labelled images", "difference, points", "the better one is named, %"]
+    return as_table([*header, "the worse one", "one of two as good", "either, with as many more as told"], lines)
+
+
 def sizes() -> str:
     """Balanced accuracy, and recall of a class of two images, beside larger ones with and without the bias, and
     against as few: means over draws, and over the sets."""
