@@ -620,9 +620,9 @@ def which_head() -> str:
     lines = []
     for (heads, of_a_burst, labelled), row in means.iterrows():
         label = f"{labelled}" if of_a_burst == 1 else f"{labelled} bursts of {of_a_burst}"
-        lines.append([heads, label, *(f"{row[name]:.1f}" for name in columns)])
-    header = ["heads of a class's", "labelled images", "difference, points", "the better one is named, %"]
-    return as_table([*header, "the worse one", "one of two as good", "either, with as many more as told"], lines)
+        lines.append([f"{heads} per class", label, *(f"{row[name]:.1f}" for name in columns)])
+    header = ["heads of", "labelled images", "difference, points", "the better one is named, %", "the worse one"]
+    return as_table([*header, "one of two as good", "one, with as many more images as told"], lines)
 
 
 def sizes() -> str:
