@@ -15,6 +15,7 @@ import paper
 import pytest
 import speed
 import torch
+import which_head
 from helpers import FEW_STEPS, read_csv
 from shared import CommandLine
 from starlette.testclient import TestClient
@@ -122,7 +123,8 @@ def test_the_papers_experiments_on_image_features(tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "TRAINED", [("domain-shift", styles[0]), ("base-to-new", styles[0])])
     labels, classes = np.repeat(np.arange(4), 10), np.eye(4, 8, dtype=np.float32)
     for shift, name in enumerate(styles):
-        arrays = {"names": [*"abcd"], "text_weight": 10 * classes, "train_seconds": 0.0}
+        arrays = {"names": [*"abcd"], "text_weight": 10 * classes, "text_lengths": np.ones(4, np.float32)}
+        arrays["train_seconds"] = 0.0
         for part, views in (("train", 2), ("test", 1)):
             x = classes[labels] + 0.1 * rng.normal(size=(views, 40, 8)) + shift * np.eye(8)[7]
             x = (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
@@ -162,6 +164,25 @@ def test_what_cmpa_is_worth_is_measured_once(tmp_path, monkeypatch):
         assert [*rows.trained_parameters[:3]] == [0, 6 * 4 * (256 + 192), 16 * (256 + 192)]
         assert {*rows.test_images} == {6}
         assert len(rows) == 2 * 3
+    monkeypatch.setattr(paper, "STYLES", ("photos",))
+    monkeypatch.setattr(paper, "TRAINED", [(paper.SHIFT, "photos")])
+    for _ in range(2):
+        paper.coupling_elsewhere(tmp_path, draws=1)
+        rows = pd.read_csv(tmp_path / "coupling_elsewhere.csv", keep_default_na=False)
+        assert [*rows.method] == ["zero-shot", "ivlp", "dcp"]
+        assert ([*rows.target], [*rows.test_images]) == (["photos"] * 3, [6] * 3)
+
+
+def test_which_head_is_named(monkeypatch):
+    """Of two heads of which one is always right, and a burst of which is one image."""
+    monkeypatch.setattr(which_head, "CHOICES", 20)
+    right = np.arange(40) % 2 > 0
+    always = np.ones(40, bool)
+    difference, better, worse, alarms, *_ = which_head.measured(always, right, 40, 1)
+    assert (difference, better, worse) == (50, 100, 0)
+    assert alarms < 25
+    assert which_head.measured(right, always, 40, 1)[:2] == (-50, 100)
+    assert len(which_head.compared(always, right, 4).gains) == 40
 
 
 E, C = 16, 3
