@@ -16,8 +16,7 @@ from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import pdist, squareform
 
 from dcp_zoo.backbone.clip import FrozenCLIP
-from dcp_zoo.data import Item
-from dcp_zoo.data.groups import find_groups, group_ids, with_groups
+from dcp_zoo.data import Item, find_groups, group_ids, with_groups
 from dcp_zoo.errors import warn
 from dcp_zoo.features import AUTO
 from dcp_zoo.features.device import pick_precision

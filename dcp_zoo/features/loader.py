@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 from dcp_zoo.backbone._torch import seeded
 from dcp_zoo.backbone.clip import FrozenCLIP, Reading
 from dcp_zoo.backbone.inputs import Features, Inputs, Pixels, Tokens
-from dcp_zoo.data import Item
-from dcp_zoo.data.images import in_threads
+from dcp_zoo.data import Item, in_threads
 from dcp_zoo.errors import ZooError
 from dcp_zoo.features import MANY
 from dcp_zoo.features.extract import FeatureExtractor
@@ -196,18 +195,19 @@ class ImageLoader(LabelledItems):
             dataset = PhotoDataset(self.photos, transform, TensorDataset(*others), seeds, mirrored)
         return DataLoader(
             dataset,
-            batch_sampler=[chunk.tolist() for chunk in chunks],
+            batch_size=None,  # the dataset returns batches
+            sampler=[chunk.tolist() for chunk in chunks],
             generator=generator,  # without one it would draw from torch's random state
             num_workers=self.workers,
             pin_memory=self.workers > 0 and self.extract is not None and self.extract.clip.device.type == "cuda",
-            collate_fn=partial(_collated, self.form),
+            collate_fn=partial(_in_form, self.form),
         )
 
 
 @dataclass(eq=False)
 class PhotoDataset(Dataset[Any]):
-    """Photographs as (transform(image), label), or (transform(image), label, target), for a torch
-    DataLoader.
+    """Photographs as batches (transform(image), label), or (transform(image), label, target), by lists of
+    positions.
 
     Args:
         photos: the images, decoded once for all datasets of them.
@@ -227,20 +227,16 @@ class PhotoDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.photos)
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
-        """A batch, called by DataLoader. Only decoding is parallel: random transforms keep their order."""
+    def __getitem__(self, indices: Sequence[int]) -> Batch:
         read = map if get_worker_info() else in_threads  # a worker process of DataLoader has its own core
-        images = list(read(self.photos.load, indices))
-        return [self._sample(i, image) for i, image in zip(indices, images, strict=True)]
+        images = []
+        for i, image in zip(indices, read(self.photos.load, indices), strict=True):
+            with nullcontext() if self.seeds is None else seeded(self.seeds[i]):
+                x = self.transform(image)
+            images.append(x.flip(-1) if self.is_mirrored[i] else x)
+        return torch.stack(images), *self.others[indices]
 
-    def _sample(self, index: int, image: Any) -> Batch:
-        with nullcontext() if self.seeds is None else seeded(self.seeds[index]):
-            x = self.transform(image)
-        return (x.flip(-1) if self.is_mirrored[index] else x, *self.others[index])
 
-
-def _collated(form: Callable[[Tensor], Inputs], samples: list[Any]) -> Batch:
-    """Samples (x, label), or (x, label, target) -> a batch (inputs, labels), or (inputs, labels,
-    targets)."""
-    x, *others = default_collate(samples)
+def _in_form(form: Callable[[Tensor], Inputs], batch: Batch) -> Batch:
+    x, *others = batch
     return form(x), *others

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dcp_zoo.data import Item
-from dcp_zoo.data.images import Facts, ImageLike, crop, load_image, load_with_facts, pixels_sha256
+from dcp_zoo.data import Facts, ImageLike, Item, crop, load_image, load_with_facts, pixels_sha256
 from dcp_zoo.errors import ZooError, attempted
 from dcp_zoo.fields import Values
 from dcp_zoo.files import MAX_PIXELS, file_state

@@ -8,8 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dcp_zoo.data import Item
-from dcp_zoo.data.groups import group_ids
+from dcp_zoo.data import Item, group_ids
 from dcp_zoo.errors import ZooError
 from dcp_zoo.features.views import PLAIN, View
 

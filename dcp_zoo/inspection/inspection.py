@@ -16,16 +16,20 @@ from torch import Tensor
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.api.inputs import Groups, Images, Labels, is_folder, labelled
 from dcp_zoo.backbone.classes import check_classnames
-from dcp_zoo.data import Split, load_labelled
-from dcp_zoo.data.groups import bursts, group_ids, joined, near_copies, with_groups
-from dcp_zoo.data.images import thumbnails
-from dcp_zoo.data.splits import PARTS
-from dcp_zoo.data.unreadable import unreadable_summary
+from dcp_zoo.data import (
+    PARTS,
+    Split,
+    bursts,
+    group_ids,
+    joined,
+    load_labelled,
+    near_copies,
+    thumbnails,
+    unreadable_summary,
+    with_groups,
+)
 from dcp_zoo.errors import ZooError, shorten
-from dcp_zoo.features.cache import users_cache
-from dcp_zoo.features.device import pick_device
-from dcp_zoo.features.groups import comparable, looks_few, with_subjects
-from dcp_zoo.features.table import FeatureTable
+from dcp_zoo.features import FeatureTable, comparable, looks_few, pick_device, users_cache, with_subjects
 from dcp_zoo.files import write_file
 from dcp_zoo.pages import templates
 from dcp_zoo.probe.candidates import TrainingSet, fit_candidates

@@ -18,15 +18,9 @@ from torch import Tensor
 
 from dcp_zoo.api.functions import lent, predict
 from dcp_zoo.backbone.clip import FrozenCLIP
-from dcp_zoo.data import Item
-from dcp_zoo.data.find import find_images
-from dcp_zoo.data.images import GREY, thumbnails
-from dcp_zoo.data.load import LabelFiles, listed_images
-from dcp_zoo.data.splits import not_trained_on
+from dcp_zoo.data import GREY, Item, LabelFiles, find_images, listed_images, not_trained_on, thumbnails
 from dcp_zoo.errors import ZooError
-from dcp_zoo.features.cache import users_cache
-from dcp_zoo.features.device import pick_device
-from dcp_zoo.features.groups import comparable
+from dcp_zoo.features import comparable, pick_device, users_cache
 from dcp_zoo.files import check_empty, check_outside, check_writable, write_file
 from dcp_zoo.heads.head import Head
 from dcp_zoo.pages import templates

@@ -20,11 +20,9 @@ import numpy as np
 from dcp_zoo.accuracy import wilson
 from dcp_zoo.answers import Outputs, Promises, best
 from dcp_zoo.api.functions import lent
-from dcp_zoo.data.readers import listed_image
-from dcp_zoo.data.splits import not_trained_on
+from dcp_zoo.data import listed_image, not_trained_on
 from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, check_range
-from dcp_zoo.features import AUTO
-from dcp_zoo.features.cache import users_cache
+from dcp_zoo.features import AUTO, users_cache
 from dcp_zoo.heads.head import Head
 from dcp_zoo.inspection.search import TO_LABEL, Suggestion, check_new, items_in, write_found
 from dcp_zoo.prediction.heads import outputs_of_readable
