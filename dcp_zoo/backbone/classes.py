@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.errors import ZooError, shorten, warn
+from dcp_zoo.errors import ZooError, attempted, shorten, warn
 from dcp_zoo.tables import is_reserved
 
 NAME = "{}."  # the template after learned prompts
@@ -36,12 +36,11 @@ def check_classnames(classnames: Sequence[str]) -> list[str]:
     if isinstance(classnames, str):
         raise ZooError(f"classnames must be a list of names, not the single string {classnames!r}.")
     names = list(classnames)
-    for name in names:
+    for name in names or [""]:
         if not isinstance(name, str):
             raise ZooError(f"Class names must be strings, not {name!r}: a text tower reads them.")
-    if not names or not all(map(_normalised, names)):
-        raise ZooError("Class names must not be empty: pass at least one name, and no blank ones.")
-    for name in names:
+        if not _normalised(name):
+            raise ZooError("Class names must not be empty: pass at least one name, and no blank ones.")
         if is_reserved(name):
             raise ZooError(f"{name!r} is a reserved name, and cannot be a class: choose another name.")
     counts = Counter(map(_normalised, names))
@@ -94,10 +93,7 @@ def class_texts(names: Sequence[str], texts: Texts) -> tuple[list[str], list[int
 
 def same_texts(names: Sequence[str], one: Texts, other: Texts) -> bool:
     """Whether the texts of all classes are the same; not if either has none for one."""
-    try:
-        return class_texts(names, one) == class_texts(names, other)
-    except ZooError:
-        return False
+    return attempted(class_texts, names, one) == attempted(class_texts, names, other)
 
 
 def mean_of_texts(features: Tensor, counts: Sequence[int] | None) -> Tensor:

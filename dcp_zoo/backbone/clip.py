@@ -393,9 +393,6 @@ def join(readings: Sequence[Reading]) -> Linear:
     scale = math.sqrt(parts_of(readings)) / len(biases)
     blocks = []
     for reading, linear in zip(readings, linears, strict=True):
-        width = sum(reading.widths)
-        if linear:
-            blocks.append(scale * linear[0])
-            width -= linear[0].shape[1]
-        blocks.append(biases[0].new_zeros(len(biases[0]), width))
+        weight = scale * linear[0] if linear else biases[0].new_zeros(len(biases[0]), 0)
+        blocks.append(F.pad(weight, (0, sum(reading.widths) - weight.shape[1])))
     return torch.cat(blocks, 1), torch.stack(biases).mean(0)

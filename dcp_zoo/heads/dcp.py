@@ -342,20 +342,18 @@ class DCP(Head):
         tokens: deque[Tensor] = deque()  # of each chunk, after the last block that was run, with prompts that flow on
         keeps_tokens = True
 
-        def entering(i: int) -> Iterator[tuple[Tensor, int]]:
-            """The tokens of each chunk, and the block up to i - 1 that they enter."""
-            if tokens:
-                for _ in range(len(tokens)):
-                    yield tokens.popleft(), i - 1
-                return
+        def entering() -> Iterator[Tensor]:
+            """The tokens of each chunk before the first block."""
             for chunk in chunks:
                 images = chunk[0] if isinstance(chunk, (tuple, list)) else chunk
-                yield self.encoder.enter(images.to(self.device)).x, 0
+                yield self.encoder.enter(images.to(self.device)).x
 
         def leaving(i: int) -> Iterator[Tensor]:
             """The prompts (b, M, Dv) of each chunk that leave block i - 1."""
             nonlocal keeps_tokens
-            for x, first in entering(i):
+            first = i - 1 if tokens else 0
+            known = (tokens.popleft() for _ in range(len(tokens)))
+            for x in known if tokens else entering():
                 x = tower.run(x, prompts[first:], first, i)
                 if keeps_tokens:
                     tokens.append(x[:, :-n_ctx] if "vision" in self.rewritten_from else x)

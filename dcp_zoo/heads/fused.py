@@ -147,21 +147,22 @@ def fold(tower: VisionTower) -> None:
         return
     for block in tower.visual.transformer.resblocks:
         mlp = block.mlp
-        quick = 1.0
+        one = mlp.c_fc.bias.new_ones(1)
+        quick = one
         if type(mlp.gelu).__name__ == "QuickGELU":
             mlp.gelu = nn.SiLU()
-            quick = 1.702
-        block.attn.out_proj = scaled_layer(block.attn.out_proj, getattr(block.ls_1, "gamma", 1.0))
+            quick = 1.702 * one
+        block.attn.out_proj = scaled_layer(block.attn.out_proj, getattr(block.ls_1, "gamma", one))
         mlp.c_fc = scaled_layer(mlp.c_fc, quick)
-        mlp.c_proj = scaled_layer(mlp.c_proj, getattr(block.ls_2, "gamma", 1.0), 1 / quick)
+        mlp.c_proj = scaled_layer(mlp.c_proj, getattr(block.ls_2, "gamma", one), 1 / quick)
         block.ls_1 = nn.Identity()
         block.ls_2 = nn.Identity()
 
 
-def scaled_layer(layer: nn.Linear, gamma: Tensor | float, factor: float = 1.0) -> nn.Linear:
-    """A layer whose output is multiplied by `gamma`, (D,) or 1, and its input by `factor`."""
-    rows = gamma[:, None] if isinstance(gamma, Tensor) else gamma
-    return layer_of(layer.weight * (rows * factor), layer.bias * gamma).requires_grad_(False)
+def scaled_layer(layer: nn.Linear, outputs: Tensor, inputs: Tensor | float = 1.0) -> nn.Linear:
+    """A layer whose outputs are multiplied by (D,) or (1,) numbers, and its inputs by one."""
+    weight = layer.weight * (outputs[:, None] * inputs)
+    return layer_of(weight, layer.bias * outputs).requires_grad_(False)
 
 
 def _shared(module: nn.Module) -> nn.Module:

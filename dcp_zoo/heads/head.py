@@ -60,7 +60,7 @@ from dcp_zoo.heads.config import (
     without,
 )
 from dcp_zoo.heads.fused import FusedClassifier, FusedHead
-from dcp_zoo.probe.model import NEVER, PER_CLASS, PREFIX, TextProbe
+from dcp_zoo.probe.model import NEVER, PREFIX, TextProbe
 from dcp_zoo.rejection import REFUSED
 
 Intermediate = Tensor | tuple[Tensor, Tensor]  # patches, or with the tokens before them
@@ -492,7 +492,7 @@ class Head(nn.Module, ABC):
         if self.text_probe is not None:
             state |= self.text_probe.tensors(self.own_classes)
         if self.fc is not None:
-            state |= {"fc.weight": self.fc.weight.detach(), "fc.bias": self.fc.bias.detach()}
+            state |= self.fc.state_dict(prefix="fc.")
         return state
 
     def to_config(self, info: Values) -> Values:
@@ -539,8 +539,8 @@ class Head(nn.Module, ABC):
             expected |= probe.tensors()
         if config is not None and "named" in config["dcp"]:
             columns = self.readable[0].widths[0] if probe is None else probe.weight.shape[1]
-            weight = torch.empty(len(config["label_names"]), columns, device="meta")
-            expected |= {"fc.weight": weight, "fc.bias": weight[:, 0]}
+            layer = nn.Linear(columns, len(config["label_names"]), device="meta")
+            expected |= layer.state_dict(prefix="fc.")
         return expected
 
     def check_fits(self, state: Mapping[str, Tensor], path: str | Path, config: HeadConfig | None = None) -> None:
@@ -622,11 +622,9 @@ class Head(nn.Module, ABC):
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         """torch's. The text probe has rows for the head's present classes, as in a checkpoint."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
-        probe = self.text_probe
-        if probe is not None and probe.classes != self.own_classes:
-            rows = probe.tensors(self.own_classes)
-            for name in PER_CLASS:
-                state[f"{prefix}{PREFIX}{name}"] = rows[f"{PREFIX}{name}"]
+        if self.text_probe is not None:
+            tensors = self.text_probe.tensors(self.own_classes)
+            state |= {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
         return state
 
     def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:

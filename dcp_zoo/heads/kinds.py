@@ -134,8 +134,7 @@ class LinearHead(Head):
                 limit = "reads no descriptions" if texts else f"does not know {', '.join(new[:5])}"
                 advice = "For other classes use a head of a method that reads their names: dcp or zero-shot"
                 raise ZooError(f"A head of {self.method} is limited to its classes, and {limit}. {advice}.")
-            text = F.normalize(self.encoder.encode_sentences(new, texts), dim=-1)
-            new_weight, new_bias = self.encoder.scaled(text)
+            new_weight, new_bias = self.encoder.scaled(self.encoder.zero_shot_classifier(new, texts))
             weight = torch.cat([weight, new_weight])
             bias = torch.cat([bias, new_bias])
         rows = rows_of(names, [*kept, *new])
