@@ -70,13 +70,14 @@ class TrainingSet:
     """Features of n training images of C classes, on the CPU."""
 
     views: Tensor  # (V, n, W), of the images, then of their mirror images: normalised groups, one after the other
-    widths: Sequence[int]  # of the groups of features; the first is CLIP's embedding
+    widths: Sequence[int]  # of the groups of features; the first that is used is CLIP's embedding
     labels: Tensor  # (n,)
     text: Linear  # the text logits z as a linear function of the first group
     weights: Tensor  # (n,), how much each image counts
     intermediate: Sequence[int] = ()  # positions of the groups that are intermediate features of an image tower
     clip_groups: int | None = None  # how many of the first are CLIP's and final; default all, see `prior_weights`
     whole: int | None = None  # of how many images they are a part; default none
+    unused: int | None = None  # a group that no candidate reads: another embedding
 
     def subset(self, images: Tensor) -> "TrainingSet":
         """Some of the images, by a mask or positions."""
@@ -93,9 +94,15 @@ class TrainingSet:
         return torch.ones(1, len(self.labels), dtype=torch.bool)
 
     @cached_property
+    def groups(self) -> list[Tensor]:
+        """The columns of each group that is used."""
+        columns = torch.arange(sum(self.widths)).split([*self.widths])
+        return [group for number, group in enumerate(columns) if number != self.unused]
+
+    @cached_property
     def text_logits(self) -> Tensor:
         """z (n, C) of the images."""
-        return F.linear(self.views[0, :, : self.widths[0]], *self.text)
+        return F.linear(self.views[0][:, self.groups[0]], *self.text)
 
     def scales(self, kept: Tensor) -> Tensor:
         """a (S,), by the images that each set keeps (S, n)."""
@@ -105,7 +112,7 @@ class TrainingSet:
     def columns(self) -> list[Columns]:
         """See `column_subsets`."""
         found = []
-        for positions, scale in column_subsets(self.widths, self.intermediate):
+        for positions, scale in column_subsets(self.groups, self.intermediate):
             rows = scale * self.views.flatten(0, 1)[:, positions]
             axes, coordinates, squares = principal_axes(rows)
             found.append(Columns(positions, scale * axes, coordinates, squares))
@@ -119,30 +126,30 @@ def principal_axes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return right.T, left * lengths, lengths.square()
 
 
-def column_subsets(widths: Sequence[int], intermediate: Sequence[int] = ()) -> list[tuple[Tensor, float]]:
+def column_subsets(groups: Sequence[Tensor], intermediate: Sequence[int]) -> list[tuple[Tensor, float]]:
     """The columns that candidates read, and what scales them to the length 1. Subset 0 has all groups of
     features that are not intermediate. Subset g > 0 belongs to group g, and other code counts on that: it is
     this group, if intermediate with the final one before it.
 
-    >>> [(columns.tolist(), round(scale, 3)) for columns, scale in column_subsets([2, 1, 1, 1], intermediate=[2])]
+    >>> groups = torch.arange(5).split([2, 1, 1, 1])
+    >>> [(columns.tolist(), round(scale, 3)) for columns, scale in column_subsets(groups, intermediate=[2])]
     [([0, 1, 2, 4], 0.577), ([2], 1.0), ([2, 3], 0.707), ([4], 1.0)]
     """
-    columns = torch.arange(sum(widths)).split([*widths])
-    final = [group for group in range(len(widths)) if group not in intermediate]
+    final = [group for group in range(len(groups)) if group not in intermediate]
     subsets = [final]
-    for group in range(1, len(widths)):
+    for group in range(1, len(groups)):
         if group in intermediate:
             last_final = max(other for other in final if other < group)
             subsets.append([last_final, group])
         else:
             subsets.append([group])
-    return [(torch.cat([columns[group] for group in subset]), len(subset) ** -0.5) for subset in subsets]
+    return [(torch.cat([groups[group] for group in subset]), len(subset) ** -0.5) for subset in subsets]
 
 
 def configurations_of(images: TrainingSet) -> list[Configuration]:
     """The configurations that are worth fitting before anything is known of them."""
     found = []
-    for columns in range(len(images.widths)):
+    for columns in range(len(images.groups)):
         shares = INTERMEDIATE_SHARES if columns in images.intermediate else TEXT_SHARES
         found += [Configuration(columns, share) for share in shares if share == 1 or not images.is_large]
     return found
@@ -213,11 +220,12 @@ class Fits:
         return mean.logits(text_logits, self.images.views[0, positions]), mean.text_share * text_logits
 
     def distances(self, fit: int, positions: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Distances (m,) to the nearest of these rows (k, W) of features; default: of the means of the
-        classes."""
+        """Distances (m,) to the nearest of these rows (k, ..) of the features that are used; default: of the
+        means of the classes."""
+        used = torch.cat(self.images.groups)
         if rows is None:
-            rows = self.means[fit, self.has_images[fit]]
-        return nearest(self.images.views[0, positions], rows) / math.sqrt(len(self.images.widths))
+            rows = self.means[fit, self.has_images[fit]][:, used]
+        return nearest(self.images.views[0, positions][:, used], rows) / math.sqrt(len(self.images.groups))
 
 
 def fit_candidates(
@@ -247,7 +255,7 @@ def fit_candidates(
     has_images = kept.float() @ F.one_hot(images.labels, classes).float() > 0  # (S, C)
     means = torch.stack([weighted_class_means(features, labels, classes, each).float() for each in row_weights])
     loss_weights = balanced(row_weights, labels, has_images) / views
-    text_logits = F.linear(features[:, : images.widths[0]], *images.text)  # (V n, C)
+    text_logits = F.linear(features[:, images.groups[0]], *images.text)  # (V n, C)
     linear = {}
     with fair_threads(1 if features.numel() * classes < SMALL else None):
         for number, columns in enumerate(images.columns):

@@ -129,25 +129,22 @@ def fit_on_features(
 def _training_sets(
     labels: Tensor, readings: Sequence[ReadingFeatures], weights: Tensor, whole: int | None
 ) -> list[TrainingSet]:
-    """For each reading with text, its embedding beside all groups of features that know no text."""
-    embeddings = list[tuple[Tensor, Linear]]()
-    beside = list[Tensor]()
+    """For each reading with text, the features without the other's embedding."""
+    views = torch.cat([reading.features for reading in readings], -1)
+    texts = list[Linear]()
+    widths = list[int]()
     intermediate = list[int]()
     for reading in readings:
-        groups = reading.features.split(reading.widths, -1)
         if reading.start:
-            embeddings.append((groups[0], reading.start))
-            clip_groups = len(groups) - reading.inside
-            groups = groups[1:]
-        beside += groups
-        end = 1 + len(beside)
+            texts.append(reading.start)
+            clip_groups = len(reading.widths) - reading.inside
+        widths += reading.widths
+        end = len(widths) + 1 - len(texts)  # of the groups that are used
         intermediate += range(end - reading.inside, end)
     sets = []
-    for first, text in embeddings:
-        features = [first, *beside]
-        widths = [group.shape[-1] for group in features]
-        views = torch.cat(features, -1)
-        sets.append(TrainingSet(views, widths, labels, text, weights, intermediate, clip_groups, whole))
+    for number, text in enumerate(texts):
+        unused = 1 - number if len(texts) > 1 else None
+        sets.append(TrainingSet(views, widths, labels, text, weights, intermediate, clip_groups, whole, unused))
     return sets
 
 
@@ -155,15 +152,10 @@ def _fill(probe: TextProbe, fits: Sequence[Fits], weights: CandidateWeights) -> 
     """Let a probe add to the text the mean over fits to all images of one or two training sets. Returns the
     share of the text logits. A head divides the groups of its features by the root of their number."""
     means = [each.mean(0, weights) for each in fits]
-    width = fits[0].images.widths[0]
     root = math.sqrt(sum(map(len, probe.widths)))
-    embeddings = torch.cat([mean.weight[:, :width] for mean in means], 1) / len(means)
-    beside = torch.stack([mean.weight for mean in means]).mean(0)[:, width:]
-    probe.weight.copy_(torch.cat([embeddings, beside], 1) * root)
+    probe.weight.copy_(torch.stack([mean.weight for mean in means]).mean(0) * root)
     probe.bias.copy_(torch.stack([mean.bias for mean in means]).mean(0))
-    class_means = [each.means[0] for each in fits]
-    changed = [each[:, :width] for each in class_means[:-1]]
-    probe.means.copy_((torch.cat([*changed, class_means[-1]], 1) / root).half())  # as they are stored
+    probe.means.copy_((fits[-1].means[0] / root).half())  # as they are stored
     return means[0].text_share
 
 

@@ -205,7 +205,7 @@ def prior_weights(images: TrainingSet, kept: Tensor, scale: Tensor) -> Candidate
     `misfit_of_text`)."""
     penalties = (10 * torch.arange(len(PENALTIES)) * misfit_of_text(images, kept, scale)).softmax(0)
     weights = F.pad(penalties, (0, len(STRENGTHS)))  # of Gaussian classes: 0
-    groups = images.clip_groups or len(images.widths)
+    groups = images.clip_groups or len(images.groups)
     configurations = [
         configuration
         for configuration in configurations_of(images)
