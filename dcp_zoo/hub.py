@@ -62,9 +62,8 @@ MESSAGES: dict[object, str] = {
 }
 
 
-DOWNLOADS = ContextVar[str | None](
-    "DOWNLOADS", default=None
-)  # the folder where they are kept; None: the client's cache
+# the folder where they are kept; None: the client's cache
+DOWNLOADS = ContextVar[str | None]("DOWNLOADS", default=None)
 
 
 @contextmanager

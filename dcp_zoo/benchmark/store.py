@@ -136,12 +136,8 @@ def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
             trial = Trial(**result["trial"])
             dataset = _shown(trial.dataset, result)
             for entry in result["results"]:
-                row = result | result["trial"] | entry  # whose other fields are no columns
-                row |= {
-                    "options": trial.changes,
-                    "dataset": dataset,
-                    "target": _shown(entry["target"], result),
-                }
+                shown = {"options": trial.changes, "dataset": dataset, "target": _shown(entry["target"], result)}
+                row = result | result["trial"] | entry | shown  # whose other fields are no columns
                 rows.append([row[name] for name in COLUMNS])
             shared = {"--precision": result["precision"]}  # no column tells these apart
             if not result.get("features"):  # of `benchmarks/given_features.py`

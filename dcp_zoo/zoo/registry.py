@@ -55,9 +55,10 @@ class IndexRow(TypedDict):
     metrics: dict[str, float]
 
 
-@dataclass(frozen=True)
+@dataclass
 class HeadEntry:
-    """One set of trained prompts; ZooError for a name that is no `model.dataset-Kshot[-seedS]`."""
+    """One set of trained prompts: its `model`, `tag`, `dataset`, `shots` and `seed` are in its name. ZooError for
+    a name that is no `model.dataset-Kshot[-seedS]`."""
 
     name: str
     status: str = "planned"  # "bundled" (inside this package), "published" (on the Hub) or "planned" (not trained yet)
@@ -67,20 +68,17 @@ class HeadEntry:
     license: str | None = None
     metrics: Values = field(default_factory=dict)  # measured by this project, such as top-1 accuracy in percent
 
-    model: str = field(init=False)  # the parts of its name, as the next
-    tag: str = field(init=False)
-    dataset: str = field(init=False)
-    shots: int = field(init=False)
-    seed: int = field(init=False)
-
     def __post_init__(self) -> None:
-        model, _, tag = self.name.partition(".")
-        match = re.fullmatch(r"(\w+)-(\d+)shot(?:-seed(\d+))?", tag)
+        """The parts of its name."""
+        self.model, _, self.tag = self.name.partition(".")
+        match = re.fullmatch(r"(\w+)-(\d+)shot(?:-seed(\d+))?", self.tag)
         if match is None:
-            raise ZooError(f"{tag!r} is not the tag of a head: tags look like imagenet-16shot or eurosat-4shot-seed2.")
-        dataset, shots, seed = match.groups(default="1")
-        # not by assignment, as this class is frozen
-        vars(self).update(model=model, tag=tag, dataset=dataset, shots=int(shots), seed=int(seed))
+            raise ZooError(
+                f"{self.tag!r} is not the tag of a head: tags look like imagenet-16shot or eurosat-4shot-seed2."
+            )
+        self.dataset, shots, seed = match.groups(default="1")
+        self.shots = int(shots)
+        self.seed = int(seed)
 
     @property
     def place(self) -> tuple[str, str | None, str | None]:
