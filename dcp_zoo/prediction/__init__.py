@@ -256,9 +256,10 @@ def images_of(batch: Mapping[str, Any], column: str) -> tuple[list[Any], Values]
         given = f"the columns {shorten([*map(str, batch)])}" if isinstance(batch, Mapping) else type(batch).__name__
         raise ZooError(f"A batch is a dict of columns, of which {column!r} has the images, not {given}: pass image=...")
     images = list(batch[column])
-    other_columns = {name: batch[name] for name in batch if name not in (ERROR, column)}
+    left_out = [ERROR, column]
     if all(image is None or isinstance(image, str) for image in images):  # paths
-        other_columns = {name: batch[name] for name in batch if name != ERROR}
+        left_out = [ERROR]
+    other_columns = {name: batch[name] for name in batch if name not in left_out}
     for i, error in enumerate(batch.get(ERROR, ())):
         if error:
             images[i] = ZooError(error)

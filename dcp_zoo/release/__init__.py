@@ -31,7 +31,6 @@ MODES = {  # of an accuracy, and their names in a card
     "batch": "top-1, batch statistics",
     NO_CLASSIFIER: "top-1, without the text probe",
 }
-PROBED = {mode: f"{name}, with a text probe" for mode, name in MODES.items() if mode != NO_CLASSIFIER}
 
 
 def accuracies(metrics: Values) -> dict[str, float]:
@@ -103,7 +102,7 @@ def not_of_dataset(model: Head) -> str:
 def _metadata(
     repo_id: str, license: str, base: str | None, dataset: str | None, measured: dict[str, float]
 ) -> ModelCardData:
-    names = MODES | PROBED if NO_CLASSIFIER in measured else MODES
+    probed = ", with a text probe" if NO_CLASSIFIER in measured else ""
     results = []
     for mode, top1 in measured.items():
         if dataset and mode != "batch":  # the loaded model, and the method alone; the text of the card has all modes
@@ -113,8 +112,9 @@ def _metadata(
                 dataset_name=dataset,
                 dataset_split="test",
                 metric_type="accuracy",
-                metric_name=names[mode],
+                metric_name=MODES[mode] + ("" if mode == NO_CLASSIFIER else probed),
                 metric_value=top1,
+                metric_args={"mode": mode},
             )
             results.append(result)
     return ModelCardData(
@@ -154,9 +154,10 @@ def claimed(name: str, model: Head) -> dict[str, float]:
     metrics = newest(get_head(name)).metrics if kind == "zoo" and tag else {}
     claims = accuracies(metrics or model.info.get("metrics") or {})
     results = ModelCard.load(card).data.eval_results if card.is_file() else None
-    stated = {result.metric_name: result.metric_value for result in results or []}
-    for names in (MODES, PROBED):
-        claims |= {mode: stated[metric] for mode, metric in names.items() if metric in stated}
+    for result in results or []:
+        mode = (result.metric_args or {}).get("mode")
+        if mode in MODES:
+            claims[mode] = result.metric_value
     if not claims:
         raise ZooError(f"{name} claims no accuracy: there is nothing to compare with. Omit --claim.")
     return claims
