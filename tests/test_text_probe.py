@@ -553,7 +553,7 @@ def test_with_one_image_per_class_all_penalties_count_unless_text_explains_littl
     for text, equal in ((weight, True), (weight.roll(1, 0), False)):
         probe, info = fit_on_features(NAMES, labels, [ReadingFeatures(views, (text, zero))])
         images = TrainingSet(views, [24], labels, (text, zero), torch.ones(3))
-        evidence = prior_weights(images, images.all[0], torch.tensor(info["text_scale"]))
+        evidence = prior_weights(images, torch.tensor(info["text_scale"]))
         weights = 2 * evidence[Configuration(0, 1.0)][: len(REGRESSIONS)]
         assert (weights[0].item() == pytest.approx(1 / len(REGRESSIONS), abs=1e-6)) is equal
         assert weights.diff().min() >= 0

@@ -362,7 +362,7 @@ def _of_sample(judged: OutOfFold, most: Tensor, generator: torch.Generator) -> f
     tested = order[~torch.isin(judged.groups[order], judged.groups[drawn])][:TESTED]
     few = replace(images.subset(drawn), weights=torch.ones(len(drawn)))
     scale = few.scales(few.all)
-    prior = prior_weights(few, few.all[0], scale[0])
+    prior = prior_weights(few, scale)
     parts = folds(few.labels)
     weights = cross_validate(few, parts, is_judged=False).weights if parts else prior
     probe = fit_candidates(few, few.all, scale, weights).mean(0, weights)

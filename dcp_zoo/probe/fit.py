@@ -101,9 +101,9 @@ def fit_on_features(
     if (whole or len(labels)) > MANY:
         folds_out = folds_out[:1]
     validation = cross_validate(plain, folds_out) if folds_out else None
-    stacked = validation.weights if validation else prior_weights(plain, plain.all[0], scale[0])
+    stacked = validation.weights if validation else prior_weights(plain, scale)
     classes_per_image = len(labels.unique()) / plain.weights.sum().item()
-    misfit = misfit_of_text(plain, plain.all[0], scale[0])
+    misfit = misfit_of_text(plain, scale)
     inverse_temperature = 1 + SHARPER * (1 + classes_per_image) * min(1.0, 20 * misfit)
     sharpened = {configuration: inverse_temperature * each for configuration, each in stacked.items()}
 
@@ -199,8 +199,7 @@ def _set_threshold(
         info["examples"] = len(examples)
     rejected = torch.zeros_like(counted)
     like_examples = torch.zeros_like(counted)
-    for fold in validation.parts:
-        in_fold = torch.isin(positions, fold)
+    for in_fold in validation.parts:
         others = counted & ~in_fold
         if others.sum() > 1:
             rejected |= in_fold & (scores < quantile(scores[others], weights[others], REFUSED))

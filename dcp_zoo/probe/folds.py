@@ -49,10 +49,10 @@ def left_out(
     classifiers that `fit` makes of the others, of views (V, n, E) and labels (n,); None if none can be left
     out."""
     out = folds(labels, groups)
-    kept = [without(part, len(labels)) for part in out]
-    logits = [
-        F.linear(views[0, part], *fit(views[:, rest], labels[rest])) for part, rest in zip(out, kept, strict=True)
-    ]
+    logits = []
+    for part in out:
+        kept = without(part, len(labels))
+        logits.append(F.linear(views[0, part], *fit(views[:, kept], labels[kept])))
     return (torch.cat(out), torch.cat(logits)) if out else None
 
 

@@ -75,7 +75,7 @@ class CrossValidation:
         """Of the candidates that are fitted to all images."""
         images = self.fits.images
         every_fold = {fold: fold for fold in range(len(self.folds))}
-        return self._weights(every_fold) or prior_weights(images, images.all[0], images.scales(images.all)[0])
+        return self._weights(every_fold) or prior_weights(images, images.scales(images.all))
 
     @cached_property
     def weights_without(self) -> list[CandidateWeights]:
@@ -90,8 +90,8 @@ class CrossValidation:
                 others = {*left_out} - {fold}
                 if len(others) == 1 and len(left_out) == 1 + self.by_pairs:
                     fits[others.pop()] = fit
-            prior = prior_weights(self.fits.images, self.fits.kept[fold], self.fits.scales[fold])
-            found.append(self._weights(fits) or prior)
+            kept = self.fits.images.subset(self.fits.kept[fold])
+            found.append(self._weights(fits) or prior_weights(kept, self.fits.scales[fold]))
         return found
 
     def _weights(self, fits: Mapping[int, int]) -> CandidateWeights:
@@ -112,8 +112,10 @@ class CrossValidation:
 
     @property
     def parts(self) -> Sequence[Tensor]:
-        """The folds, or parts of a single one: what judges one of them comes from the others."""
-        return self.folds if len(self.folds) > 1 else [self.positions[i::FOLDS] for i in range(FOLDS)]
+        """Which of the images (m,) are in each fold, or part of a single one: what judges one of them comes
+        from the others."""
+        folds = self.folds if len(self.folds) > 1 else [self.positions[i::FOLDS] for i in range(FOLDS)]
+        return [torch.isin(self.positions, fold) for fold in folds]
 
     def logits(self, inverse_temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (m, C) of the images of all folds by the probes without each, and the text logits that
@@ -126,9 +128,9 @@ class CrossValidation:
         sizes = torch.bincount(images.labels, counts, logits.shape[1])
         labels = images.labels[self.positions]
         weights = counts[self.positions]
-        is_out = [torch.isin(self.positions, part) for part in self.parts]
-        biases = torch.stack([class_bias(logits, labels, weights * ~out, sizes) for out in is_out])
-        added = torch.stack(is_out, 1).float() @ biases
+        added = torch.zeros_like(logits)
+        for part in self.parts:
+            added[part] = class_bias(logits, labels, weights * ~part, sizes)
         return logits + added, text_logits, class_bias(logits, labels, weights, sizes)
 
     def distances(self, rows: Tensor | None = None) -> Tensor:
@@ -198,12 +200,11 @@ Configuration(columns=0, text_share=0.5): tensor([0.7695, 0.0019])}
     }
 
 
-def prior_weights(images: TrainingSet, kept: Tensor, scale: Tensor) -> CandidateWeights:
-    """What counts if none of the images that are kept (n,) can be held out, as with one image per class:
-    softmax regressions that start at the text and read features that no other encoder has. All penalties
-    count the same, unless text explains the training images badly: the i-th one in proportion to exp(10 i
-    `misfit_of_text`)."""
-    penalties = (10 * torch.arange(len(PENALTIES)) * misfit_of_text(images, kept, scale)).softmax(0)
+def prior_weights(images: TrainingSet, scale: Tensor) -> CandidateWeights:
+    """What counts if none of the images can be held out, as with one image per class: softmax regressions
+    that start at the text and read features that no other encoder has. All penalties count the same, unless
+    text explains the training images badly: the i-th one in proportion to exp(10 i `misfit_of_text`)."""
+    penalties = (10 * torch.arange(len(PENALTIES)) * misfit_of_text(images, scale)).softmax(0)
     weights = F.pad(penalties, (0, len(STRENGTHS)))  # of Gaussian classes: 0
     groups = images.clip_groups or len(images.groups)
     configurations = [
@@ -214,10 +215,9 @@ def prior_weights(images: TrainingSet, kept: Tensor, scale: Tensor) -> Candidate
     return dict.fromkeys(configurations, weights / len(configurations))
 
 
-def misfit_of_text(images: TrainingSet, kept: Tensor, scale: Tensor) -> float:
-    """How badly text explains the images that are kept (n,): max(0, r - 1/4), with r zero-shot CLIP's
-    cross-entropy in units of a random guess's."""
+def misfit_of_text(images: TrainingSet, scale: Tensor) -> float:
+    """How badly text explains the images: max(0, r - 1/4), with r zero-shot CLIP's cross-entropy in units of
+    a random guess's."""
     losses = F.cross_entropy(scale * images.text_logits, images.labels, reduction="none")
-    weights = kept * images.weights
-    loss = (weights @ losses / weights.sum()).item()
+    loss = (images.weights @ losses / images.weights.sum()).item()
     return max(0.0, loss / math.log(max(len(images.text[0]), 2)) - 0.25)
