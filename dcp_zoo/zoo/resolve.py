@@ -3,7 +3,6 @@ import torch."""
 
 import os
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,8 +62,7 @@ def parse_name(name: str) -> Name:
     )
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """What a name stands for."""
 
     spec: ModelSpec  # the model's row
