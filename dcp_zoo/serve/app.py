@@ -3,9 +3,7 @@
 import asyncio
 import ctypes
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,16 +42,15 @@ class Service:
             ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
         self.classifier = classifier
         self.limits = limits
-        self.threads = ThreadPoolExecutor(threads)
+        self.decoding = asyncio.Semaphore(threads)
         self.free = max(BYTES, 2 * limits.max_bytes)
         self.queue: asyncio.Queue[tuple[np.ndarray, asyncio.Future]] = asyncio.Queue(WAITING)
 
     @asynccontextmanager
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
-        with self.threads:
-            self.batching = asyncio.create_task(self._classify())
-            yield
-            self.batching.cancel()
+        self.batching = asyncio.create_task(self._classify())
+        yield
+        self.batching.cancel()
 
     async def answer(self, request: Request, top_k: int, promises: Promises) -> Response:
         """The images of a request with their most probable classes; of a form also why an image cannot be
@@ -107,15 +104,14 @@ class Service:
 
     async def _answer_one(self, image: Values, top_k: int, promises: Promises) -> Row | ZooError:
         """The answer for an image, or why it cannot be read."""
-        loop = asyncio.get_running_loop()
-        decode = partial(attempted, pixels_of, image, self.classifier.preprocessing, self.limits.max_pixels)
-        pixels = await loop.run_in_executor(self.threads, decode)
+        preprocessing = self.classifier.preprocessing
+        async with self.decoding:
+            pixels = await asyncio.to_thread(attempted, pixels_of, image, preprocessing, self.limits.max_pixels)
         if isinstance(pixels, ZooError):
             return pixels
-        waiting = loop.create_future()
-        self.queue.put_nowait((pixels, waiting))
-        outputs: Outputs = await waiting
-        return outputs.rows(self.classifier.classnames, top_k, promises)[0]
+        outputs = asyncio.Future[Outputs]()
+        self.queue.put_nowait((pixels, outputs))
+        return (await outputs).rows(self.classifier.classnames, top_k, promises)[0]
 
     async def _classify(self) -> None:
         """Classify what waits as one batch, again and again."""
