@@ -101,8 +101,6 @@ class Stem(nn.Module):
             last = self.widen(last)
             last_maps.append(last)
             means.append(torch.cat([maps.mean((2, 3)) for maps in (last, *earlier)], 1))
-        if len(means) == 1:
-            return last_maps[0], means[0]
         return torch.cat(last_maps), torch.cat(means)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 1280, H / 32, W / 32)

@@ -195,11 +195,6 @@ def own_names(config: HeadConfig) -> list[str]:
     return config["dcp"].get("named", config["label_names"])
 
 
-def made(config: HeadConfig) -> Values:
-    """How the head of a checkpoint was made: dataset, shots, seed, recipe, metrics, ..."""
-    return without(config["dcp"], OWN)
-
-
 def without(values: Mapping[str, Any], names: Collection[str]) -> Values:
     """A copy of the values without those of these names."""
     return {name: value for name, value in values.items() if name not in names}

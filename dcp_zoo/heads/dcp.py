@@ -378,11 +378,9 @@ class DCP(Head):
 
     def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:
         """A state with statistics brings them; one with prompts alone leaves none behind."""
-        if f"{prefix}stored_stats" in state_dict:
-            if self.stored_stats is None:
-                self.stored_stats = self._unknown_stats()  # stays where those of the state do not fit
-        elif f"{prefix}prompts.text" in state_dict:
-            self.stored_stats = None
+        known = state_dict.keys() & {f"{prefix}stored_stats", f"{prefix}prompts.text"}
+        if known:
+            self.stored_stats = self._unknown_stats() if f"{prefix}stored_stats" in known else None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _classify_into(self, names: list[str], texts: Texts | None) -> None:

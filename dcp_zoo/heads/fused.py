@@ -109,7 +109,7 @@ class FusedHead(ImageTower):
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> the normalised features (B, F) that the classifier reads."""
         entering = self.tower.embed(images)
-        constants = [(self.constants[k, 0], self.constants[k, 1]) for k in range(len(self.constants))]
+        constants = [tuple(key_value) for key_value in self.constants]
         features = [self.tower.read(entering, [*constants, self.prompts], self.parts)]
         if self.plain_parts:
             features.append(self.tower.read(entering, (), self.plain_parts))
@@ -184,5 +184,4 @@ def _constants(reading: Reading) -> tuple[Tensor, Tensor]:
     prompts = reading.prompts() if reading.prompts else [none]
     pairs = zip(tower.blocks, prompts, strict=False)
     entering = torch.stack([torch.stack(block.prompts(p.to(tower.dtype))) for block, p in pairs])
-    stays = len(prompts) != len(tower.blocks)  # not of the last block, which computes the pooled tokens only
-    return prompts[-1], entering[: len(prompts) - 1] if stays else entering
+    return prompts[-1], entering[:-1]

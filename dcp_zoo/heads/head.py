@@ -55,7 +55,6 @@ from dcp_zoo.heads.config import (
     Abilities,
     HeadConfig,
     library_versions,
-    made,
     own_names,
     without,
 )
@@ -582,7 +581,7 @@ class Head(nn.Module, ABC):
             rows, columns = state["fc.weight"].shape
             self.fc = nn.Linear(columns, rows, device=self.encoder.device)
         self._load_trained(state)
-        self.info = made(config)
+        self.info = without(block, OWN)
         self._classify_into(classes, sentences)
         if self.fc is not None:
             self.classes = config["label_names"]

@@ -102,12 +102,11 @@ class TextTower:
             check_lengths(labels, ends, self.length - 1 - n_ctx, n_ctx)  # of name, full stop and end token
             return TextChunks(ids[:, 1:], ends - 1, ends, prompts)
         length = self.length - n_ctx  # of a text without prompts, as `ends` until they are inserted
-        if self.class_token is not None:  # after all other tokens
-            ends = torch.full((len(ids),), length)
-        elif self.pooling in ("argmax", "eos"):
+        if self.class_token is None and self.pooling in ("argmax", "eos"):
             ends = end_positions(self.text, ids)
-        else:  # the tower reads its first or its last token, whatever that is
-            ends = torch.full((len(ids),), length - 1 if self.pooling == "last" else 0)
+        else:  # the tower reads a class token after all others, or its first or its last token, whatever that is
+            last = length - 1 if self.pooling == "last" else 0
+            ends = torch.full((len(ids),), last if self.class_token is None else length)
         check_lengths(labels, last_tokens(ids) + 1 - start, length - 1 - start, n_ctx)
         filler = ids.new_full((len(ids), n_ctx), int(getattr(self.text, "pad_id", 0)) + 1)  # replaced by the prompts
         ids = torch.cat([ids[:, :start], filler, ids[:, start:length]], 1)
