@@ -74,13 +74,11 @@ def problems(values: object, kind: type, name: str = "") -> Iterator[str]:
 
 @cache
 def kinds_of(kind: type) -> dict[str, Any]:
-    """The type of each field, annotated with its limits."""
+    """The type of each field, annotated with its limits; attributes of a class are no fields."""
     kinds = get_type_hints(kind, include_extras=True)
-    if is_dataclass(kind):
-        for option in fields(kind):
-            if option.metadata:
-                kinds[option.name] = Annotated[kinds[option.name], option.metadata]
-    return kinds
+    if not is_dataclass(kind):
+        return kinds
+    return {option.name: Annotated[kinds[option.name], option.metadata] for option in fields(kind)}
 
 
 def mismatch(value: Any, kind: Any) -> str:
