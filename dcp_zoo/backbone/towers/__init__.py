@@ -26,7 +26,7 @@ def vision_tower(clip: nn.Module) -> VisionTower:
         kind = TimmViT
     else:
         name = type(trunk).__name__
-        raise _refused(clip, [f"an image tower of transformer blocks, with or without a class token, not {name}"])
+        raise _refused(clip, f"an image tower of transformer blocks, with or without a class token, not {name}")
     missing = kind.missing(visual)
     if missing:
         raise _refused(clip, missing)
@@ -37,18 +37,16 @@ def text_tower(clip: nn.Module) -> TextTower:
     """The text tower of a CLIP; ZooError, naming what is missing, if prompts cannot be inserted into it."""
     text: Any = getattr(clip, "text", clip)  # in open_clip's CustomTextCLIP and CoCa it is a module of its own
     if not hasattr(getattr(text, "transformer", None), "resblocks"):
-        raise _refused(clip, [f"open_clip's own text transformer, not {type(text).__name__}"])
-    missing = missing_parts(text.transformer.resblocks)
-    if pool_type(text) == "none":
-        missing.append("pooling at one token")
+        raise _refused(clip, f"open_clip's own text transformer, not {type(text).__name__}")
+    missing = "pooling at one token" if pool_type(text) == "none" else missing_parts(text.transformer.resblocks)
     if missing:
         raise _refused(clip, missing)
     return TextTower(text)
 
 
-def _refused(clip: nn.Module, missing: list[str]) -> ZooError:
+def _refused(clip: nn.Module, missing: str) -> ZooError:
     return ZooError(
-        f"DCP cannot use this CLIP ({type(clip).__name__}): it needs {', '.join(missing)}. "
+        f"DCP cannot use this CLIP ({type(clip).__name__}): it needs {missing}. "
         "Any open_clip model with a ViT works, such as ViT-B-16, ViT-L-14 or ViT-B-16-SigLIP2. The methods on "
         "features, such as tip-adapter-f and clap, work with every CLIP model."
     )

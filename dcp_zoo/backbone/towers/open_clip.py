@@ -121,14 +121,12 @@ PARAMETERS = {
 SCALES = {"ls_1.gamma", "ls_2.gamma"}  # which it may have
 
 
-def missing_parts(blocks: Iterable[nn.Module]) -> list[str]:
-    """What these blocks lack to be an `OpenClipBlock`."""
+def missing_parts(blocks: Iterable[nn.Module]) -> str:
+    """What these blocks lack to be an `OpenClipBlock`, or ""."""
     wrong = set[str]()
     for block in blocks:
         wrong |= PARAMETERS ^ {name for name, _ in block.named_parameters() if name not in SCALES}
-    return (
-        [f"blocks of open_clip's usual layers, without norms inside, not {', '.join(sorted(wrong))}"] if wrong else []
-    )
+    return f"blocks of open_clip's usual layers, without norms inside, not {', '.join(sorted(wrong))}" if wrong else ""
 
 
 class OpenClipBlock(Block):
@@ -305,12 +303,11 @@ class OpenClipViT(VisionTower):
             self.extra = hidden | self.of_blocks()
 
     @staticmethod
-    def missing(visual: Any) -> list[str]:
-        """What an image tower lacks to be of this kind."""
-        missing = missing_parts(visual.transformer.resblocks)
+    def missing(visual: Any) -> str:
+        """What an image tower lacks to be of this kind, or ""."""
         if visual.pool_type not in ("tok", "avg"):
-            missing.append("pooling of kind tok or avg")
-        return missing
+            return "pooling of kind tok or avg"
+        return missing_parts(visual.transformer.resblocks)
 
     def embed(self, images: Tensor) -> Tokens:
         visual = self.visual

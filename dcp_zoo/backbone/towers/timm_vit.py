@@ -113,19 +113,18 @@ class TimmViT(VisionTower):
         self.extra = hidden | self.of_blocks()
 
     @staticmethod
-    def missing(visual: Any) -> list[str]:
-        """What an image tower lacks to be of this kind."""
+    def missing(visual: Any) -> str:
+        """What an image tower lacks to be of this kind, or ""."""
         trunk = visual.trunk
         for block in trunk.blocks:
             kind = type(block).__name__
             if kind not in BLOCKS:
-                return [f"timm's Block or EvaBlock, not {kind}"]
-        missing = []
-        if not all(is_plain(block.attn) for block in trunk.blocks):
-            missing.append("timm's plain or rotary attention, without norms (qk_norm), gates and grouped queries")
+                return f"timm's Block or EvaBlock, not {kind}"
+            if not is_plain(block.attn):
+                return "timm's plain or rotary attention, without norms (qk_norm), gates and grouped queries"
         if trunk.dynamic_img_size or tuple(visual.image_size) != tuple(trunk.patch_embed.img_size):
-            missing.append("images of one size, the same for open_clip and timm")
-        return missing
+            return "images of one size, the same for open_clip and timm"
+        return ""
 
     def embed(self, images: Tensor) -> Tokens:
         trunk = self.visual.trunk
