@@ -24,7 +24,7 @@ def missing(names: Sequence[str], root: Path) -> list[DatasetSpec]:
     source."""
     specs = [find_spec(row.name) for row in check(root, names=names) if row.status != "ok"]
     for spec in specs:
-        if spec.name not in downloadable():
+        if not spec.archives:
             raise ZooError(f"{spec.name} cannot be downloaded: choose from {', '.join(downloadable())}. {spec.where}")
     return specs
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from dcp_zoo.data import packaged
 from dcp_zoo.data.images import Facts, file_sha256, in_threads, pixels_sha256
-from dcp_zoo.data.packaged import SplitRows, is_user_data
 from dcp_zoo.errors import ZooError, as_zoo_error, shorten, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import text_sha256
@@ -108,7 +107,7 @@ def subset_sha256(items: Iterable[Item]) -> str:
     return text_sha256("\n".join(item.key for item in items))
 
 
-def listed_split(name: str, rows: SplitRows, folder: str = "") -> Split:
+def listed_split(name: str, rows: packaged.SplitRows, folder: str = "") -> Split:
     """The split that these rows list; their images are in a folder."""
     parts: Values = {}
     names = set[tuple[int, str]]()
@@ -250,7 +249,7 @@ def split_images(images: Split, test: float | None = None) -> Split:
 def training_split(images: Split, test: float | None = None) -> Split:
     """As `split_images`, but by default 30 % of the user's own images are for the test, and none for
     validation."""
-    if test is None and is_user_data(images.name):
+    if test is None and packaged.is_user_data(images.name):
         test = OWN_TEST_SHARE
     return split_images(images, test)
 

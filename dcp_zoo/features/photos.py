@@ -99,9 +99,8 @@ class Photos:
     def facts_of(self, position: int) -> Facts:
         """The facts of an image, which is read if they are not known."""
         item = self.items[position]
-        if self.facts and item.key in self.facts:
-            return self.facts[item.key]
-        return load_with_facts(item.path)[1]
+        known = self.facts or {}
+        return known.get(item.key) or load_with_facts(item.path)[1]
 
 
 def image_key(image: ImageLike) -> str:

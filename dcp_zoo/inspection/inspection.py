@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dcp_zoo.answers import in_distribution_score
-from dcp_zoo.api.inputs import Groups, Images, Labels, is_folder, labelled
+from dcp_zoo.api.inputs import Groups, Images, Labels, labelled
 from dcp_zoo.backbone.classes import check_classnames
 from dcp_zoo.data import (
     PARTS,
@@ -271,7 +271,7 @@ def inspect(
 def _read(images: Images, labels: Labels, groups: Groups) -> Split:
     if isinstance(images, Split):
         return images
-    if is_folder(images) or (labels is None and isinstance(images, (str, Path))):
+    if isinstance(images, (str, Path)) and (labels is None or Path(images).is_dir()):
         return load_labelled("folder", images, labels)
     _, split = labelled(images, labels, groups=groups)
     return replace(split, source=f"{len(split.train)} images")
