@@ -189,7 +189,11 @@ class _Answers(Iterable[Row]):
 
     def kept(self) -> np.ndarray:
         """(n, F), of the images in order."""
-        return np.stack([np.frombuffer(self.get("kept", image), np.float32) for image in self.images])
+        width = len(self.get("kept", self.images[0])) // 4
+        kept = np.empty((len(self.images), width), np.float32)
+        for row, image in enumerate(self.images):
+            kept[row] = np.frombuffer(self.get("kept", image), np.float32)
+        return kept
 
 
 def _compute(answers: _Answers, predictor: Predictor, together: bool, progress: Progress) -> None:

@@ -1,7 +1,6 @@
-"""From a `Source`, what a name stands for, to a model: CLIP with its weights and tokenizer, a trained or a
-fresh head, and the image encoders of timm that a head reads beside CLIP. The logger `dcp_zoo.zoo.build`
-tells at level INFO which file, of which repository and revision, the weights of a head and of its CLIP come
-from."""
+"""From a `Resolved` name to a model: CLIP with its weights and tokenizer, a trained or a fresh head, and the
+image encoders of timm that a head reads beside CLIP. The logger `dcp_zoo.zoo.build` tells at level INFO which
+file, of which repository and revision, the weights of a head and of its CLIP come from."""
 
 import logging
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from dcp_zoo.heads.head import Head
 from dcp_zoo.heads.kinds import AdapterHead, CacheHead, ConditionalHead, LinearHead, PromptHead
 from dcp_zoo.hub import DOWNLOADS, fetch_clip, origin
 from dcp_zoo.zoo.registry import clip_cfg
-from dcp_zoo.zoo.resolve import Source
+from dcp_zoo.zoo.resolve import Resolved
 from dcp_zoo.zoo.specs import OPEN_CLIP, ModelSpec, described, get_spec
 
 logger = logging.getLogger(__name__)
@@ -43,61 +42,61 @@ KINDS: Values = {kind.kind: kind for kind in (LinearHead, AdapterHead, PromptHea
 
 
 def build_head(
-    source: Source,
+    resolved: Resolved,
     classnames: Sequence[str] | None,
     descriptions: Descriptions | None,
     tokenizer: Tokenizer | None,
     options: Values,
 ) -> Head:
-    """The head that a source stands for, on its CLIP; a fresh DCP, for these classes, if it stands for none.
+    """The head that a resolved name stands for, on its CLIP; a fresh DCP, for these classes, if it stands for none.
     For the arguments see `create_model`; ZooError for options of a DCP that the checkpoint does not have."""
-    config = _dcp_config(source, {name: value for name, value in options.items() if value is not None})
-    clip = load_clip(source.spec, source.pretrained is not False, tokenizer)
-    clip.pretrained_cfg = source.data_cfg
-    if source.folder and source.is_trained:
-        head = trained_head(clip, source.folder)
+    config = _dcp_config(resolved, {name: value for name, value in options.items() if value is not None})
+    clip = load_clip(resolved.spec, resolved.pretrained is not False, tokenizer)
+    clip.pretrained_cfg = resolved.data_cfg
+    if resolved.folder and resolved.is_trained:
+        head = trained_head(clip, resolved.folder)
         if classnames is not None or descriptions:
             head.set_classnames(head.classnames if classnames is None else classnames, descriptions)
-        head.origin = source.head.pretrained_cfg if source.head else {}
+        head.origin = resolved.head.pretrained_cfg if resolved.head else {}
         return head
-    if source.folder and not source.pretrained:
-        warn(f"Only the architecture is taken from {source.folder}: pass pretrained=True to load its weights.")
+    if resolved.folder and not resolved.pretrained:
+        warn(f"Only the architecture is taken from {resolved.folder}: pass pretrained=True to load its weights.")
     texts = descriptions or TEMPLATE
     if classnames is not None:
         fresh = DCP(clip, classnames, config, texts=texts)
     else:
-        if source.config:
-            classnames = source.config["label_names"]
+        if resolved.config:
+            classnames = resolved.config["label_names"]
         else:
-            classnames = dataset_classnames(source.head.dataset if source.head else "imagenet")
+            classnames = dataset_classnames(resolved.head.dataset if resolved.head else "imagenet")
         with without_warnings():  # ImageNet's list has two pairs of classes with the same name
             fresh = DCP(clip, classnames, config, texts=texts)
-    if source.head and source.pretrained:
-        fresh.origin = clip_cfg(source.spec)
+    if resolved.head and resolved.pretrained:
+        fresh.origin = clip_cfg(resolved.spec)
     return fresh
 
 
-def _dcp_config(source: Source, options: Values) -> DCPConfig | None:
+def _dcp_config(resolved: Resolved, options: Values) -> DCPConfig | None:
     """The options of a DCP, None for a trained head of another method."""
-    if source.config is None:
+    if resolved.config is None:
         names = DCPConfig.__dataclass_fields__
-        default = {name: value for name, value in source.spec.recipe.items() if name in names}
+        default = {name: value for name, value in resolved.spec.recipe.items() if name in names}
         return DCPConfig.from_options(default | options)
-    method = source.config["dcp"]["method"]
-    if source.config["dcp"]["head"] != "dcp":
-        if not source.is_trained:
+    method = resolved.config["dcp"]["method"]
+    if resolved.config["dcp"]["head"] != "dcp":
+        if not resolved.is_trained:
             raise ZooError(
-                f"{source.folder} is a head of {method}, which has no fresh prompts: pass pretrained=True for its "
+                f"{resolved.folder} is a head of {method}, which has no fresh prompts: pass pretrained=True for its "
                 "weights."
             )
         if options:
             raise ZooError(f"A head of {method} has no options: omit {', '.join(options)}.")
         return None
-    trained = DCPConfig.from_options(source.config["model_args"])
-    asked = DCPConfig.from_options(source.config["model_args"] | options).as_dict()
+    trained = DCPConfig.from_options(resolved.config["model_args"])
+    asked = DCPConfig.from_options(resolved.config["model_args"] | options).as_dict()
     differ = [f"{name}={own!r}, not {asked[name]!r}" for name, own in trained.as_dict().items() if own != asked[name]]
     if differ:
-        name = Path(source.folder or "").name
+        name = Path(resolved.folder or "").name
         raise ZooError(f"The head {name} was trained with {'; '.join(differ)}. Omit these options.")
     return trained
 

@@ -127,8 +127,8 @@ def create_model(
     name = _head_of_cfg(model_name, pretrained_cfg, overlay)
     fresh_classes = None if classnames else num_classes
     with downloads_in(cache_dir):
-        source = resolve(name, pretrained, 0 if features_only else fresh_classes)
-        model = build_head(source, classnames, descriptions, tokenizer, without_fixed(source.spec, options))
+        resolved = resolve(name, pretrained, 0 if features_only else fresh_classes)
+        model = build_head(resolved, classnames, descriptions, tokenizer, without_fixed(resolved.spec, options))
     model.stats = stats
     model.pretrained_cfg = without(overlay, NOT_PREPROCESSING)
     if classifier == "none":

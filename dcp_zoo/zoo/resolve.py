@@ -62,7 +62,7 @@ def parse_name(name: str) -> Name:
     )
 
 
-class Source(NamedTuple):
+class Resolved(NamedTuple):
     """What a name stands for."""
 
     spec: ModelSpec  # the model's row
@@ -83,7 +83,7 @@ class Source(NamedTuple):
         return self.spec.data_cfg | own
 
 
-def of_checkpoint(folder: Path, pretrained: bool | str, head: HeadEntry | None = None) -> Source:
+def of_checkpoint(folder: Path, pretrained: bool | str, head: HeadEntry | None = None) -> Resolved:
     """A checkpoint, perhaps as a head of the zoo; ZooError if it is of a CLIP or of weights that the zoo does
     not know."""
     config = read_config(folder)
@@ -99,10 +99,10 @@ def of_checkpoint(folder: Path, pretrained: bool | str, head: HeadEntry | None =
             f"The head in {folder} was trained on weights {tag!r} of CLIP, but {spec.name} has "
             f"{spec.clip_pretrained!r}: train it again."
         )
-    return Source(spec, head, folder, config, pretrained)
+    return Resolved(spec, head, folder, config, pretrained)
 
 
-def resolve(name: str, pretrained: bool | str = True, num_classes: int | None = None) -> Source:
+def resolve(name: str, pretrained: bool | str = True, num_classes: int | None = None) -> Resolved:
     """What a name stands for; a head's checkpoint is in the package, in the local cache or downloaded from
     the Hub. Checkpoint folders and Hub repos are read in any case.
 
@@ -116,7 +116,7 @@ def resolve(name: str, pretrained: bool | str = True, num_classes: int | None = 
     if kind == "open_clip":
         if pretrained not in FRESH:
             raise ZooError(f"{name} has no heads: pass pretrained='clip' for CLIP's weights and fresh prompts.")
-        return Source(get_spec(name), pretrained=pretrained)
+        return Resolved(get_spec(name), pretrained=pretrained)
     if kind == "zoo":
         return _of_the_zoo(place, tag, pretrained, num_classes)
     if pretrained not in (*FRESH, True):
@@ -134,7 +134,7 @@ def resolve(name: str, pretrained: bool | str = True, num_classes: int | None = 
     return of_checkpoint(folder, pretrained)
 
 
-def _of_the_zoo(model: str, tag: str, pretrained: bool | str, num_classes: int | None) -> Source:
+def _of_the_zoo(model: str, tag: str, pretrained: bool | str, num_classes: int | None) -> Resolved:
     """What `model.tag` stands for, or the head of the model that `pretrained` names."""
     if isinstance(pretrained, str) and tag and pretrained != tag:
         raise ZooError(f"'{model}.{tag}' names {tag!r}, but pretrained={pretrained!r} another: pass only one.")
@@ -144,7 +144,7 @@ def _of_the_zoo(model: str, tag: str, pretrained: bool | str, num_classes: int |
     spec = get_spec(model)
     head = get_head(f"{model}.{tag or spec.default_tag}")
     if pretrained in FRESH:
-        return Source(spec, head, pretrained=pretrained)
+        return Resolved(spec, head, pretrained=pretrained)
     if pretrained is not True:
         head = get_head(f"{model}.{pretrained}")
     folder = trained_here(head)
@@ -158,7 +158,7 @@ def _of_the_zoo(model: str, tag: str, pretrained: bool | str, num_classes: int |
             f"CLIP's own weights of {model} are loaded, with fresh prompts, as by {model}.{CLIP_TAG}: its default head "
             f"{head.name} is not published yet, and its classifier is not asked for."
         )
-        return Source(spec, head, pretrained=CLIP_TAG)
+        return Resolved(spec, head, pretrained=CLIP_TAG)
     return of_checkpoint(folder, pretrained, head)
 
 
@@ -230,10 +230,10 @@ def get_pretrained_cfg(name: str) -> Values:
     kind, place, tag = parse_name(name)
     if (kind, tag) == ("zoo", CLIP_TAG):
         return registry.clip_cfg(get_spec(place))
-    source = resolve(name, pretrained=False)
-    if source.head:
-        return source.head.pretrained_cfg
-    return source.data_cfg | {"architecture": source.spec.name}
+    resolved = resolve(name, pretrained=False)
+    if resolved.head:
+        return resolved.head.pretrained_cfg
+    return resolved.data_cfg | {"architecture": resolved.spec.name}
 
 
 def get_pretrained_cfg_value(name: str, key: str) -> Any:
