@@ -29,7 +29,6 @@ from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, check_classnames
 from dcp_zoo.backbone.clip import FrozenCLIP, Linear, join, joined, parts_of
 from dcp_zoo.backbone.inputs import Images, Inputs
 from dcp_zoo.backbone.tokens import Tokenizer
-from dcp_zoo.backbone.towers.open_clip import append_prompts
 from dcp_zoo.backbone.towers.text import FullRun, PrefixRun, TextChunks
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
@@ -262,23 +261,13 @@ class DCP(Head):
         """Whether text prompts are rewritten from vision prompts."""
         return self.num_coupled > 0 and self.rewritten_from.get("text") == "vision"
 
-    def _walk(self, images: Images, last: bool = False) -> Iterator[tuple[Tensor, PrefixRun | FullRun]]:
-        """Both towers side by side on one batch: the tokens (B, N + M, Dv) that leave each vision block, the
-        prompts last, and the text tower. With `last`, only the pooled tokens leave the last block."""
-        tower = self.encoder.vision_tower
-        x = self.encoder.enter(images).x
-        n = x.shape[1]
+    def _entering(self, leaving: Callable[[], Tensor]) -> Iterator[tuple[Tensor | None, PrefixRun | FullRun]]:
         uses_batch = self.stats == "batch"
 
         def pooled(i: int) -> Tensor:
-            return pool(x[:, n:], self.config.pooling) if uses_batch else self._stored(i)
+            return pool(leaving(), self.config.pooling) if uses_batch else self._stored(i)
 
-        for i, (v, text) in enumerate(self.couplings(pooled)):
-            if v is not None:
-                x = append_prompts(x[:, :n], v)
-            if i < len(tower.blocks):
-                x = tower.block(i, x, None, last and i == len(tower.blocks) - 1)
-            yield x, text
+        return self.couplings(pooled)
 
     @torch.compiler.disable  # reads texts, and is kept
     def _constants(self) -> tuple[list[Tensor], Tensor]:

@@ -15,8 +15,9 @@ prompts or by CLIP's weights, a text probe also reads plain CLIP, from inside it
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
@@ -812,18 +813,28 @@ class Head(nn.Module, ABC):
             return features
         return self.classify(features)
 
-    def _walk(self, images: Images) -> Iterator[tuple[Tensor, Any]]:
+    def _walk(self, images: Images, last: bool = False) -> Iterator[tuple[Tensor, Any]]:
         """Yields, for each vision block, the tokens (B, N + M, Dv) that leave it, the prompts last, and for a
-        DCP the text tower beside it."""
+        DCP the text tower beside it. With `last`, only the pooled tokens leave the last block."""
         tower = self.encoder.vision_tower
         x = self.encoder.enter(images).x
-        prompts = self.image_prompts()
         n = x.shape[1]
-        for i in range(len(tower.blocks)):
-            if i < len(prompts):
-                x = append_prompts(x[:, :n], prompts[i])
-            x = tower.block(i, x)
-            yield x, None
+
+        def leaving() -> Tensor:
+            return x[:, n:]
+
+        for i, (prompts, text) in enumerate(self._entering(leaving)):
+            if prompts is not None:
+                x = append_prompts(x[:, :n], prompts)
+            if i < len(tower.blocks):
+                x = tower.block(i, x, None, last and i == len(tower.blocks) - 1)
+            yield x, text
+
+    def _entering(self, leaving: Callable[[], Tensor]) -> Iterator[tuple[Tensor | None, Any]]:
+        """Yields, for each vision block, the prompts (M, Dv) that newly enter it, or None, and the text tower
+        beside it; `leaving` gives those (B, M, Dv) that left the block before."""
+        for prompts, _ in zip_longest(self.image_prompts(), self.encoder.vision_tower.blocks):
+            yield prompts, None
 
 
 class PretrainedCfg(Values):
