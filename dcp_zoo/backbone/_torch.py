@@ -181,14 +181,15 @@ def pool_stream(states: Iterable[Tensor], pooling: str) -> Tensor:
 def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
     """A context in which Python, NumPy and torch, here and on this device, draw from this seed; then as
     before."""
-    accelerator = None if device.type == "cpu" else getattr(torch, device.type, None)
+    states = [] if device.type in ("cpu", "meta") else [device]
     python_state = random.getstate()
     numpy_state = np.random.get_state()
-    with torch.random.fork_rng([device] if accelerator else [], device_type=device.type):
+    with torch.random.fork_rng(states, device_type=device.type if states else "cpu"):
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)
-        if accelerator:  # `manual_seed` is for the current GPU, which may be another; there is one "mps" only
+        if states:  # `manual_seed` is for the current GPU, which may be another; there is one "mps" only
+            accelerator = getattr(torch, device.type)
             with accelerator.device(device) if hasattr(accelerator, "device") else nullcontext():
                 accelerator.manual_seed(seed)
         try:

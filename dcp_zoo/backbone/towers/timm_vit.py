@@ -70,8 +70,8 @@ class TimmBlock(Block):
         if self.trunk.rope_mixed:
             embedding = embedding[self.index]
         end = start + embedding.shape[-2]
-        half = {"half": True} if getattr(attn, "rotate_half", False) else {}
-        turned = apply_rot_embed_cat(x[..., start:end, :], embedding, **half).type_as(x)
+        half = getattr(attn, "rotate_half", False)
+        turned = apply_rot_embed_cat(x[..., start:end, :], embedding, half=half).type_as(x)
         return torch.cat([x[..., :start, :], turned, x[..., end:, :]], -2)
 
 
