@@ -142,9 +142,10 @@ class LowRankBlock(OpenClipBlock):
         self.b = torch.zeros(3, width, recipe.rank, device=task.clip.device, requires_grad=True)
 
     def project(self, normed: Tensor, parts: str) -> Tensor:
+        projected = super().project(normed, parts)
         rows = slice(1) if parts == "q" else slice(1, None)
         updates = [F.dropout(normed, self.dropout) @ a.T @ b.T for a, b in zip(self.a[rows], self.b[rows], strict=True)]
-        return super().project(normed, parts) + self.scale * torch.cat(updates, -1)
+        return projected + self.scale * torch.cat(updates, -1)
 
 
 # ------------------------------------------------------------------------------------------------------------- CLIP-SVD
