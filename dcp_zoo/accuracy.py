@@ -64,4 +64,4 @@ class Accuracy(NamedTuple):
         told = f"at least {at_least} % (97.5 % sure)"
         if self.at_most is not None:
             told = f"{at_least} to {math.ceil(high)} % on other subjects"
-        return f"{told}: {self.percent:.1f} % ({counted}; {interval})"
+        return f"{told}; estimate {self.percent:.1f} % ({counted}; {interval})"

@@ -72,7 +72,7 @@ def test_a_head_is_trained_measured_and_saved(app, tmp_path):
     told, own, download = app.train_on("dcp_mini", classes, str(new))
     assert "Trained on 7 photographs" in told
     assert re.search(r"CLIP without training: .* \(\d of 1;", told)
-    assert "your head: at least 20 % (97.5 % sure): 100.0 % (1 of 1;" in told
+    assert "your head: at least 20 % (97.5 % sure); estimate 100.0 % (1 of 1;" in told
     assert download["value"] == f"{new}/my_head.zip"
     saved = create_model(f"local-dir:{new}/my_head", True)
     assert saved.classnames == own.classnames == ["cat", "red"]

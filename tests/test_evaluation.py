@@ -51,7 +51,7 @@ def test_accuracy_confusions_and_mistakes_worst_first(evaluation):
     assert evaluation.accuracy == Accuracy("", 4, 6, untested=["owl"])
     assert (
         str(evaluation.accuracy)
-        == "at least 29 % (97.5 % sure): 66.7 % (4 of 6; 95 % interval 29 to 91; both without owl)"
+        == "at least 29 % (97.5 % sure); estimate 66.7 % (4 of 6; 95 % interval 29 to 91; both without owl)"
     )
     assert evaluation.per_class == [Accuracy("cat", 2, 4), Accuracy("dog & co", 2, 2)]
     same = replace(evaluation, classnames=["cat", "cat", "owl"])

@@ -101,7 +101,7 @@ def test_train_tells_a_range_and_what_to_name(run: CommandLine, few: Path, tmp_p
     code, out, err = run("train", few, "--output", tmp_path / "head")
     assert code == 0
     assert LOOKS in err
-    told = re.search(r"test top-1.*: (\d+) to (\d+) % on other subjects: ([\d.]+) %", out)
+    told = re.search(r"test top-1.*: (\d+) to (\d+) % on other subjects; estimate ([\d.]+) %", out)
     assert told
     code, named, err = run("train", few, "--group-by", "([a-z]+)_", "--output", tmp_path / "named")
     assert LOOKS not in err

@@ -214,8 +214,8 @@ def alone_and_probed(metrics: Mapping[str, float]) -> tuple[float | None, float 
 
 
 def accuracy_text(info: Mapping[str, Any]) -> str:
-    """Such as "at least 59 % (97.5 % sure): 90.0 % (9 of 10; 95 % interval 59 to 99) with the text probe; 85.0 %
-    without", and whether it was trained on the tested images afterwards."""
+    """Such as "at least 59 % (97.5 % sure); estimate 90.0 % (9 of 10; 95 % interval 59 to 99) with the text
+    probe; 85.0 % without", and whether it was trained on the tested images afterwards."""
     metrics = info.get("metrics")
     if not isinstance(metrics, dict):
         return metrics or ""
