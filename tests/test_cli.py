@@ -126,6 +126,7 @@ GDA = ["train", "MY_PHOTOS", "--method", "gda", "--output", "OUT"]
         ([*DIGITS, "--data-root", "MY_PHOTOS"], "digits needs no --data-root: omit it"),
         (["train", "digts"], "There is no folder digts, and no dataset of this name. Nearest: digits"),
         (["train", "MY_PHOTOS", "--head", "dcp_vitb16.dtd-1shot"], "already sets PHOTOS"),
+        (["train", "--head", "dcp_vitb16.dtd-1shot", "--method", "coop"], "already sets --method"),
         (["train", "--head", "HEAD"], "not the checkpoint HEAD: dcp-zoo train MY_PHOTOS"),
         (["train", "floder"], "no dataset of this name. Nearest: oxford_flowers"),
         ([*GDA, "--recipe", "release"], "The recipe release is for DCP: omit it, or use --method dcp"),

@@ -160,7 +160,7 @@ def show_comparison(
 ) -> None:
     """Print which of two heads is better on the images that both were measured on, and the size and cost of
     both."""
-    from dcp_zoo.data.groups import count_of_groups  # after NumPy, which is slow
+    from dcp_zoo.data.groups import groups_text  # after NumPy, which is slow
     from dcp_zoo.features.device import seconds_per_image
     from dcp_zoo.training.comparison import Comparison
 
@@ -189,7 +189,7 @@ def show_comparison(
         }
         print(json.dumps({"heads": rows} | values))
         return
-    counted = count_of_groups(compared.first.items) or f"{len(compared.first):,} images"
+    counted = groups_text(compared.first.items) or f"{len(compared.first):,} images"
     output.print(f"{counted}, of {shown}, that neither head was trained on, as far as they say:", markup=False)
     cells = [
         (

@@ -95,9 +95,10 @@ def train(
     if not head:
         dataset, data_root = opt.data_source(photos, data_root, labels)
     else:  # of whose dataset no folder takes the place
-        given = {"PHOTOS": photos, "--model": model != "dcp_mini", "--shots": shots, "--seed": seed != SEED}
+        given = {"PHOTOS": photos, "--model": model != "dcp_mini", "--method": method, "--shots": shots}
+        given["--seed"] = seed != SEED
         entry = named_head(head, [option for option, is_given in given.items() if is_given])
-        method = method or DCP_METHOD
+        method = DCP_METHOD
         model = entry.model
         shots = entry.shots
         seed = entry.seed

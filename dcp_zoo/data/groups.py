@@ -77,7 +77,7 @@ def with_groups(items: Sequence[Item], groups: Iterable[Sequence[int]]) -> list[
     return grouped
 
 
-def count_of_groups(items: Sequence[Item]) -> str:
+def groups_text(items: Sequence[Item]) -> str:
     """Such as "80 images in 23 groups"; "" if each is alone."""
     groups = len({item.group or i for i, item in enumerate(items)})
     return "" if groups == len(items) else f"{len(items):,} images in {groups:,} groups that were taken together"

@@ -158,6 +158,7 @@ class ImageLoader(LabelledItems):
                 shown).
         """
         n = len(self)
+        # every seeded result depends on these draws and their order
         order = torch.randperm(n, generator=generator)
         seeds = None
         if self.precomputed is None:

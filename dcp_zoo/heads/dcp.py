@@ -99,10 +99,10 @@ class CMPA(nn.Module):
     def forward(self, v: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Pooled vision prompts v (M, Dv) and text prompts t (M, Dt) -> both rewritten; None for those that
         are not."""
-        new = {tower: attention(own, other) for tower, attention, own, other in self.reads(v, t)}
+        new = {tower: attention(own, other) for tower, attention, own, other in self.inputs(v, t)}
         return new.get("vision"), new.get("text")
 
-    def reads(self, v: Tensor, t: Tensor) -> Iterator[tuple[str, Any, Tensor, Tensor]]:
+    def inputs(self, v: Tensor, t: Tensor) -> Iterator[tuple[str, Any, Tensor, Tensor]]:
         """Of each such tower its attention, its own prompts, and those that they are rewritten from."""
         prompts = {"vision": v, "text": t}
         for tower, source in self.rewritten_from.items():

@@ -71,7 +71,7 @@ def prompt_attention(model: Head) -> dict[str, np.ndarray]:
     """
     weights: dict[str, list[np.ndarray]] = {}
     for cmpa, v, t in checked(model).read_by_cmpa():
-        for tower, attention, own, other in cmpa.reads(v, t):
+        for tower, attention, own, other in cmpa.inputs(v, t):
             of_tower = attention.attend(own, other, average_attn_weights=False)[1]
             weights.setdefault(tower, []).append(of_tower.float().cpu().numpy())
     return {tower: np.stack(blocks) for tower, blocks in weights.items()}

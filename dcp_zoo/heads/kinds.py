@@ -273,12 +273,13 @@ class PromptHead(Head):
         loads."""
 
         def prompts_of(tower: str) -> list[Tensor]:
-            names = takewhile(shapes.__contains__, (f"{tower}{i}" for i in count()))
+            names = takewhile(shapes.__contains__, (f"{tower}_prompts.{i}" for i in count()))
             return [torch.zeros_like(shapes[name]) for name in names]
 
         block = config["dcp"]
-        prompts = [prompts_of(tower) for tower in PromptHead.trained]
-        head = cls(clip, own_names(config), *prompts, texts=block["texts"], rest=block["rest"])
+        text = prompts_of("text")
+        vision = prompts_of("vision")
+        head = cls(clip, own_names(config), text, vision, texts=block["texts"], rest=block["rest"])
         return head.requires_grad_(False)
 
     def _classify_into(self, names: list[str], texts: Texts | None) -> None:

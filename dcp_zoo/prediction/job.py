@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def classify(images: Sequence[str], predictor: Predictor, together: bool = False
     for errors, outputs in backend.batches(images, predictor.batch_size):
         rows = []
         answers = outputs.rows(backend.classnames, predictor.top_k, promises)
-        for error, image, answer in zip(errors, remaining, answers, strict=False):
+        for error, image, answer in zip(errors, islice(remaining, len(errors)), answers, strict=True):
             rows.append({"image": image} | (answer if error is None else {"error": str(error)}))
         kept = outputs.features
         if together and kept is not None:

@@ -129,21 +129,25 @@ def fit_on_features(
 def _training_sets(
     labels: Tensor, readings: Sequence[ReadingFeatures], weights: Tensor, whole: int | None
 ) -> list[TrainingSet]:
-    """For each reading with text, the features without the other's embedding."""
+    """For each reading with text, the features without the other's embedding. The first of two such readings
+    is its embedding alone."""
     views = torch.cat([reading.features for reading in readings], -1)
     texts = list[Linear]()
+    embeddings = list[int]()  # where in `widths` those of the readings with text are
     widths = list[int]()
     intermediate = list[int]()
     for reading in readings:
         if reading.start:
             texts.append(reading.start)
+            embeddings.append(len(widths))
             clip_groups = len(reading.widths) - reading.inside
         widths += reading.widths
         end = len(widths) + 1 - len(texts)  # of the groups that are used
         intermediate += range(end - reading.inside, end)
+    assert embeddings in ([0], [0, 1])
     sets = []
     for number, text in enumerate(texts):
-        unused = 1 - number if len(texts) > 1 else None
+        unused = embeddings[1 - number] if len(texts) > 1 else None
         sets.append(TrainingSet(views, widths, labels, text, weights, intermediate, clip_groups, whole, unused))
     return sets
 

@@ -51,7 +51,7 @@ def left_out(
     out = folds(labels, groups)
     logits = []
     for part in out:
-        kept = without(part, len(labels))
+        kept = all_but(part, len(labels))
         logits.append(F.linear(views[0, part], *fit(views[:, kept], labels[kept])))
     return (torch.cat(out), torch.cat(logits)) if out else None
 
@@ -67,7 +67,7 @@ def shares(groups: Tensor, weights: Tensor | None = None) -> Tensor:
     return counts if weights is None else counts * weights / weights.mean()
 
 
-def without(out: Tensor, n: int) -> Tensor:
+def all_but(out: Tensor, n: int) -> Tensor:
     """Which of n images (n,) are not at these positions: those that are kept while a fold is left out."""
     return torch.isin(torch.arange(n), out, invert=True)
 

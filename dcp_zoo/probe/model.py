@@ -14,7 +14,7 @@ from dcp_zoo.backbone.clip import Linear
 
 PREFIX = "text_probe."  # of its tensors in a head
 PER_CLASS = ("weight", "bias", "means")  # tensors with one row for each class
-PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)  # an infinite one leaves the text alone
+PENALTIES = (math.inf, 1.0, 0.1, 0.03, 0.01, 0.003, 0.001)  # the first leaves the text alone: its solution is known
 NEVER = torch.finfo(torch.float16).min  # a threshold that rejects nothing, also in half precision
 BEYOND = 1e4  # a distance that every other threshold rejects
 TINY = 1e-12  # a share whose logarithm has a gradient

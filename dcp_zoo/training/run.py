@@ -22,7 +22,7 @@ from dcp_zoo.backbone._torch import construction
 from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.data import Item, Split, few_shot, find_spec, is_user_data
-from dcp_zoo.data.groups import count_of_groups
+from dcp_zoo.data.groups import groups_text
 from dcp_zoo.data.images import Facts
 from dcp_zoo.data.splits import (
     all_for_training,
@@ -50,7 +50,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.files import alone_in
 from dcp_zoo.heads.config import MEASURED, NO_CLASSIFIER
 from dcp_zoo.heads.head import Head
-from dcp_zoo.probe.folds import folds, without
+from dcp_zoo.probe.folds import all_but, folds
 from dcp_zoo.progress import Progress, bar, format_duration, no_progress
 from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measured, outputs_by_mode
 from dcp_zoo.training.folder import STATE_NAME, check_free
@@ -116,7 +116,7 @@ class Run:
         features = METHODS[self.method].features
         reads_flips = features not in (None, plain) or self.recipe.classifier != "none"
         items = group_images([images], images.with_flips if reads_flips else (PLAIN,), subjects=True)
-        found_groups = count_of_groups(items)
+        found_groups = groups_text(items)
         if found_groups:
             options.log(f"{found_groups}: none is on both sides of a measurement.")
         sides = [facts.sides for facts in self.facts.values()]  # of those that were read now
@@ -133,16 +133,16 @@ class Run:
         if subset.val and self.needs_images:
             val = source.read(subset.val)
         return Task(
-            source.clip,
-            self.model,
-            subset.classnames,
-            self.descriptions or find_spec(self.split.name).template,
-            source.read(subset.train, self.recipe.augment, method.features is None),
-            val.table().first_parts(1) if val and method.chooses else None,
-            self.recipe,
-            self.seed,
-            self.precision,
-            source.extract.progress,
+            clip=source.clip,
+            model=self.model,
+            classnames=subset.classnames,
+            texts=self.descriptions or find_spec(self.split.name).template,
+            images=source.read(subset.train, self.recipe.augment, method.features is None),
+            val=val.table().first_parts(1) if val and method.chooses else None,
+            recipe=self.recipe,
+            seed=self.seed,
+            precision=self.precision,
+            progress=source.extract.progress,
             probe=ProbeInputs(
                 weights=None if self.sample_weight is None else torch.tensor(self.sample_weight),
                 none=source.read(subset.no_class) if subset.no_class else None,
@@ -453,7 +453,7 @@ def _by_folds(run: Run, task: Task, head: Head) -> tuple[dict[str, float], Evalu
         positions = torch.cat(parts)
         found = []
         for out in parts:
-            kept = without(out, len(images)).nonzero().flatten().tolist()
+            kept = all_but(out, len(images)).nonzero().flatten().tolist()
             probe = task.probe._replace(describes=False)
             if probe.weights is not None:
                 probe = probe._replace(weights=probe.weights[kept])
@@ -502,7 +502,8 @@ def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> t
         first = output / BEFORE_REFIT
         measured_head, evaluation = _fit_and_measure(replace(part, describes=False), first, options, source)
         known = measured_head.info
-        final = replace(run, split=all_for_training(part.split), shots=None, test_share=0.0)  # with its groups
+        # with its groups
+        final = replace(run, split=all_for_training(part.split), shots=None, drawn=None, test_share=0.0)
         took = format_duration(known["train_seconds"])
         options.log(f"Refitting on all {len(final.split.train):,} images; the first fit took {took}.")
         head, _ = _fit_and_measure(final, output, options, source)

@@ -268,6 +268,7 @@ def chosen_alpha(task: Task, text: Tensor, views: Tensor, weight: Tensor, bias: 
     def fit_without_plain(views: Tensor, labels: Tensor) -> Linear:
         return gaussian_of_views(views[1:], labels, len(text))
 
+    # the first view is the one that is scored, the others are fitted to
     held_out = left_out(torch.cat([unaugmented[None], views]), labels, task.train.groups, fit_without_plain)
     if held_out:
         positions, scores = held_out
