@@ -433,16 +433,19 @@ def coupling_versus(*args: Any, **kwargs: Any) -> str:
     return verdict(coupling_gaps(*args, **kwargs))
 
 
+def in_tables_order(found: pd.DataFrame) -> list[tuple[str, str]]:
+    """Methods with their changes: DCP's couplings, then methods whose prompts are not coupled."""
+    columns = [("dcp", f"coupling={name}") for name in COUPLINGS]
+    columns += [column for method in UNCOUPLED for column in found.columns if column[0] == method]
+    return [column for column in columns if column in found.columns]
+
+
 def coupling(images: int) -> str:
     """What CMPA is worth: methods with and without coupled prompts, over the draws that are complete."""
     found = coupled(images)
     rows = select("coupling", images_per_class=images).fillna({"changes": ""})
-    columns = [("dcp", f"coupling={name}") for name in COUPLINGS]
-    columns += [column for method in UNCOUPLED for column in found.columns if column[0] == method]
     lines = []
-    for column in columns:
-        if column not in found.columns:
-            continue
+    for column in in_tables_order(found):
         method, changes = column
         own = found[column].dropna()
         means = own.groupby("set", sort=False).mean()
@@ -485,21 +488,17 @@ def coupling_elsewhere() -> str:
     found = elsewhere()
     columns = list(found.index.unique("tested"))
     lines = []
-    for method, changes in found:
-        own = found[method, changes]
-        means = own.groupby("tested", sort=False).mean()
-        counts = own.groupby("tested").count()
+    for method, changes in in_tables_order(found):
+        means = found[method, changes].groupby("tested", sort=False).mean()
         gaps = elsewhere_gaps(method, changes)
         lines.append(
             [
                 f"{titled(method)}, `{changes}`" if changes else titled(method),
-                *("" if pd.isna(means[name]) else f"{means[name]:.1f}" for name in columns),
+                *(f"{means[name]:.1f}" for name in columns),
                 "" if (method, changes) == PAPERS_COUPLING else report.difference_cell(gaps),
-                f"{counts['other styles'] // gaps.size} / {counts[columns[-1]]}",
             ]
         )
-    header = ["prompts, 16 images", *columns, "difference on other styles", "draws of styles / of classes"]
-    return as_table(header, lines)
+    return as_table(["prompts, 16 images", *columns, "difference on other styles"], lines)
 
 
 def rejection() -> str:
