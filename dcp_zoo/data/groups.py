@@ -16,7 +16,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -85,6 +84,8 @@ def groups_text(items: Sequence[Item]) -> str:
 
 def joined(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
     """The groups in which these pairs are."""
+    from scipy.cluster.hierarchy import DisjointSet  # slow, and predictions need no groups
+
     groups = DisjointSet({i for pair in pairs for i in pair})
     for pair in pairs:
         groups.merge(*pair)

@@ -16,7 +16,6 @@ from statistics import NormalDist
 
 import numpy as np
 import torch
-from scipy.special import betaincinv
 from torch import Tensor
 
 from dcp_zoo.fields import Values
@@ -106,6 +105,8 @@ def confidence_allowing(confidence: Tensor, wrong: Tensor, weights: Tensor, shar
     some confidences (n,) and how much each counts (n,); None if no such confidence is known. From the surest
     on, as soon as they are enough, more and more are tested until a test fails, so that the number of tests
     costs nothing (Angelopoulos et al., Learn then Test, arXiv 2110.01052)."""
+    from scipy.special import betaincinv  # slow, and predictions need no thresholds of their own
+
     values, order = confidence.sort(descending=True)
     seen = weights[order].cumsum(0)
     errors = (weights * wrong)[order].cumsum(0)
