@@ -102,7 +102,7 @@ class GivenFeatures:
         self.clip.clip.output_dim = arrays["test_vector"].shape[1]
         self.clip.further = {HIDDEN: arrays["test_backbone"].shape[1]} if "test_backbone" in arrays else {}
         if TEXT_ARRAY in arrays:
-            self.clip.given_texts = dict(zip(names, _vectors(arrays[TEXT_ARRAY]), strict=True))
+            self.clip.given_texts = dict(zip(names, unit_vectors(arrays[TEXT_ARRAY]), strict=True))
         parts = (f"train{shots}", f"val{shots}", "test")
         train, val, test = (_items(path, name) if f"{name}_vector" in arrays else [] for name in parts)
         return GivenSplit(dataset, names, train, val, test, source=str(path))
@@ -112,7 +112,7 @@ class GivenFeatures:
             return ImageLoader.of_features(FeatureTable([], {}, []))
         path, name, _ = items[0].path
         kinds = ("vector", "backbone") if self.clip.further else ("vector",)
-        parts = [_vectors(_arrays(path)[f"{name}_{kind}"]) for kind in kinds]
+        parts = [unit_vectors(_arrays(path)[f"{name}_{kind}"]) for kind in kinds]
         return ImageLoader.of_features(given_table(items, [parts]))
 
 
@@ -146,7 +146,7 @@ def _arrays(path: Path) -> Values:
         return dict(file)
 
 
-def _vectors(array: np.ndarray) -> torch.Tensor:
+def unit_vectors(array: np.ndarray) -> torch.Tensor:
     """Normalised vectors in float32."""
     return F.normalize(torch.from_numpy(np.asarray(array, np.float32)), dim=-1)
 

@@ -40,6 +40,7 @@ from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Split
 from dcp_zoo.data.splits import subsample_classes
 from dcp_zoo.features.loader import ImageLoader
+from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.heads import outputs_of_loader
 from dcp_zoo.training.evaluation import EVAL_BATCH, top1
 from dcp_zoo.training.methods import METHODS, fit_head
@@ -142,7 +143,7 @@ def parts(data_root: Data, draws: Draws = 2) -> None:
     with TemporaryDirectory() as folder:
         pools = Pools(data_root, Path(folder))
         for seed, changes, (name, images) in product(range(1, draws + 1), CHANGES, FEW.items()):
-            changed = ", ".join(f"{option}={value}" for option, value in changes.items())
+            changed = as_text(changes)
             key = (weights_id(MODEL), name, images, seed, changed)
             if key in table:
                 continue
@@ -168,21 +169,16 @@ def coupling(data_root: Data, draws: Draws = 3) -> None:
         pools = Pools(data_root, Path(folder))
         cells = product(range(1, draws + 1), (4, IMAGES), PROMPTED, REPORTING)
         for seed, images, (method, changes), name in cells:
-            changed = ", ".join(f"{option}={value}" for option, value in changes.items())
+            changed = as_text(changes)
             key = (weights_id(MODEL), name, images, seed, method, changed)
             if key in table:
                 continue
             split = without_validation(draw(pools[name], images, seed))
-            all_changes = CROSS_ENTROPY | changes if method == "dcp" else changes
-            run = plan(split, MODEL, method, seed=seed, changes=all_changes, classifier="none", device="cpu")
-            task = run.task(Source(run, clip=frozen_clip()))
-            started = process_time()
-            head = fit_head(method, task)
-            seconds = round(process_time() - started, 1)
+            head, seconds = trained(split, method, changes, seed)
             test = test_images(tuple(split.test))
             logits = torch.from_numpy(outputs_of_loader(head, test, EVAL_BATCH).logits)
-            trained = (p.numel() for part, p in head.named_parameters() if part.startswith(head.trained))
-            table.add([(*key, top1(logits, test.labels), len(logits), sum(trained), seconds)])
+            sizes = (p.numel() for part, p in head.named_parameters() if part.startswith(head.trained))
+            table.add([(*key, top1(logits, test.labels), len(logits), sum(sizes), seconds)])
 
 
 @app.command()
@@ -195,25 +191,17 @@ def coupling_elsewhere(data_root: Data, draws: Draws = 3) -> None:
     with TemporaryDirectory() as folder:
         pools = Pools(data_root, Path(folder))
         for seed, (method, changes), (protocol, name) in product(range(1, draws + 1), methods, trained_on):
-            changed = ", ".join(f"{option}={value}" for option, value in changes.items())
+            changed = as_text(changes)
             key = (weights_id(MODEL), protocol, name, seed, method, changed)
             if key in table or not applies(method, protocol):
                 continue
             split = of_part(draw(pools[name], IMAGES, seed), protocol)
-            all_changes = CROSS_ENTROPY | changes if method == "dcp" else changes
-            run = plan(split, MODEL, method, seed=seed, changes=all_changes, classifier="none", device="cpu")
-            task = run.task(Source(run, clip=frozen_clip()))
-            started = process_time()
-            head = fit_head(method, task)
-            seconds = round(process_time() - started, 1)
+            head, seconds = trained(split, method, changes, seed)
             tested = {target: (pools[target][0], test_of(pools[target])) for target in targets_of(protocol, name)}
             rows = list[Sequence[Any]]()
-            for target, (names, test) in tests_of(protocol, tested).items():
-                if list(names) != head.classnames:
-                    head.set_classnames(names)
-                first = test.labels.min() if target == "new" else 0  # classes that are counted from the middle
+            for target, test, labels in for_each_test(head, tests_of(protocol, tested)):
                 logits = torch.from_numpy(outputs_of_loader(head, test, EVAL_BATCH).logits)
-                rows.append((*key, target, top1(logits, test.labels - first), len(logits), seconds))
+                rows.append((*key, target, top1(logits, labels), len(logits), seconds))
             table.add(rows)
 
 
@@ -227,6 +215,22 @@ class Pools(dict[str, Pool]):
     def __missing__(self, name: str) -> Pool:
         self[name] = SETS[name](*self.places)
         return self[name]
+
+
+def as_text(changes: Mapping[str, Any]) -> str:
+    """Changes to a recipe, as a table has them."""
+    return ", ".join(f"{option}={value}" for option, value in changes.items())
+
+
+def trained(split: Split, method: str, changes: Mapping[str, Any], seed: int) -> tuple[Head, float]:
+    """A head of `PROMPTED`, and the CPU seconds of its training."""
+    if method == "dcp":
+        changes = CROSS_ENTROPY | changes
+    run = plan(split, MODEL, method, seed=seed, changes=changes, classifier="none", device="cpu")
+    task = run.task(Source(run, clip=frozen_clip()))
+    started = process_time()
+    head = fit_head(method, task)
+    return head, round(process_time() - started, 1)
 
 
 def applies(method: str, protocol: str) -> bool:
@@ -271,12 +275,18 @@ def measured(method: str, task: Task, tests: Mapping[str, Test]) -> Iterator[tup
     if not head.text_probe and method not in ON_FEATURES:
         fit_probe(head, task.images)
     seconds = round(process_time() - started, 1)
+    for target, test, labels in for_each_test(head, tests):
+        for reading, logits in answers(head, test):
+            yield reading, target, top1(logits, labels), len(logits), seconds
+
+
+def for_each_test(head: Any, tests: Mapping[str, Test]) -> Iterator[tuple[str, ImageLoader, Tensor]]:
+    """Each target with its images and labels, while the head has the target's classes."""
     for target, (names, test) in tests.items():
         if list(names) != head.classnames:
             head.set_classnames(names)
         first = test.labels.min() if target == "new" else 0  # classes that are counted from the middle
-        for reading, logits in answers(head, test):
-            yield reading, target, top1(logits, test.labels - first), len(logits), seconds
+        yield target, test, test.labels - first
 
 
 def answers(head: Any, test: ImageLoader) -> Iterator[tuple[str, Tensor]]:

@@ -433,6 +433,10 @@ def coupling_versus(*args: Any, **kwargs: Any) -> str:
     return verdict(coupling_gaps(*args, **kwargs))
 
 
+def with_changes(method: str, changes: str) -> str:
+    return f"{titled(method)}, `{changes}`" if changes else titled(method)
+
+
 def in_tables_order(found: pd.DataFrame) -> list[tuple[str, str]]:
     """Methods with their changes: DCP's couplings, then methods whose prompts are not coupled."""
     columns = [("dcp", f"coupling={name}") for name in COUPLINGS]
@@ -453,7 +457,7 @@ def coupling(images: int) -> str:
         costs = rows[(rows.method == method) & (rows.changes == changes) & rows.seed.isin(seeds)]
         lines.append(
             [
-                f"{titled(method)}, `{changes}`" if changes else titled(method),
+                with_changes(method, changes),
                 *(f"{means[name]:.1f}" for name in REPORTING),
                 f"{means.mean():.1f}",
                 "" if column == PAPERS_COUPLING else report.difference_cell(coupling_gaps(*column, images)),
@@ -477,10 +481,11 @@ def elsewhere() -> pd.DataFrame:
     return rows.pivot_table("top1", ["tested", "trained_on", "seed"], ["method", "changes"], sort=False)
 
 
-def elsewhere_gaps(method: str, changes: str, base: tuple[str, str] = PAPERS_COUPLING) -> "pd.Series[float]":
-    """Top-1 on other styles minus the base's, paired by draw: the mean of each style of training."""
+def elsewhere_gaps(method: str, changes: str) -> "pd.Series[float]":
+    """Top-1 on other styles minus that of the paper's coupling, paired by draw: the mean of each style of
+    training."""
     found = elsewhere().loc["other styles"]
-    return (found[method, changes] - found[base]).dropna().groupby("trained_on", sort=False).mean()
+    return (found[method, changes] - found[PAPERS_COUPLING]).dropna().groupby("trained_on", sort=False).mean()
 
 
 def coupling_elsewhere() -> str:
@@ -493,7 +498,7 @@ def coupling_elsewhere() -> str:
         gaps = elsewhere_gaps(method, changes)
         lines.append(
             [
-                f"{titled(method)}, `{changes}`" if changes else titled(method),
+                with_changes(method, changes),
                 *(f"{means[name]:.1f}" for name in columns),
                 "" if (method, changes) == PAPERS_COUPLING else report.difference_cell(gaps),
             ]

@@ -22,13 +22,12 @@ import numpy as np
 import torch
 import typer
 from bursts import variant
-from given_features import GivenCLIP, given_table
+from given_features import GivenCLIP, given_table, unit_vectors
 from growing import GrowingTable
 from many_sets import draw
 from real_clip import named_classes
 from sets import CHOOSING, REPORTING, of_class
 from told import MODEL, with_groups
-from torch.nn import functional as F
 
 from dcp_zoo.answers import Outputs, Promises, Thresholds
 from dcp_zoo.benchmark.plan import weights_id
@@ -81,12 +80,12 @@ class Vectors(Source):
             arrays = dict(file)
             arrays = arrays if "text_vector" in arrays else named_classes(arrays, dict(text))
         self.names = [str(name) for name in arrays["classnames"]]
-        self.rows = F.normalize(torch.from_numpy(arrays["test_vector"]).float(), dim=-1)
+        self.rows = unit_vectors(arrays["test_vector"])
         self.items = [Item(row, f"{row}", label) for row, label in enumerate(arrays["test_label"].tolist())]
         self.clip = GivenCLIP()
         self.extract = FeatureExtractor(self.clip)
         self.clip.clip.output_dim = self.rows.shape[1]
-        texts = F.normalize(torch.from_numpy(arrays["text_vector"]).float(), dim=-1)
+        texts = unit_vectors(arrays["text_vector"])
         self.clip.given_texts = dict(zip(self.names, texts, strict=True))
 
     def read(self, items: Sequence[Item], augment: str = "none", again: bool = False) -> ImageLoader:
@@ -99,12 +98,8 @@ def measured(split: Split, others: list[Item], seed: int, given: Vectors | None 
     shown: list[Evaluation] = []
     options = RunOptions(progress=no_progress, show=shown.append)
     run = plan(split, REAL if given else MODEL, "text-probe", seed=seed, device="cpu", describes=False)
-    if given:
-        head, _ = train_head(run, None, options, given, by_folds=True)
-        images = given.read(others)
-    else:
-        head, _ = train_head(run, None, options, by_folds=True)
-        images = ImageLoader(Photos(others), FeatureExtractor(head.frozen))
+    head, _ = train_head(run, None, options, given, by_folds=True)
+    images = given.read(others) if given else ImageLoader(Photos(others), FeatureExtractor(head.frozen))
     stored = head.promises
     unlike = head.rejection_threshold() if stored else None
     outputs = outputs_of_loader(head, images, EVAL_BATCH, Thresholds(unlike=unlike))
