@@ -49,9 +49,10 @@ def best(probabilities: np.ndarray, classnames: Sequence[str], top_k: int) -> li
     """Probabilities (n, C) -> the `top_k` most probable classes of each image, best first, or in the order of
     the classes if equally probable."""
     positions = np.argsort(-probabilities, 1, kind="stable")[:, :top_k]
+    values = np.take_along_axis(probabilities, positions, 1)  # a list of all would cost more with many classes
     ranked = []
-    for row, classes in zip(probabilities.tolist(), positions.tolist(), strict=True):
-        ranked.append([Prediction(classnames[i], row[i]) for i in classes])
+    for classes, row in zip(positions.tolist(), values.tolist(), strict=True):
+        ranked.append([Prediction(classnames[i], p) for i, p in zip(classes, row, strict=True)])
     return ranked
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -49,7 +50,8 @@ class Photos:
         self.items = items
         self.facts = facts
         self._capacity = keep  # bytes that are left
-        self._decoded: dict[int, Image.Image] = {}  # by the ids of what they were read from
+        # by the id of what an image was read from, which is kept beside it, as ids of what is gone are used again
+        self._decoded: dict[int, tuple[Any, Image.Image]] = {}
 
     def __len__(self) -> int:
         return len(self.items)
@@ -57,7 +59,7 @@ class Photos:
     @property
     def nbytes(self) -> int:
         """Of the decoded images that are kept."""
-        return sum(3 * image.width * image.height for image in self._decoded.values())
+        return sum(3 * image.width * image.height for _, image in self._decoded.values())
 
     @cached_property
     def keys(self) -> list[str]:
@@ -79,9 +81,8 @@ class Photos:
     def load(self, position: int) -> Image.Image:
         """An image, decoded; ZooError as of `load_image`."""
         item = self.items[position]
-        image = self._decoded.get(id(item.path))
-        if image is not None:
-            return image
+        if id(item.path) in self._decoded:
+            return self._decoded[id(item.path)][1]
         if self.facts is None:
             image = load_image(item.path)
         else:
@@ -89,7 +90,7 @@ class Photos:
         size = 3 * image.width * image.height
         if size <= self._capacity:
             self._capacity -= size
-            self._decoded[id(item.path)] = image
+            self._decoded[id(item.path)] = item.path, image
         return image
 
     def pixels(self, position: int, preprocessing: Values) -> np.ndarray:
