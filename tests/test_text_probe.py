@@ -408,12 +408,12 @@ def test_what_folds_measure_is_fitted_by_the_rule_of_the_whole(plain, monkeypatc
     strengths = [fit_probe(plain, part)["text_strength"] for part in (images.of(kept), images, alone)]
     assert strengths[0] == strengths[1] == 1 != strengths[2]
     views, labels, text = in_a_cone([6, 5, 5])
-    whole = TrainingSet(views, [12], labels, text, torch.ones(n))
+    whole = TrainingSet(views, [torch.arange(12)], labels, text, torch.ones(n))
     one = {Configuration(0, 1.0): torch.eye(EACH)[6]}
     without = torch.arange(n) % 4 > 0
     of_fold = fit_candidates(whole, without[None], torch.ones(1), one)
     for size, same in ((n, True), (None, False)):
-        part = replace(whole.subset(without), whole=size)
+        part = replace(whole.select(without), total=size)
         found = fit_candidates(part, part.all, torch.ones(1), one)
         assert close(of_fold.mean(0, one).weight, found.mean(0, one).weight, 1e-3) == same
 
@@ -486,7 +486,7 @@ def test_a_class_of_two_images_is_found_beside_larger_ones(few_candidates):
     other[used] = False
     given = ReadingFeatures(views[:, used], text)
     probe = fit_on_features(NAMES, labels[used], [given], describes=False)[0]
-    images = TrainingSet(views[:, used], [12], labels[used], text, torch.ones(len(used)))
+    images = TrainingSet(views[:, used], [torch.arange(12)], labels[used], text, torch.ones(len(used)))
     validation = cross_validate(images, folds.folds(labels[used]))
     said, _, bias = validation.logits()
     assert (bias[0] > 0.3, bias[1:].tolist()) == (True, [0, 0])
@@ -552,7 +552,7 @@ def test_with_one_image_per_class_all_penalties_count_unless_text_explains_littl
     zero = torch.zeros(3)
     for text, equal in ((weight, True), (weight.roll(1, 0), False)):
         probe, info = fit_on_features(NAMES, labels, [ReadingFeatures(views, (text, zero))])
-        images = TrainingSet(views, [24], labels, (text, zero), torch.ones(3))
+        images = TrainingSet(views, [torch.arange(24)], labels, (text, zero), torch.ones(3))
         evidence = prior_weights(images, torch.tensor(info["text_scale"]))
         weights = 2 * evidence[Configuration(0, 1.0)][: len(REGRESSIONS)]
         assert (weights[0].item() == pytest.approx(1 / len(REGRESSIONS), abs=1e-6)) is equal

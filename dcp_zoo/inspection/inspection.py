@@ -32,7 +32,7 @@ from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.features import FeatureTable, comparable, looks_few, pick_device, users_cache, with_subjects
 from dcp_zoo.files import write_file
 from dcp_zoo.pages import templates
-from dcp_zoo.probe.candidates import TrainingSet, fit_candidates
+from dcp_zoo.probe.candidates import TrainingSet, columns_of, fit_candidates
 from dcp_zoo.probe.fit import ReadingFeatures
 from dcp_zoo.probe.folds import folds, shares, within_class
 from dcp_zoo.probe.stacking import cross_validate, prior_weights
@@ -297,7 +297,7 @@ def out_of_fold(given: ReadingFeatures, labels: Tensor, groups: Tensor) -> OutOf
     """What the images of other groups say of each, in four folds, of features (1, n, ..), labels and groups
     (n,). The only group of a class is judged by the text, at no distance."""
     assert given.start is not None
-    images = TrainingSet(given.features, given.widths, labels, given.start, shares(groups))
+    images = TrainingSet(given.features, columns_of(given.widths), labels, given.start, shares(groups))
     log_probabilities = (images.scales(images.all) * images.text_logits).log_softmax(1)
     distances = torch.zeros(len(labels))
     left_out = torch.empty(0, dtype=torch.long)
@@ -360,7 +360,7 @@ def _of_sample(judged: OutOfFold, most: Tensor, generator: torch.Generator) -> f
     single = order[_first_of(judged.groups[order])]  # an image of each group
     drawn = single[within_class(images.labels[single]) < most[single]].sort().values
     tested = order[~torch.isin(judged.groups[order], judged.groups[drawn])][:TESTED]
-    few = replace(images.subset(drawn), weights=torch.ones(len(drawn)))
+    few = replace(images.select(drawn), weights=torch.ones(len(drawn)))
     scale = few.scales(few.all)
     prior = prior_weights(few, scale)
     parts = folds(few.labels)

@@ -1,8 +1,8 @@
 """Candidates: softmax regressions and Gaussian classes, each a linear function of the features. A text probe
 is their weighted mean, see `stacking`.
 
-Candidates of one `Configuration` read the same columns f (B, k) of the features and start at the same share
-s of the scaled text logits a z (B, C). For each of `PENALTIES` there is one softmax regression:
+Candidates of one `Configuration` read the same subset f (B, k) of the features' columns and start at the same
+share s of the scaled text logits a z (B, C). For each of `PENALTIES` there is one softmax regression:
 
     logits = s a z + f D^T                                               (B, C)
 
@@ -47,20 +47,19 @@ SMALL = 2**25  # multiplications of a loss that a second thread makes no faster
 
 
 class Configuration(NamedTuple):
-    """What the candidates have in common that are fitted for each of `PENALTIES`, and then of `STRENGTHS`: K
-    in all."""
+    """What K candidates have in common: one for each of `PENALTIES`, then one for each of `STRENGTHS`."""
 
-    columns: int  # which of `TrainingSet.columns` they read
+    subset: int  # which of `TrainingSet.column_subsets` they read
     text_share: float  # s
 
 
-class Columns(NamedTuple):
-    """Columns of the features that candidates read, in the coordinates of the principal axes of the training
-    images. In these a step of L-BFGS can be scaled to the curvature of each, and few images need few
+class ColumnSubset(NamedTuple):
+    """Columns of the features that candidates read, and the training images in the coordinates of their
+    principal axes. In these a step of L-BFGS can be scaled to the curvature of each, and few images need few
     coordinates."""
 
-    positions: Tensor  # (k,), of the columns
-    axes: Tensor  # (k, r), of the columns scaled to the length 1
+    columns: Tensor  # (k,), positions among all W
+    axes: Tensor  # (k, r), times what scales these columns to the length 1
     rows: Tensor  # (V n, r), the training images
     squares: Tensor  # (r,), the sum of squares of each coordinate
 
@@ -70,34 +69,27 @@ class TrainingSet:
     """Features of n training images of C classes, on the CPU."""
 
     views: Tensor  # (V, n, W), of the images, then of their mirror images: normalised groups, one after the other
-    widths: Sequence[int]  # of the groups of features; the first that is used is CLIP's embedding
+    groups: Sequence[Tensor]  # the columns of each group that candidates read; the first is CLIP's embedding
     labels: Tensor  # (n,)
     text: Linear  # the text logits z as a linear function of the first group
     weights: Tensor  # (n,), how much each image counts
-    intermediate: Sequence[int] = ()  # positions of the groups that are intermediate features of an image tower
+    intermediate: Sequence[int] = ()  # which of the groups are intermediate features of an image tower
     clip_groups: int | None = None  # how many of the first are CLIP's and final; default all, see `prior_weights`
-    whole: int | None = None  # of how many images they are a part; default none
-    unused: int | None = None  # a group that no candidate reads: another embedding
+    total: int | None = None  # how many images there are with those that are left out; default n
 
-    def subset(self, images: Tensor) -> "TrainingSet":
+    def select(self, images: Tensor) -> "TrainingSet":
         """Some of the images, by a mask or positions."""
         return replace(self, views=self.views[:, images], labels=self.labels[images], weights=self.weights[images])
 
     @property
     def is_large(self) -> bool:
         """By all images, so that what is fitted without some of them is fitted by the same rule."""
-        return len(self.views) * (self.whole or len(self.labels)) * len(self.text[0]) > LARGE
+        return len(self.views) * (self.total or len(self.labels)) * len(self.text[0]) > LARGE
 
     @cached_property
     def all(self) -> Tensor:
         """The one set (1, n) that keeps all images."""
         return torch.ones(1, len(self.labels), dtype=torch.bool)
-
-    @cached_property
-    def groups(self) -> list[Tensor]:
-        """The columns of each group that is used."""
-        columns = torch.arange(sum(self.widths)).split([*self.widths])
-        return [group for number, group in enumerate(columns) if number != self.unused]
 
     @cached_property
     def text_logits(self) -> Tensor:
@@ -109,14 +101,19 @@ class TrainingSet:
         return text_scales(self.text_logits, self.labels, kept * self.weights)
 
     @cached_property
-    def columns(self) -> list[Columns]:
-        """See `column_subsets`."""
+    def column_subsets(self) -> list[ColumnSubset]:
+        """See `subsets_of`."""
         found = []
-        for positions, scale in column_subsets(self.groups, self.intermediate):
-            rows = scale * self.views.flatten(0, 1)[:, positions]
+        for columns, scale in subsets_of(self.groups, self.intermediate):
+            rows = scale * self.views.flatten(0, 1)[:, columns]
             axes, coordinates, squares = principal_axes(rows)
-            found.append(Columns(positions, scale * axes, coordinates, squares))
+            found.append(ColumnSubset(columns, scale * axes, coordinates, squares))
         return found
+
+
+def columns_of(widths: Sequence[int]) -> tuple[Tensor, ...]:
+    """The columns of groups of features that lie one after the other."""
+    return torch.arange(sum(widths)).split([*widths])
 
 
 def principal_axes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,13 +123,13 @@ def principal_axes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return right.T, left * lengths, lengths.square()
 
 
-def column_subsets(groups: Sequence[Tensor], intermediate: Sequence[int]) -> list[tuple[Tensor, float]]:
+def subsets_of(groups: Sequence[Tensor], intermediate: Sequence[int]) -> list[tuple[Tensor, float]]:
     """The columns that candidates read, and what scales them to the length 1. Subset 0 has all groups of
     features that are not intermediate. Subset g > 0 belongs to group g, and other code counts on that: it is
     this group, if intermediate with the final one before it.
 
-    >>> groups = torch.arange(5).split([2, 1, 1, 1])
-    >>> [(columns.tolist(), round(scale, 3)) for columns, scale in column_subsets(groups, intermediate=[2])]
+    >>> groups = columns_of([2, 1, 1, 1])
+    >>> [(columns.tolist(), round(scale, 3)) for columns, scale in subsets_of(groups, intermediate=[2])]
     [([0, 1, 2, 4], 0.577), ([2], 1.0), ([2, 3], 0.707), ([4], 1.0)]
     """
     final = [group for group in range(len(groups)) if group not in intermediate]
@@ -149,9 +146,9 @@ def column_subsets(groups: Sequence[Tensor], intermediate: Sequence[int]) -> lis
 def configurations_of(images: TrainingSet) -> list[Configuration]:
     """The configurations that are worth fitting before anything is known of them."""
     found = []
-    for columns in range(len(images.groups)):
-        shares = INTERMEDIATE_SHARES if columns in images.intermediate else TEXT_SHARES
-        found += [Configuration(columns, share) for share in shares if share == 1 or not images.is_large]
+    for subset in range(len(images.groups)):
+        shares = INTERMEDIATE_SHARES if subset in images.intermediate else TEXT_SHARES
+        found += [Configuration(subset, share) for share in shares if share == 1 or not images.is_large]
     return found
 
 
@@ -180,7 +177,7 @@ class Fits:
     scales: Tensor  # (S,), a
     has_images: Tensor  # (S, C), which classes have images
     means: Tensor  # (S, C, W), of the classes over all views, 0 for a class without images
-    linear: Mapping[Configuration, Linear]  # weights (S, K, C, r) by the coordinates of `Columns`, and biases (S, K, C)
+    linear: Mapping[Configuration, Linear]  # weights (S, K, C, r) of coordinates, and biases (S, K, C)
 
     def text_logits(self, fit: int, positions: Tensor) -> Tensor:
         """a z (m, C)."""
@@ -192,7 +189,7 @@ class Fits:
         text_logits = self.text_logits(fit, positions)[:, None]
         losses = {}
         for configuration, (weight, bias) in self.linear.items():
-            rows = self.images.columns[configuration.columns].rows[positions]
+            rows = self.images.column_subsets[configuration.subset].rows[positions]
             added = torch.einsum("mr,kcr->mkc", rows, weight[fit]) + bias[fit]
             log_probabilities = (configuration.text_share * text_logits + added).log_softmax(2)
             correct = log_probabilities[torch.arange(len(labels)), :, labels]
@@ -207,9 +204,9 @@ class Fits:
         mean_bias = torch.zeros(classes)
         for configuration, each in weights.items():
             weight, bias = self.linear[configuration]
-            columns = self.images.columns[configuration.columns]
+            read = self.images.column_subsets[configuration.subset]
             text_share += configuration.text_share * each.sum().item()
-            mean_weight[:, columns.positions] += torch.tensordot(each, weight[fit], 1) @ columns.axes.T
+            mean_weight[:, read.columns] += torch.tensordot(each, weight[fit], 1) @ read.axes.T
             mean_bias += each @ bias[fit]
         return Candidate(text_share, mean_weight, mean_bias)
 
@@ -222,7 +219,7 @@ class Fits:
     def distances(self, fit: int, positions: Tensor, rows: Tensor | None = None) -> Tensor:
         """Distances (m,) to the nearest of these rows (k, ..) of the features that are used; default: of the
         means of the classes."""
-        used = torch.cat(self.images.groups)
+        used = torch.cat([*self.images.groups])
         if rows is None:
             rows = self.means[fit, self.has_images[fit]][:, used]
         return nearest(self.images.views[0, positions][:, used], rows) / math.sqrt(len(self.images.groups))
@@ -239,7 +236,7 @@ def fit_candidates(
     -0.2) has p = 0.8.
 
     >>> text = torch.eye(2), torch.zeros(2)
-    >>> images = TrainingSet(torch.eye(2)[None], [2], torch.tensor([0, 1]), text, torch.ones(2))
+    >>> images = TrainingSet(torch.eye(2)[None], columns_of([2]), torch.tensor([0, 1]), text, torch.ones(2))
     >>> fits = fit_candidates(images, images.all, torch.ones(1), [Configuration(0, 1.0)])
     >>> regression = torch.eye(11)[1]
     >>> fits.mean(0, {Configuration(0, 1.0): regression}).weight.round(decimals=2)
@@ -258,28 +255,28 @@ def fit_candidates(
     text_logits = F.linear(features[:, images.groups[0]], *images.text)  # (V n, C)
     linear = {}
     with fair_threads(1 if features.numel() * classes < SMALL else None):
-        for number, columns in enumerate(images.columns):
-            own = [configuration for configuration in configurations if configuration.columns == number]
+        for subset, read in enumerate(images.column_subsets):
+            own = [configuration for configuration in configurations if configuration.subset == subset]
             if not own:
                 continue
             shares = torch.tensor([configuration.text_share for configuration in own])
             starts = (scales[:, None] * shares)[:, :, None, None] * text_logits.T  # (S, T, C, V n)
             starts = starts.masked_fill(~has_images[:, None, :, None], NEVER_PREDICTED)
             if images.is_large and not kept.all():
-                regressions = regressions_by_set(columns.rows, starts, labels, loss_weights, rows_kept)
+                regressions = regressions_by_set(read.rows, starts, labels, loss_weights, rows_kept)
             else:
                 steps = FEWER_STEPS if images.is_large else STEPS
-                regressions = softmax_regressions(columns.rows, columns.squares, starts, labels, loss_weights, steps)
+                regressions = softmax_regressions(read.rows, read.squares, starts, labels, loss_weights, steps)
             gaussians = []
             for fit, rows in enumerate(rows_kept):
-                own_means = means[fit][:, columns.positions] @ columns.axes
+                own_means = means[fit][:, read.columns] @ read.axes
                 own_text = scales[fit] * text_logits[rows]
-                gaussians.append(gaussian_classes(columns.rows[rows], own_means, own_text, has_images[fit]))
-            weights = torch.stack([weight for weight, _ in gaussians])  # (S, K'', C, r)
-            biases = torch.stack([bias for _, bias in gaussians])
-            biases = F.pad(biases, (0, 0, len(PENALTIES), 0))  # regressions have none
+                gaussians.append(gaussian_classes(read.rows[rows], own_means, own_text, has_images[fit]))
+            gaussian_weights = torch.stack([weight for weight, _ in gaussians])  # (S, `STRENGTHS`, C, r)
+            gaussian_biases = torch.stack([bias for _, bias in gaussians])
+            biases = F.pad(gaussian_biases, (0, 0, len(PENALTIES), 0))  # (S, K, C); regressions have none
             for i, configuration in enumerate(own):
-                linear[configuration] = torch.cat([regressions[:, i], weights], 1), biases
+                linear[configuration] = torch.cat([regressions[:, i], gaussian_weights], 1), biases
     return Fits(images, kept, scales, has_images, means, linear)
 
 
@@ -293,7 +290,7 @@ def balanced(weights: Tensor, labels: Tensor, has_images: Tensor) -> Tensor:
 
 def gaussian_classes(rows: Tensor, means: Tensor, text_logits: Tensor, has_images: Tensor) -> Linear:
     """Gaussian classes of each strength for means (C, r), in units of the text logits (m, C) of the same
-    rows (m, r): weights (K, C, r) and biases (K, C), 0 for a class without images."""
+    rows (m, r): weights (`STRENGTHS`, C, r) and biases (`STRENGTHS`, C), 0 for a class without images."""
     middle = means[has_images].mean(0)
     weight = (means - middle).masked_fill(~has_images[:, None], 0)
     bias = -(weight * (means + middle)).sum(1) / 2
@@ -306,7 +303,7 @@ def gaussian_classes(rows: Tensor, means: Tensor, text_logits: Tensor, has_image
 
 
 def regressions_by_set(rows: Tensor, starts: Tensor, labels: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
-    """`softmax_regressions` (S, T, K, C, r) of one set after the other, from `starts` (S, T, C, m): on the
+    """`softmax_regressions` (S, T, `PENALTIES`, C, r) of one set after the other, from `starts` (S, T, C, m): on the
     rows that it keeps (S, m), in their own principal axes. Of large sets this is faster than a batch that
     has all rows in all sets.
     """
@@ -322,7 +319,7 @@ def regressions_by_set(rows: Tensor, starts: Tensor, labels: Tensor, weights: Te
 def softmax_regressions(
     rows: Tensor, squares: Tensor, starts: Tensor, labels: Tensor, weights: Tensor, steps: int
 ) -> Tensor:
-    """D (S, T, K, C, r) for each of `PENALTIES`, of all problems at once: for rows (m, r) in principal axes,
+    """D (S, T, `PENALTIES`, C, r) of all problems at once: for rows (m, r) in principal axes,
     with their sums of squares (r,), from logits `starts` (S, T, C, m), with labels (m,) and weights (S, m) of
     the losses. Each penalty's solution is the start for the next one, and takes at most so many steps."""
     sets, shares, classes, _ = starts.shape

@@ -32,7 +32,7 @@ from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.backbone.clip import Linear
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
-from dcp_zoo.probe.candidates import CandidateWeights, Fits, TrainingSet, fit_candidates
+from dcp_zoo.probe.candidates import CandidateWeights, Fits, TrainingSet, columns_of, fit_candidates
 from dcp_zoo.probe.folds import folds, shares
 from dcp_zoo.probe.model import BEYOND, HeldOut, TextProbe, gated
 from dcp_zoo.probe.stacking import CrossValidation, cross_validate, misfit_of_text, prior_weights
@@ -68,7 +68,7 @@ def fit_on_features(
     examples: Tensor | None = None,
     groups: Tensor | None = None,
     describes: bool = True,
-    whole: int | None = None,
+    total: int | None = None,
 ) -> tuple[TextProbe, Values]:
     """A text probe for these C classes, and how it was fitted, from labels (n,) of the training images.
 
@@ -85,25 +85,25 @@ def fit_on_features(
         groups: (n,), integers: images with the same one are held out together, and count as one. Default:
             each alone.
         describes: whether to estimate `like_accepted`, by two more fits.
-        whole: of how many images these are a part, such as all folds but one. Default: of none.
+        total: how many images there are with those that are left out, as of all folds but one. Default: n.
     """
     clip = [reading for reading in readings if reading.start][-1]
     if len(classes) > 1 and (clip.features[0] - clip.features[0, :1]).abs().max() < 1e-6:
         raise ZooError("All classes have the same image features: check that each class has its own images.")
     if groups is None:
         groups = torch.arange(len(labels))
-    training_sets = _training_sets(labels, readings, shares(groups, weights), whole)
-    plain = training_sets[-1]
-    if unseen is not None and not torch.equal(unseen[0], plain.text[0]):
-        plain = replace(plain, text=unseen)
-    scale = plain.scales(plain.all)
+    training_sets = _training_sets(labels, readings, shares(groups, weights), total)
+    frozen = training_sets[-1]  # what the method has not changed
+    if unseen is not None and not torch.equal(unseen[0], frozen.text[0]):
+        frozen = replace(frozen, text=unseen)
+    scale = frozen.scales(frozen.all)
     folds_out = folds(labels, groups)
-    if (whole or len(labels)) > MANY:
+    if (total or len(labels)) > MANY:
         folds_out = folds_out[:1]
-    validation = cross_validate(plain, folds_out) if folds_out else None
-    stacked = validation.weights if validation else prior_weights(plain, scale)
-    classes_per_image = len(labels.unique()) / plain.weights.sum().item()
-    misfit = misfit_of_text(plain, scale)
+    validation = cross_validate(frozen, folds_out) if folds_out else None
+    stacked = validation.weights if validation else prior_weights(frozen, scale)
+    classes_per_image = len(labels.unique()) / frozen.weights.sum().item()
+    misfit = misfit_of_text(frozen, scale)
     inverse_temperature = 1 + SHARPER * (1 + classes_per_image) * min(1.0, 20 * misfit)
     sharpened = {configuration: inverse_temperature * each for configuration, each in stacked.items()}
 
@@ -120,35 +120,39 @@ def fit_on_features(
         probe.bias += bias
         info |= _set_threshold(probe, validation, logits, text_logits, typical, examples)
     if describes and "thresholds" in info:
-        scores = _scores_of_unknown(probe, plain, scale, sharpened, bias)
+        scores = _scores_of_unknown(probe, frozen, scale, sharpened, bias)
         if scores:
             info["like_accepted"] = share_above(info["thresholds"], np.concatenate(scores))
     return probe, info
 
 
 def _training_sets(
-    labels: Tensor, readings: Sequence[ReadingFeatures], weights: Tensor, whole: int | None
+    labels: Tensor, readings: Sequence[ReadingFeatures], weights: Tensor, total: int | None
 ) -> list[TrainingSet]:
-    """For each reading with text, the features without the other's embedding. The first of two such readings
-    is its embedding alone."""
-    views = torch.cat([reading.features for reading in readings], -1)
+    """For each reading with text, of which there are one or two, the features without the embedding of the
+    other one. The first of two has nothing but its embedding."""
+    widths = [width for reading in readings for width in reading.widths]
+    columns = columns_of(widths)
     texts = list[Linear]()
-    embeddings = list[int]()  # where in `widths` those of the readings with text are
-    widths = list[int]()
+    embeddings = list[int]()  # which of all groups they are
     intermediate = list[int]()
+    end = 0
     for reading in readings:
+        first = end
+        end += len(reading.widths)
+        intermediate += range(end - reading.inside, end)
         if reading.start:
             texts.append(reading.start)
-            embeddings.append(len(widths))
+            embeddings.append(first)
             clip_groups = len(reading.widths) - reading.inside
-        widths += reading.widths
-        end = len(widths) + 1 - len(texts)  # of the groups that are used
-        intermediate += range(end - reading.inside, end)
     assert embeddings in ([0], [0, 1])
+    views = torch.cat([reading.features for reading in readings], -1)
     sets = []
-    for number, text in enumerate(texts):
-        unused = embeddings[1 - number] if len(texts) > 1 else None
-        sets.append(TrainingSet(views, widths, labels, text, weights, intermediate, clip_groups, whole, unused))
+    for embedding, text in zip(embeddings, texts, strict=True):
+        read = [group for group in range(end) if group == embedding or group not in embeddings]
+        inside = [read.index(group) for group in intermediate]
+        groups = [columns[group] for group in read]
+        sets.append(TrainingSet(views, groups, labels, text, weights, inside, clip_groups, total))
     return sets
 
 
@@ -195,21 +199,21 @@ def _set_threshold(
     thresholds = thresholds_of(scores[counted], weights[counted])
     probe.threshold.fill_(thresholds[f"{REFUSED:g}"])
     info: Values = {"thresholds": {rate: round(value, 6) for rate, value in thresholds.items()}}
-    closer = torch.zeros_like(distances)
+    closer = torch.zeros_like(distances)  # to an example of no class than to the class means
     if examples is not None:
         closer = distances - validation.distances(examples) / probe.spread
         probe.margin = torch.tensor(margin_of(closer))
         probe.examples = examples / math.sqrt(sum(map(len, probe.widths)))
         info["examples"] = len(examples)
-    rejected = torch.zeros_like(counted)
+    below = torch.zeros_like(counted)
     like_examples = torch.zeros_like(counted)
-    for in_fold in validation.parts:
+    for in_fold in validation.parts:  # each fold by what the others say
         others = counted & ~in_fold
         if others.sum() > 1:
-            rejected |= in_fold & (scores < quantile(scores[others], weights[others], REFUSED))
+            below |= in_fold & (scores < quantile(scores[others], weights[others], REFUSED))
             like_examples |= in_fold & (closer > margin_of(closer[~in_fold]))
     scores = scores.masked_fill(like_examples, -BEYOND)  # below the threshold that validation images may set
-    probe.held_out = HeldOut(positions, logits, method_logits, scores, rejected | like_examples)
+    probe.held_out = HeldOut(positions, logits, method_logits, scores, below | like_examples)
     return info
 
 

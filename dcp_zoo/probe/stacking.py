@@ -90,7 +90,7 @@ class CrossValidation:
                 others = {*left_out} - {fold}
                 if len(others) == 1 and len(left_out) == 1 + self.by_pairs:
                     fits[others.pop()] = fit
-            kept = self.fits.images.subset(self.fits.kept[fold])
+            kept = self.fits.images.select(self.fits.kept[fold])
             found.append(self._weights(fits) or prior_weights(kept, self.fits.scales[fold]))
         return found
 
@@ -180,15 +180,15 @@ def stacking_weights(
     >>> first, second = Configuration(0, 1.0), Configuration(0, 0.5)
     >>> losses = {first: torch.tensor([4.0, 4.0 + math.log(2)]), second: torch.tensor([3.0, 9.0])}
     >>> stacking_weights(losses)
-    {Configuration(columns=0, text_share=1.0): tensor([0.1524, 0.0762]), \
-Configuration(columns=0, text_share=0.5): tensor([0.7695, 0.0019])}
+    {Configuration(subset=0, text_share=1.0): tensor([0.1524, 0.0762]), \
+Configuration(subset=0, text_share=0.5): tensor([0.7695, 0.0019])}
     """
     shares = {}
     scores = []
     for configuration, loss in losses.items():
         share = (-min(1.0, COUNTED / images) * loss).softmax(0)
         shares[configuration] = share
-        lean = LEAN if configuration.columns in intermediate else 0.0
+        lean = LEAN if configuration.subset in intermediate else 0.0
         scores.append(-min(1.0, BETWEEN / images) * (share @ loss) - lean)
     weights = torch.stack(scores).softmax(0)
     weights = weights.masked_fill(weights <= NEGLIGIBLE, 0)
@@ -210,7 +210,7 @@ def prior_weights(images: TrainingSet, scale: Tensor) -> CandidateWeights:
     configurations = [
         configuration
         for configuration in configurations_of(images)
-        if configuration.columns < groups and configuration.text_share > 0
+        if configuration.subset < groups and configuration.text_share > 0
     ]
     return dict.fromkeys(configurations, weights / len(configurations))
 
