@@ -93,7 +93,7 @@ def check_full(hub, folder: Path, monkeypatch, datasets: list[str]) -> None:
     assert hub.published() == {f"our-org/{name}": 1 for name in names} | {"our-org/dcp-zoo-index": len(names)}
     manifest = json.loads((folder / "checkout/dcp_zoo/zoo/heads.json").read_text())
     assert sorted(manifest) == sorted(names)
-    heads = {name: registry.HeadEntry(name, **entry) for name, entry in manifest.items()}
+    heads = {name: registry.HeadEntry.named(name, **entry) for name, entry in manifest.items()}
     monkeypatch.setattr(registry, "all_heads", lambda: heads)
     name = names[-1]
     with warnings.catch_warnings():
@@ -393,7 +393,7 @@ def test_gates():
         ({"test_images": 999}, "tested on other images"),
         ({"metrics": {"top1_stored": 70.0}}, "not measured with both kinds of statistics"),
     ):
-        head = registry.HeadEntry("dcp_mini.dtd-1shot")
+        head = registry.HeadEntry.named("dcp_mini.dtd-1shot")
         release = Release(Path(), head, "org/head", None, INFO | MEASURED | change, {})
         found = refusals(release, zero_shot, "")
         assert [reason in text for text in found] == ([True] if reason else []), found

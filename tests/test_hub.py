@@ -121,7 +121,7 @@ def client(server, tmp_path, monkeypatch) -> UploadHub:
 
 def patch_manifest(monkeypatch, **entry: Any) -> None:
     """Make the miniature's head published, not bundled, with the values of `entry`."""
-    head = registry.HeadEntry(MINI, **{"status": "published"} | entry)
+    head = registry.HeadEntry.named(MINI, **{"status": "published"} | entry)
     monkeypatch.setattr(registry, "all_heads", lambda: {MINI: head})
 
 
@@ -133,11 +133,14 @@ def same(a: dcp_zoo.DCP, b: dcp_zoo.DCP) -> bool:
     return torch.equal(a.prompts["text"], b.prompts["text"])
 
 
-@pytest.mark.filterwarnings("ignore:.* is not pinned in this version")
+@pytest.mark.filterwarnings("ignore:.* is not pinned")
 def test_a_published_head(narrow, client, tmp_path, caplog):
     """CLIP's weights and the head over HTTP; then, without a network, the cache suffices, and only the
     cache. The log says where both came from."""
-    with caplog.at_level("INFO", "dcp_zoo"), pytest.warns(UserWarning, match="is not pinned in this version") as told:
+    with (
+        caplog.at_level("INFO", "dcp_zoo"),
+        pytest.warns(UserWarning, match="is not pinned: this is its commit") as told,
+    ):
         head = dcp_zoo.create_model("dcp_vitb16", pretrained="imagenet-16shot")
     assert (len(told), head.num_classes) == (1, 1000)
     commit = r"[0-9a-f]{40}"
@@ -347,7 +350,7 @@ def test_another_organisation(client, monkeypatch):
     patch_manifest(monkeypatch, revision=client.second, sha256="0" * 64)  # dcp-zoo's pin, not valid for others
     commit = client.add(f"own/{MINI}", checkpoint_files(BUNDLED))
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "own")
-    with pytest.warns(UserWarning, match=f"this is commit {commit} of own/{MINI}, the newest"):
+    with pytest.warns(UserWarning, match=f"own/{MINI} is not pinned: this is its commit {commit}"):
         assert same(dcp_zoo.create_model(MINI, True), trained(BUNDLED))
 
 

@@ -269,11 +269,11 @@ def test_a_fresh_classifier_answers_through_every_door(five, tmp_path):
 
 def test_unsupported_arguments_are_rejected():
     for arguments, message in (
-        ({"img_size": 224}, "img_size=224: dcp_mini reads square images of one size, only 192"),
-        ({"drop_path_rate": 0.1}, "a DCP has no dropout, only 0"),
+        ({"img_size": 224}, "img_size=224 is not possible, as CLIP is frozen, which has 192"),
+        ({"drop_path_rate": 0.1}, "drop_path_rate=0.1 is not possible"),
         ({"num_prefix_tokens": 1, "act_layer": "gelu"}, "num_prefix_tokens is none of .*act_layer is none of "),
         ({"features_only": True, "out_indices": (0, 6)}, r"no blocks \(0, 6\).*blocks 0 to 5"),
-        ({"dtype": "float16"}, "dtype='float16'.*torch.float16"),
+        ({"dtype": "float16"}, "dtype='float16': "),
         ({"output_fmt": "NLC"}, "output_fmt='NLC' is of feature maps: pass features_only=True"),
         ({"features_only": True, "feature_cls": "hook"}, "feature_cls 'hook'.* getter"),
     ):
@@ -293,11 +293,9 @@ def test_the_zoos_create_model_takes_timms_arguments(tmp_path, model):
     half = timm.create_model(DEFAULT, pretrained=True, dtype=torch.float16)
     assert {p.dtype for p in half.parameters()} == {half.stored_stats.dtype} == {torch.float16}
     assert dcp_zoo.create_model(DEFAULT, True, num_classes=5, classifier="none").eval()(IMAGES).shape == (2, 5)
-    folder, file = model.save_pretrained(tmp_path / "head", dtype=torch.float32), tmp_path / "state.pth"
+    file = tmp_path / "state.pth"
     torch.save(model.state_dict(), file)
-    for checkpoint in (folder, file):
-        again = dcp_zoo.create_model(DEFAULT, checkpoint == file, checkpoint_path=checkpoint).eval()
-        assert same(again, model)
+    assert same(dcp_zoo.create_model(DEFAULT, True, checkpoint_path=file).eval(), model)
     torch.save({}, file)
     with pytest.raises(ZooError, match=r"state\.pth does not have the tensors of this dcp_mini"):
         dcp_zoo.create_model("dcp_mini", checkpoint_path=file)

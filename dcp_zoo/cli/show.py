@@ -149,7 +149,7 @@ def describe(name: str) -> Values:
     if folder:
         return describe_checkpoint(head.name, folder)
     if head.status == "planned":
-        head = registry.loadable_heads().get(head.name, head)
+        head = registry.known_heads().get(head.name, head)
     return describe_head(head)
 
 
@@ -189,7 +189,7 @@ def describe_model(spec: ModelSpec) -> Values:
     mean, imagenet = spec.accuracies
     published = [f"{mean} % (mean of ten datasets)"] if mean else []
     published += [f"{imagenet} % (ImageNet)"] if imagenet else []
-    trained = [name for name, head in registry.loadable_heads().items() if head.model == spec.name]
+    trained = registry.list_pretrained(spec.name, f"*.{registry.CLIP_TAG}")
     details |= {
         "licence": spec.license or f"see {page}",
         "input": f"{spec.image_size} x {spec.image_size} px",

@@ -22,12 +22,12 @@ from dcp_zoo.backbone.towers import FORMATS, take_blocks
 from dcp_zoo.data.images import crop, normalise
 from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, check_choice
 from dcp_zoo.fields import Values
-from dcp_zoo.heads.config import is_checkpoint, without
+from dcp_zoo.heads.config import without
 from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head import Head
 from dcp_zoo.hub import downloads_in
 from dcp_zoo.zoo.build import build_head
-from dcp_zoo.zoo.registry import CLIP_TAG, is_model
+from dcp_zoo.zoo.registry import CLIP_TAG
 from dcp_zoo.zoo.resolve import get_pretrained_cfg, resolve
 from dcp_zoo.zoo.specs import ModelSpec
 
@@ -85,14 +85,14 @@ def create_model(
             one.
         tokenizer: of CLIP's text tower. Default: the one open_clip names for it, which may be downloaded.
         cache_dir: where downloads are kept. Default: the Hub client's cache.
-        num_classes: timm's, as the next. Another number than the head's gives a fresh layer, see
-            `Head.reset_classifier`; 0 gives features.
-        checkpoint_path: a file of timm's or torch's with a state of the whole model, or a checkpoint folder
-            of the zoo.
-        features_only: wrap the model in timm's feature extractor.
-        feature_cls: "getter", the only extractor that a head has.
-        out_indices: which blocks that gives, see `Head.forward_intermediates`. Default: the last three.
-        output_fmt: of what it gives, see there.
+        num_classes: another number than the head's gives a fresh linear layer in place of its classifier,
+            see `Head.reset_classifier`; 0 gives features.
+        checkpoint_path: a file of timm's or torch's with a state of the whole model, which is loaded last.
+        features_only: return timm's feature extractor around the model: images -> maps of its blocks.
+        feature_cls: of that extractor; "getter" is the only one that a head has.
+        out_indices: the blocks whose maps it gives, see `Head.forward_intermediates`. Default: the last
+            three.
+        output_fmt: "NCHW", the default, or "NLC": how it gives them.
         device, dtype: where the model goes, and the floating-point type of its weights.
         pretrained_cfg: a tag, or one of timm's configs of a head, in place of the tag in the name.
         pretrained_cfg_overlay: changes of the preprocessing, in timm's terms, or where the head is: file,
@@ -113,16 +113,12 @@ def create_model(
     check_choice("classifier", classifier, (None, "none"))
     check_choice("feature_cls", feature_cls, (None, "getter"))
     check_choice("output_fmt", output_fmt, (None, *FORMATS))
-    of_features = {"out_indices": out_indices, "output_fmt": output_fmt, "feature_cls": feature_cls}
-    for argument, value in of_features.items():
+    of_maps = {"out_indices": out_indices, "output_fmt": output_fmt, "feature_cls": feature_cls}
+    for argument, value in of_maps.items():
         if value is not None and not features_only:
             raise ZooError(f"{argument}={value!r} is of feature maps: pass features_only=True as well.")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ZooError(f"dtype={dtype!r}: weights need a floating-point torch.dtype, such as torch.float16.")
-    if checkpoint_path and is_checkpoint(checkpoint_path):
-        model_name = f"local-dir:{checkpoint_path}"
-        pretrained = True
-        checkpoint_path = ""
+    if classnames and num_classes not in (None, 0, len(classnames)):
+        raise ZooError(f"num_classes={num_classes}, but there are {len(classnames)} class names: pass one of both.")
     overlay = dict(pretrained_cfg_overlay or {})
     name = _head_of_cfg(model_name, pretrained_cfg, overlay)
     fresh_classes = None if classnames else num_classes
@@ -134,35 +130,29 @@ def create_model(
     if classifier == "none":
         model.drop_text_probe()
     if num_classes not in (None, model.num_classes):
-        if classnames and num_classes:
-            raise ZooError(f"num_classes={num_classes}, but there are {len(classnames)} class names: pass one of both.")
         model.reset_classifier(num_classes)
     if checkpoint_path:
         load_state(model, Path(checkpoint_path))
         if classifier == "none":
             model.drop_text_probe()
-    model.to(device=device, dtype=dtype)
-    if not features_only:
-        return model
-    blocks = take_blocks(3 if out_indices is None else out_indices, len(model.feature_info))
-    extractor: Any = FeatureGetterNet(model, tuple(blocks), output_fmt=output_fmt or FORMATS[0])
-    extractor.pretrained_cfg = extractor.default_cfg = dict(model.encoder.pretrained_cfg)
-    return extractor
+    with as_zoo_error(f"device={device!r}, dtype={dtype!r}: {{}}", TypeError, RuntimeError, AssertionError):
+        model.to(device=device, dtype=dtype)
+    return feature_extractor(model, out_indices, output_fmt) if features_only else model
 
 
+PLACES = {"local-dir": "file", "hf-hub": "hf_hub_id"}  # where timm's configs have the rest of such a name
 # what an overlay may have besides preprocessing: where the head is, and its number of classes, which its
 # config has
-NOT_PREPROCESSING = ("file", "hf_hub_id", "num_classes")
+NOT_PREPROCESSING = (*PLACES.values(), "num_classes")
 
 
 def _head_of_cfg(name: str, pretrained_cfg: Any, overlay: Values) -> str:
     """The name of the head that timm's arguments ask for: by its place in the overlay, or by
     `pretrained_cfg`, which is a head's tag or, for timm's own `hf-hub:` and `local-dir:` names, the config
     that timm has read there."""
-    if overlay.get("file"):
-        return f"local-dir:{overlay['file']}"
-    if overlay.get("hf_hub_id"):
-        return f"hf-hub:{overlay['hf_hub_id']}"
+    for scheme, key in PLACES.items():
+        if overlay.get(key):
+            return f"{scheme}:{overlay[key]}"
     if not pretrained_cfg:
         return name
     if isinstance(pretrained_cfg, str):
@@ -170,11 +160,10 @@ def _head_of_cfg(name: str, pretrained_cfg: Any, overlay: Values) -> str:
     else:
         cfg = pretrained_cfg if isinstance(pretrained_cfg, dict) else pretrained_cfg.to_dict()
     tag = cfg.get("tag")
-    if tag != CLIP_TAG and cfg.get("source") == "local-dir":
-        return f"local-dir:{cfg['file']}"
-    if tag != CLIP_TAG and cfg.get("source") == "hf-hub":
-        return f"hf-hub:{cfg['hf_hub_id']}"
-    if not tag or not is_model(name):
+    source = cfg.get("source")
+    if tag != CLIP_TAG and source in PLACES:
+        return f"{source}:{cfg[PLACES[source]]}"
+    if not tag:
         raise ZooError(
             f"pretrained_cfg={pretrained_cfg!r} names no head of {name}. Pass a tag; changes of the preprocessing are "
             "pretrained_cfg_overlay."
@@ -184,33 +173,33 @@ def _head_of_cfg(name: str, pretrained_cfg: Any, overlay: Values) -> str:
 
 def without_fixed(spec: ModelSpec, options: Values) -> Values:
     """Options without those of timm that a CLIP fixes; ZooError for other values of these."""
-    fixed = {
-        "in_chans": ("CLIP reads RGB images", (3,)),
-        "img_size": (f"{spec.name} reads square images of one size", sizes(spec.image_size)),
-        "global_pool": ("CLIP pools its class token", ("token",)),
-        **dict.fromkeys(DROP_RATES, ("a DCP has no dropout", (0,))),
-    }
-    for argument in options.keys() & fixed.keys():
-        check_only(argument, options[argument], *fixed[argument])
+    sizes = {"in_chans": 3, "img_size": spec.image_size, "global_pool": "token"}
+    fixed = sizes | dict.fromkeys(DROP_RATES, 0)
+    for argument, only in fixed.items():
+        check_only(argument, options.get(argument), only)
     return without(options, fixed)
 
 
-def check_only(argument: str, value: object, reason: str, values: tuple[object, ...]) -> None:
-    """Raise ZooError unless `value` is None or one of the equivalent `values`."""
-    if value not in (None, *values):
-        raise ZooError(f"{argument}={value!r}: {reason}, only {values[0]!r} is supported.")
+def check_only(argument: str, value: Any, only: object) -> None:
+    """Raise ZooError unless `value` is None or `only`, or the size of images of this height and width."""
+    sides = set(value[-2:]) if isinstance(value, (list, tuple)) else {value}
+    if value is not None and sides != {only}:
+        raise ZooError(f"{argument}={value!r} is not possible, as CLIP is frozen, which has {only!r}.")
 
 
-def sizes(size: int) -> tuple[object, ...]:
-    """The ways in which timm writes the size of square images in RGB."""
-    return size, (size, size), [size, size], (3, size, size), [3, size, size]
+def feature_extractor(model: Head, blocks: int | Sequence[int] | None, output_fmt: str | None) -> Any:
+    """timm's extractor of the feature maps of these blocks."""
+    indices = take_blocks(3 if blocks is None else blocks, len(model.feature_info))
+    extractor: Any = FeatureGetterNet(model, tuple(indices), output_fmt=output_fmt or FORMATS[0])
+    extractor.pretrained_cfg = extractor.default_cfg = dict(model.encoder.pretrained_cfg)
+    return extractor
 
 
 def load_state(model: Head, path: Path) -> None:
     """Load a state of the whole model from a file of timm's or torch's; ZooError for no such file, or
     another one."""
     if not path.is_file():
-        raise ZooError(f"There is no file or checkpoint folder {path}: pass the path of one.")
+        raise ZooError(f"There is no file {path}. A head's folder is a model's name: local-dir:FOLDER.")
     name = model.encoder.architecture
     wrong = f"{path} does not have the tensors of this {name}: {{}} Pass a file that was saved with its options."
     with as_zoo_error(wrong, RuntimeError, UnpicklingError, *UNREADABLE):
@@ -247,7 +236,7 @@ def create_transform(
             f"create_transform needs {', '.join(missing)}: pass a model, or all values of timm's data config."
         )
     size = cfg["input_size"][-1]
-    check_only("input_size", input_size, "the model reads square images of one size", sizes(size))
+    check_only("input_size", input_size, size)
     if not is_training:
         return partial(_for_test, cfg)
     from torchvision.transforms import v2

@@ -27,6 +27,7 @@ from dcp_zoo.zoo.specs import MODELS, SIZES, ModelSpec, get_spec
 
 CLIP_TAG = "clip"  # in place of a head's: CLIP's own weights, without a head
 SHOTS = (1, 2, 4, 8, 16)
+SEEDS = (1, 2, 3)
 HUB_ORG = "dcp-zoo"
 WEIGHTS = Path(__file__).parents[1] / "weights"
 MANIFEST = Path(__file__).parent / "heads.json"
@@ -55,12 +56,16 @@ class IndexRow(TypedDict):
     metrics: dict[str, float]
 
 
-@dataclass
+@dataclass(frozen=True)
 class HeadEntry:
-    """One set of trained prompts: its `model`, `tag`, `dataset`, `shots` and `seed` are in its name. ZooError for
-    a name that is no `model.dataset-Kshot[-seedS]`."""
+    """One set of trained prompts; `named` makes it from its name."""
 
     name: str
+    model: str
+    tag: str
+    dataset: str
+    shots: int
+    seed: int
     status: str = "planned"  # "bundled" (inside this package), "published" (on the Hub) or "planned" (not trained yet)
     org: str = HUB_ORG  # organisation on the Hub that published it; `DCP_ZOO_HUB_ORG` selects others
     revision: str | None = None  # pinned commit in that organisation; None while planned
@@ -68,17 +73,16 @@ class HeadEntry:
     license: str | None = None
     metrics: Values = field(default_factory=dict)  # measured by this project, such as top-1 accuracy in percent
 
-    def __post_init__(self) -> None:
-        """The parts of its name."""
-        self.model, _, self.tag = self.name.partition(".")
-        match = re.fullmatch(r"(\w+)-(\d+)shot(?:-seed(\d+))?", self.tag)
+    @classmethod
+    def named(cls, name: str, **known: Any) -> "HeadEntry":
+        """The head of a name `model.dataset-Kshot[-seedS]`, with what else is known of it; ZooError for other
+        names."""
+        model, _, tag = name.partition(".")
+        match = re.fullmatch(r"(\w+)-(\d+)shot(?:-seed(?!1$)(\d+))?", tag)  # no other name for the first seed
         if match is None:
-            raise ZooError(
-                f"{self.tag!r} is not the tag of a head: tags look like imagenet-16shot or eurosat-4shot-seed2."
-            )
-        self.dataset, shots, seed = match.groups(default="1")
-        self.shots = int(shots)
-        self.seed = int(seed)
+            raise ZooError(f"{tag!r} is not the tag of a head: tags look like imagenet-16shot or eurosat-4shot-seed2.")
+        dataset, shots, seed = match.groups(default="1")
+        return cls(name, model, tag, dataset, int(shots), int(seed), **known)
 
     @property
     def place(self) -> tuple[str, str | None, str | None]:
@@ -113,7 +117,7 @@ class HeadEntry:
 
 def clip_cfg(spec: ModelSpec) -> Values:
     """timm's `pretrained_cfg` of CLIP's own weights, for the classes that a model has without others."""
-    dataset = HeadEntry(f"{spec.name}.{spec.default_tag}").dataset
+    dataset = HeadEntry.named(f"{spec.name}.{spec.default_tag}").dataset
     place = of_repo(spec.clip_repo, spec.clip_revision) if spec.clip else of_file(MINI_WEIGHTS)
     return weights_cfg(spec, CLIP_TAG, dataset, spec.license, place)
 
@@ -141,17 +145,19 @@ def of_repo(repo: str | None, revision: str | None) -> Values:
 def trained_heads() -> dict[str, HeadEntry]:
     """The heads of the manifest, which exist."""
     manifest = json.loads(MANIFEST.read_text())
-    return {name: HeadEntry(name, **entry) for name, entry in manifest.items()}
+    return {name: HeadEntry.named(name, **entry) for name, entry in manifest.items()}
 
 
 @cache
 def all_heads() -> dict[str, HeadEntry]:
-    """All named heads: the trained ones, and for each CLIP model 11 datasets x 5 shots, seed 1."""
-    names = [f"{spec.name}.{spec.default_tag}" for spec in MODELS.values()]
-    clips = [spec.name for spec in MODELS.values() if spec.clip]
-    for model, dataset, shots in product(clips, list_datasets(), SHOTS):
-        names.append(f"{model}.{dataset}-{shots}shot")
-    return {name: HeadEntry(name) for name in names} | trained_heads()
+    """The heads of this release: the trained ones, and those planned, for each CLIP model 11 datasets x 5
+    shots, seed 1."""
+    heads = {}
+    for model, dataset, shots in product(MODELS, list_datasets(), SHOTS):
+        if MODELS[model].clip:
+            name = f"{model}.{dataset}-{shots}shot"
+            heads[name] = HeadEntry.named(name)
+    return heads | trained_heads()
 
 
 @cache
@@ -170,7 +176,7 @@ def parsed_index(org: str, index: bytes) -> dict[str, HeadEntry]:
         row = {key: values[key] for key in IndexRow.__annotations__}
         if re.fullmatch("[0-9a-f]{40} [0-9a-f]{64}", f"{row['revision']} {row['sha256']}"):
             with suppress(ZooError):
-                heads[name] = HeadEntry(name, "published", org, **row)
+                heads[name] = HeadEntry.named(name, status="published", org=org, **row)
     return heads
 
 
@@ -194,18 +200,13 @@ def newest(head: HeadEntry) -> HeadEntry:
     return head if head.is_fixed else indexed_heads()[0].get(head.name, head)
 
 
-def loadable_heads() -> dict[str, HeadEntry]:
-    """All heads of the manifest, and of the index on the Hub; with a warning if the Hub does not answer."""
+def known_heads() -> dict[str, HeadEntry]:
+    """The heads of this release and of the index on the Hub, with a warning if the Hub does not answer."""
     published, problem = indexed_heads()
     if problem:
         warn(f"The Hub may have more heads than are known here: {problem}")
-    heads = published | trained_heads()
-    return {name: head if head.is_fixed else published.get(name, head) for name, head in heads.items()}
-
-
-def known_heads() -> dict[str, HeadEntry]:
-    """All named heads, those of the index included; see `loadable_heads`."""
-    return all_heads() | loadable_heads()
+    here = all_heads()
+    return here | published | {name: head for name, head in here.items() if head.is_fixed}
 
 
 def get_head(name: str, ask_hub: bool = True) -> HeadEntry:
@@ -214,11 +215,9 @@ def get_head(name: str, ask_hub: bool = True) -> HeadEntry:
     if name in all_heads():
         return all_heads()[name]
     get_spec(name.partition(".")[0])  # raises for an unknown one
-    head = HeadEntry(name)
-    first_seed = re.sub("-seed[23]$", "", head.tag)
-    # the miniature has heads of the 11 datasets too, which are not listed
-    planned = [f"{dataset}-{shots}shot" for dataset, shots in product(list_datasets(), SHOTS)]
-    if first_seed in planned or f"{head.model}.{first_seed}" in all_heads():
+    head = HeadEntry.named(name)
+    # those of further seeds, and of the miniature for the 11 datasets, are planned but not listed
+    if head.dataset in list_datasets() and head.shots in SHOTS and head.seed in SEEDS:
         return head
     not_asked = ""
     if ask_hub:
@@ -275,13 +274,14 @@ def list_models(
         names = [name for name, spec in MODELS.items() if f"{name}.{spec.default_tag}" in heads]
     else:
         names = list(MODELS)
-    return sorted(matching(names, filter, exclude_filters), key=_natural)
+    return matching(names, filter, exclude_filters)
 
 
 def list_pretrained(filter: Wildcards = "", exclude_filters: Wildcards = "") -> list[str]:
     """Names `model.tag` of what can be loaded now, from this package or the Hub, whose index is read: heads,
     and as `model.clip` CLIP's own weights. A warning says why if the Hub does not answer."""
-    return sorted(matching(_with_clips(loadable_heads()), filter, exclude_filters), key=_natural)
+    loadable = [head.name for head in known_heads().values() if head.status != "planned"]
+    return matching(_with_clips(loadable), filter, exclude_filters)
 
 
 def _with_clips(heads: Iterable[str]) -> list[str]:
@@ -289,20 +289,18 @@ def _with_clips(heads: Iterable[str]) -> list[str]:
     return [*heads, *(f"{name}.{CLIP_TAG}" for name in MODELS)]
 
 
-def _natural(name: str) -> list[int | str]:
-    """timm's order: numbers within names by their value."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
-
-
 def matching(names: Iterable[str], filter: Wildcards, exclude: Wildcards = "") -> list[str]:
-    """The names that match a wildcard of `filter`, by default all, and none of `exclude`; the wildcard of a
-    model matches its heads, too."""
+    """The names that match a wildcard of `filter`, by default all, and none of `exclude`, in timm's order,
+    by the values of numbers within them; the wildcard of a model matches its heads, too."""
 
     def matches(name: str, patterns: Wildcards) -> bool:
         patterns = [patterns] if isinstance(patterns, str) else patterns
         return any(fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, f"{pattern}.*") for pattern in patterns)
 
-    return [name for name in names if matches(name, filter or "*") and not matches(name, exclude)]
+    def order(name: str) -> list[int | str]:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+
+    return sorted([name for name in names if matches(name, filter or "*") and not matches(name, exclude)], key=order)
 
 
 def list_heads(filter: str = "", status: str | None = None, hub: bool = False) -> list[Any]:

@@ -124,35 +124,29 @@ def resolve(name: str, pretrained: bool | str = True, num_classes: int | None = 
             f"{name} is one head, and pretrained={pretrained!r} names another: pass True for its weights, "
             "or 'clip' for CLIP's weights and fresh prompts."
         )
-    folder = Path(place)
-    if kind == "hf-hub":
-        from dcp_zoo.hub import download_head  # slow to import
-
-        folder = download_head(place, tag or None)
-        if folder.name != tag:
-            warn(f"{name} is not pinned: this is its commit {folder.name}. Pin it: {kind}:{place}@{folder.name}")
+    folder = Path(place) if kind == "local-dir" else _download(place, tag or None)
     return of_checkpoint(folder, pretrained)
 
 
 def _of_the_zoo(model: str, tag: str, pretrained: bool | str, num_classes: int | None) -> Resolved:
     """What `model.tag` stands for, or the head of the model that `pretrained` names."""
-    if isinstance(pretrained, str) and tag and pretrained != tag:
-        raise ZooError(f"'{model}.{tag}' names {tag!r}, but pretrained={pretrained!r} another: pass only one.")
-    if tag == CLIP_TAG:
-        tag = ""
-        pretrained = CLIP_TAG if pretrained else False
+    if isinstance(pretrained, str):
+        if tag not in ("", pretrained):
+            raise ZooError(f"'{model}.{tag}' names {tag!r}, but pretrained={pretrained!r} another: pass only one.")
+        tag = pretrained
     spec = get_spec(model)
-    head = get_head(f"{model}.{tag or spec.default_tag}")
-    if pretrained in FRESH:
-        return Resolved(spec, head, pretrained=pretrained)
-    if pretrained is not True:
-        head = get_head(f"{model}.{pretrained}")
+    default = f"{model}.{spec.default_tag}"
+    if tag == CLIP_TAG:
+        return Resolved(spec, get_head(default), pretrained=CLIP_TAG if pretrained else False)
+    head = get_head(f"{model}.{tag}" if tag else default)
+    if not pretrained:
+        return Resolved(spec, head, pretrained=False)
     folder = trained_here(head)
     if folder is None:
         head = registry.newest(head)
         # nobody has asked for the classes of a default head, whose classifier is replaced
-        is_optional = not tag and pretrained is True and num_classes not in (None, head.pretrained_cfg["num_classes"])
-        folder = head.bundled_dir if head.status == "bundled" else _download(head, is_optional)
+        is_optional = not tag and num_classes not in (None, head.pretrained_cfg["num_classes"])
+        folder = head.bundled_dir if head.status == "bundled" else _published(head, is_optional)
     if folder is None:
         warn(
             f"CLIP's own weights of {model} are loaded, with fresh prompts, as by {model}.{CLIP_TAG}: its default head "
@@ -192,16 +186,12 @@ def name_of(folder: Path) -> str:
     return f"local-dir:{name}" if is_taken else name
 
 
-def _download(head: HeadEntry, is_optional: bool) -> Path | None:
-    """The folder of a registered head at its pinned revision, or unpinned with a warning; None if it is
-    optional and the Hub has none."""
-    from dcp_zoo.hub import download_head, is_absent  # slow to import
+def _published(head: HeadEntry, is_optional: bool) -> Path | None:
+    """The folder of a head of the zoo that is on the Hub; None if it is optional and the Hub has none."""
+    from dcp_zoo.hub import is_absent  # slow to import
 
-    repo_id, revision, sha256 = head.place
-    if revision is not None:
-        return download_head(repo_id, revision, sha256)
     try:
-        folder = download_head(repo_id)
+        return _download(*head.place)
     except ZooError as error:
         if is_optional and is_absent(error):
             return None
@@ -209,7 +199,7 @@ def _download(head: HeadEntry, is_optional: bool) -> Path | None:
             raise
         if is_absent(error):
             problem = (
-                f"{head.name} is planned: nobody has published it, as the Hub has no public repo {repo_id}. "
+                f"{head.name} is planned: nobody has published it, as the Hub has no public repo {head.place[0]}. "
                 f"Train it: {head.train_command}. Heads that exist: dcp-zoo list."
             )
         else:
@@ -217,10 +207,17 @@ def _download(head: HeadEntry, is_optional: bool) -> Path | None:
         raise ZooError(
             f"{problem} CLIP's weights without a head: {head.model}.{CLIP_TAG}, or pretrained='{CLIP_TAG}'."
         ) from error
-    warn(
-        f"{head.name} is not pinned in this version of dcp_zoo: this is commit {folder.name} of {repo_id}, "
-        "the newest that is known here."
-    )
+
+
+def _download(repo_id: str, revision: str | None, sha256: str | None = None) -> Path:
+    """The folder of the checkpoint in a Hub repo; a warning names its commit, unless that is the
+    `revision`."""
+    from dcp_zoo.hub import download_head  # slow to import
+
+    folder = download_head(repo_id, revision, sha256)
+    commit = folder.name
+    if commit != revision:
+        warn(f"{repo_id} is not pinned: this is its commit {commit}. Pin it: hf-hub:{repo_id}@{commit}")
     return folder
 
 
