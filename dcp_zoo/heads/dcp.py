@@ -12,8 +12,8 @@ the prompts that enter the image tower depend on the images: both are computed o
 the head can be fused, exported, and given a text probe.
 """
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -24,12 +24,13 @@ from timm.layers import LayerNormFp32  # computes in float32 and returns the inp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcp_zoo.backbone._torch import in_eval_mode, pool, pool_stream
+from dcp_zoo.backbone._torch import in_eval_mode, pool_stream
 from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, check_classnames
 from dcp_zoo.backbone.clip import FrozenCLIP, Linear, join, joined, parts_of
 from dcp_zoo.backbone.inputs import Images, Inputs
 from dcp_zoo.backbone.tokens import Tokenizer
-from dcp_zoo.backbone.towers.text import FullRun, PrefixRun, TextChunks
+from dcp_zoo.backbone.towers.open_clip import ImageRun
+from dcp_zoo.backbone.towers.text import TextChunks, TextRun
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import Abilities, DCPConfig, HeadConfig, own_names
@@ -107,6 +108,69 @@ class CMPA(nn.Module):
         prompts = {"vision": v, "text": t}
         for tower, source in self.rewritten_from.items():
             yield tower, getattr(self, f"to_{tower}"), prompts[tower], prompts[source]
+
+
+class StoredPrompts:
+    """In place of an image tower, where statistics are stored: the pooled vision prompts (M, Dv) before each
+    coupled block, `stats`. It notes the prompts (M, Dv) that newly enter the first blocks, `entering`."""
+
+    def __init__(self, stats: list[Tensor]) -> None:
+        self.stats = stats
+        self.entering: list[Tensor] = []
+        self.done = 0  # blocks so far
+
+    def prompts(self, pooling: str) -> Tensor:
+        return self.stats[self.done - 1]
+
+    def replace(self, prompts: Tensor) -> None:
+        self.entering.append(prompts)
+
+    def step(self) -> None:
+        self.done += 1
+
+
+class MeasuredPrompts(StoredPrompts):
+    """Measures the statistics of images, which come in chunks and count as one batch. A chunk runs through a
+    block when the prompts after it are asked for. Its tokens are kept for the next block, or, if those of all
+    chunks take more than `KEPT_BYTES`, are computed again from the images.
+
+    Args:
+        encoder: a CLIP.
+        chunks: batches of images, or (images, labels) pairs, which can be read again.
+    """
+
+    def __init__(self, encoder: FrozenCLIP, chunks: Iterable[Any]) -> None:
+        super().__init__([])
+        self.encoder = encoder
+        self.chunks = chunks
+        # of each chunk, the tokens after the last block that it ran through, which take as much room after each
+        self.kept: list[Tensor] = []
+        self.has_room = True
+
+    def prompts(self, pooling: str) -> Tensor:
+        self.stats.append(pool_stream(self._leaving(), pooling))
+        return self.stats[-1]
+
+    def _leaving(self) -> Iterator[Tensor]:
+        """The prompts (b, M, Dv) of each chunk that leave the blocks so far."""
+        tower = self.encoder.vision_tower
+        start = self.done - 1 if self.kept else 0
+        new_prompts = self.entering[start:]
+        for i, x in enumerate(self.kept or self._embedded()):
+            own = x[:, : tower.num_tokens] if new_prompts else x
+            x = tower.run(own, new_prompts, start, self.done)
+            if self.has_room:
+                self.kept[i : i + 1] = [x]
+                self.has_room = sum(tokens.nbytes for tokens in self.kept) <= KEPT_BYTES
+            if not self.has_room:
+                self.kept.clear()
+            yield x[:, tower.num_tokens :].float()
+
+    def _embedded(self) -> Iterator[Tensor]:
+        """The tokens (b, N, Dv) of each chunk before the first block."""
+        for chunk in self.chunks:
+            images = chunk[0] if isinstance(chunk, (tuple, list)) else chunk
+            yield self.encoder.enter(images.to(self.encoder.device)).x
 
 
 class DCP(Head):
@@ -192,18 +256,16 @@ class DCP(Head):
         if self.stats == "stored":  # the towers need not run side by side
             prompts, text_features = self._constants()
             return self.encoder.encode_image(images, prompts), text_features
-        ((x, text),) = deque(self._walk(images, last=True), maxlen=1)  # tokens of earlier blocks are freed
-        return self.encoder.vision_tower.features(x), text.features()
+        vision = ImageRun(self.encoder.vision_tower, self.encoder.enter(images).x, pooled_only=True)
+        *_, text = self.couple(vision)
+        return self.encoder.vision_tower.features(vision.x), text.features()
 
     def _encode_prompted(self, images: Images) -> Tensor:
         return self.encode(images)[0]
 
-    def couplings(
-        self, pooled: Callable[[int], Tensor], names: TextChunks | None = None
-    ) -> Iterator[tuple[Tensor | None, PrefixRun | FullRun]]:
-        """The loop of the method: runs the text prompts through their tower and rewrites the prompts of both
-        towers. With v = pooled(i), the pooled vision prompts (M, Dv), and t, the text prompts (M, Dt) pooled
-        over the classes, before block i = 1 .. K:
+    def couple(self, vision: ImageRun | StoredPrompts, names: TextChunks | None = None) -> Iterator[TextRun]:
+        """The loop of the method: runs the prompts of both towers block by block, and rewrites them from each
+        other. With the pooled vision prompts v (M, Dv) and text prompts t (M, Dt) before block i = 1 .. K:
 
             v', t' = CMPA.to_vision(v, t), CMPA.to_text(t, v)           bidirectional
             v'     = CMPA.to_vision(v, t)                               text_to_vision
@@ -211,32 +273,33 @@ class DCP(Head):
             v', t' = CMPA.to_vision(v, v), CMPA.to_text(t, t)           self
 
         Prompts that are not rewritten flow on as their tower leaves them; with the coupling none, all do,
-        and K = 0.
+        and K = 0. v is pooled over the batch, t over the classes: in a causal text tower t is the same for
+        every class, as the prompts precede the names.
 
-        It yields, for each block, the vision prompts (M, Dv) that newly enter it, None where those of the
-        block before flow on, and the text tower after its block. The caller then runs the same block of the
-        image tower: `pooled(i)` is called when the caller asks for block i, and so after it has run block i
-        - 1. In a causal text tower t is the same for every class, as the prompts precede the names.
-
-        Where vision prompts newly enter block i, they also do in all blocks before: what stores them, such as
-        `image_prompts`, gives prompt i to block i.
+        It yields the text tower after each block, and `vision` then is after the same block.
         """
-        vision = self.encoder.vision_tower
+        vision_tower = self.encoder.vision_tower
         text_tower = self.encoder.text_tower
-        prompts = self.prompts
-        text = text_tower.begin(prompts["text"], names or self.name_tokens)
-        for i in range(max(len(vision.blocks), len(text_tower.blocks))):
-            v = vision.embed_prompts(prompts["vision"]) if i == 0 else None
+        vision.replace(vision_tower.embed_prompts(self.prompts["vision"]))
+        text = text_tower.begin(self.prompts["text"], names or self.name_tokens)
+        for i in range(max(len(vision_tower.blocks), len(text_tower.blocks))):
             if 1 <= i <= self.num_coupled:
-                cmpa = self._cmpa_of(i)
-                v = pooled(i).to(prompts["vision"].dtype)
-                t = text.prompts(self.config.pooling).to(prompts["text"].dtype)
-                v, new_t = cmpa(v, t)
+                new_v, new_t = self._cmpa_of(i)(*self._pooled(vision, text))
+                if new_v is not None:
+                    vision.replace(new_v)
                 if new_t is not None:
                     text.replace(new_t)
+            if i < len(vision_tower.blocks):
+                vision.step()
             if i < len(text_tower.blocks):
                 text.step()
-            yield v, text
+            yield text
+
+    def _pooled(self, vision: ImageRun | StoredPrompts, text: TextRun) -> tuple[Tensor, Tensor]:
+        """What CMPA reads: v (M, Dv) and t (M, Dt)."""
+        v = vision.prompts(self.config.pooling)
+        t = text.prompts(self.config.pooling)
+        return v.to(self.prompts["vision"].dtype), t.to(self.prompts["text"].dtype)
 
     def _cmpa_of(self, i: int) -> Any:
         return self.cmpa[0 if self.config.share_cmpa else i - 1]
@@ -246,10 +309,9 @@ class DCP(Head):
         prompts (M, Dv) and text prompts (M, Dt). ZooError without statistics."""
         if not self.has_stats:
             raise ZooError(NO_STATS)
-        like = self.prompts["text"]
-        steps = islice(self.couplings(self._stored), self.num_coupled)
-        for i, (_, text) in enumerate(steps, 1):
-            yield self._cmpa_of(i), self._stored(i).to(like), text.prompts(self.config.pooling).to(like)
+        vision = self._stored()
+        for i, text in enumerate(islice(self.couple(vision), self.num_coupled), 1):
+            yield self._cmpa_of(i), *self._pooled(vision, text)
 
     @property
     def has_stats(self) -> bool:
@@ -261,13 +323,13 @@ class DCP(Head):
         """Whether text prompts are rewritten from vision prompts."""
         return self.num_coupled > 0 and self.rewritten_from.get("text") == "vision"
 
-    def _entering(self, leaving: Callable[[], Tensor]) -> Iterator[tuple[Tensor | None, PrefixRun | FullRun]]:
-        uses_batch = self.stats == "batch"
-
-        def pooled(i: int) -> Tensor:
-            return pool(leaving(), self.config.pooling) if uses_batch else self._stored(i)
-
-        return self.couplings(pooled)
+    def _block_outputs(self, images: Images) -> Iterator[Tensor]:
+        if self.stats == "stored":
+            yield from super()._block_outputs(images)
+            return
+        vision = ImageRun(self.encoder.vision_tower, self.encoder.enter(images).x)
+        for _ in self.couple(vision):
+            yield vision.x
 
     @torch.compiler.disable  # reads texts, and is kept
     def _constants(self) -> tuple[list[Tensor], Tensor]:
@@ -278,15 +340,16 @@ class DCP(Head):
         return [p.clone() for p in prompts], text_features.clone()
 
     def _run_text(self, names: TextChunks | None = None) -> tuple[list[Tensor], Tensor]:
-        steps = list(self.couplings(self._stored, names))
-        return [v for v, _ in steps if v is not None], steps[-1][1].features()
+        vision = self._stored()
+        *_, text = self.couple(vision, names)
+        return vision.entering, text.features()
 
-    def _stored(self, i: int) -> Tensor:
-        """The stored v (M, Dv) before block i."""
-        if self.stored_stats is not None:
-            return self.stored_stats[i - 1]
-        assert not self.text_reads_images
-        return self.prompts["vision"]  # in place of v, on which the text does not depend
+    def _stored(self) -> StoredPrompts:
+        """In place of the image tower. Without statistics only where neither text nor CMPA read any."""
+        if self.stored_stats is None:
+            assert not self.text_reads_images
+            return StoredPrompts([self.prompts["vision"]] * self.num_coupled)
+        return StoredPrompts([*self.stored_stats])
 
     @property
     def stats_modes(self) -> tuple[str, ...]:
@@ -324,42 +387,11 @@ class DCP(Head):
         chunks: Iterable[Any] = images.split(64) if isinstance(images, (Tensor, Inputs)) else images
         if iter(chunks) is chunks:
             raise ZooError("store_stats reads the images once for every block: pass a tensor, a list or a DataLoader.")
-        tower = self.encoder.vision_tower
-        n_ctx = self.config.n_ctx
-        prompts: list[Tensor] = []  # that newly enter vision blocks 0, 1, ...
-        pooled: list[Tensor] = []
-        tokens: deque[Tensor] = deque()  # of each chunk, after the last block that was run, with prompts that flow on
-        keeps_tokens = True
-
-        def entering() -> Iterator[Tensor]:
-            """The tokens of each chunk before the first block."""
-            for chunk in chunks:
-                images = chunk[0] if isinstance(chunk, (tuple, list)) else chunk
-                yield self.encoder.enter(images.to(self.device)).x
-
-        def leaving(i: int) -> Iterator[Tensor]:
-            """The prompts (b, M, Dv) of each chunk that leave block i - 1."""
-            nonlocal keeps_tokens
-            first = i - 1 if tokens else 0
-            known = (tokens.popleft() for _ in range(len(tokens)))
-            for x in known if tokens else entering():
-                x = tower.run(x, prompts[first:], first, i)
-                if keeps_tokens:
-                    tokens.append(x[:, :-n_ctx] if "vision" in self.rewritten_from else x)
-                if sum(kept.nbytes for kept in tokens) > KEPT_BYTES:
-                    keeps_tokens = False
-                    tokens.clear()
-                yield x[:, -n_ctx:].float()
-
-        def measure(i: int) -> Tensor:
-            pooled.append(pool_stream(leaving(i), self.config.pooling))
-            return pooled[-1]
-
+        measured = MeasuredPrompts(self.encoder, chunks)
         with in_eval_mode(self):
-            for v, _ in self.couplings(measure):
-                if v is not None:
-                    prompts.append(v)
-        self.stored_stats = torch.stack(pooled) if pooled else None
+            for _ in self.couple(measured):
+                pass
+        self.stored_stats = torch.stack(measured.stats) if measured.stats else None
 
     def _unknown_stats(self) -> Tensor:
         prompts = self.prompts["vision"]

@@ -15,7 +15,7 @@ prompts or by CLIP's weights, a text probe also reads plain CLIP, from inside it
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
@@ -41,7 +41,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading, join, joined, par
 from dcp_zoo.backbone.inputs import Images
 from dcp_zoo.backbone.preprocessing import PREPROCESSING, Preprocessing, preprocessing_in
 from dcp_zoo.backbone.towers import FORMATS, take_blocks
-from dcp_zoo.backbone.towers.open_clip import EMBEDDING, append_prompts
+from dcp_zoo.backbone.towers.open_clip import EMBEDDING, ImageRun
 from dcp_zoo.errors import ZooError, check_choice, check_range, shorten, warn
 from dcp_zoo.fields import Values, check, problems
 from dcp_zoo.heads import file
@@ -769,7 +769,7 @@ class Head(nn.Module, ABC):
         blocks = take_blocks(indices, len(tower.blocks))
         stop = blocks[-1] if stop_early or intermediates_only else len(tower.blocks) - 1
         after: list[Tensor] = []  # class token, if any, and patches (B, N, Dv)
-        for i, (x, _) in enumerate(self._walk(images)):
+        for i, x in enumerate(self._block_outputs(images)):
             if i in blocks:
                 after.append(x[:, : tower.num_tokens])
             if i == stop:
@@ -813,28 +813,14 @@ class Head(nn.Module, ABC):
             return features
         return self.classify(features)
 
-    def _walk(self, images: Images, last: bool = False) -> Iterator[tuple[Tensor, Any]]:
-        """Yields, for each vision block, the tokens (B, N + M, Dv) that leave it, the prompts last, and for a
-        DCP the text tower beside it. With `last`, only the pooled tokens leave the last block."""
-        tower = self.encoder.vision_tower
-        x = self.encoder.enter(images).x
-        n = x.shape[1]
-
-        def leaving() -> Tensor:
-            return x[:, n:]
-
-        for i, (prompts, text) in enumerate(self._entering(leaving)):
+    def _block_outputs(self, images: Images) -> Iterator[Tensor]:
+        """The tokens (B, N + M, Dv) that leave each vision block, the prompts last."""
+        run = ImageRun(self.encoder.vision_tower, self.encoder.enter(images).x)
+        for prompts, _ in zip_longest(self.image_prompts(), run.tower.blocks):
             if prompts is not None:
-                x = append_prompts(x[:, :n], prompts)
-            if i < len(tower.blocks):
-                x = tower.block(i, x, None, last and i == len(tower.blocks) - 1)
-            yield x, text
-
-    def _entering(self, leaving: Callable[[], Tensor]) -> Iterator[tuple[Tensor | None, Any]]:
-        """Yields, for each vision block, the prompts (M, Dv) that newly enter it, or None, and the text tower
-        beside it; `leaving` gives those (B, M, Dv) that left the block before."""
-        for prompts, _ in zip_longest(self.image_prompts(), self.encoder.vision_tower.blocks):
-            yield prompts, None
+                run.replace(prompts)
+            run.step()
+            yield run.x
 
 
 class PretrainedCfg(Values):

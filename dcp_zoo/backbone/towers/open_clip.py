@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dcp_zoo.backbone._torch import pool
 from dcp_zoo.backbone.inputs import Tokens
 from dcp_zoo.backbone.mini import STAGE_WIDTH
 from dcp_zoo.errors import ZooError
@@ -276,6 +277,36 @@ def append_prompts(x: Tensor, prompts: Tensor) -> Tensor:
     """x (B, L, Dv), prompts (M, Dv) -> (B, L + M, Dv). As everywhere in image towers, `x.shape[0]` and not
     `len(x)`, at which torch.export would fix the batch size."""
     return torch.cat([x, prompts.to(x.dtype).expand(x.shape[0], -1, -1)], 1)
+
+
+class ImageRun:
+    """A batch of images on its way through the blocks: `x` (B, N + M, Dv), prompts last.
+
+    Args:
+        tower: of the images.
+        x: (B, N, Dv), what enters its first block.
+        pooled_only: whether only the pooled tokens leave the last block.
+    """
+
+    def __init__(self, tower: VisionTower, x: Tensor, pooled_only: bool = False) -> None:
+        self.tower = tower
+        self.x = x
+        self.pooled_only = pooled_only
+        self.done = 0  # blocks so far
+
+    def prompts(self, pooling: str) -> Tensor:
+        """The prompts (M, Dv), pooled over the batch."""
+        return pool(self.x[:, self.tower.num_tokens :], pooling)
+
+    def replace(self, prompts: Tensor) -> None:
+        """New prompts (M, Dv), the same for every image."""
+        self.x = append_prompts(self.x[:, : self.tower.num_tokens], prompts)
+
+    def step(self) -> None:
+        """One block."""
+        is_last = self.done == len(self.tower.blocks) - 1
+        self.x = self.tower.block(self.done, self.x, last=self.pooled_only and is_last)
+        self.done += 1
 
 
 class OpenClipViT(VisionTower):

@@ -113,7 +113,7 @@ class TextTower:
         ends = ends + n_ctx * (ends >= start)
         return TextChunks(ids, ends, torch.full_like(ends, self.length), prompts)
 
-    def begin(self, prompts: Tensor, names: TextChunks) -> "PrefixRun | FullRun":
+    def begin(self, prompts: Tensor, names: TextChunks) -> "TextRun":
         """Class names, as of `chunks`, after the prompts (M, Dt), before the first block."""
         prompts = prompts.to(self.text.token_embedding.weight.dtype) + self.text.positional_embedding[names.prompts]
         return (PrefixRun if self.shares_prefix else FullRun)(self, prompts, names)
@@ -266,6 +266,9 @@ class FullRun:
             pooled = y[torch.arange(len(y), device=y.device), chunk.ends]
             features.append(F.normalize(self.tower.project(pooled), dim=-1))
         return self.names.by_class(features)
+
+
+TextRun = PrefixRun | FullRun
 
 
 def attention_mask(tower: TextTower, ids: Tensor) -> Tensor | None:
