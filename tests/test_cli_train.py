@@ -37,7 +37,7 @@ def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers, image_wo
     for name in ("rose", "tulip"):
         photo(Path("OTHERS", name, "5.jpg"))  # another picture
     code, out, err = run("eval", "--head", "MY_PHOTOS_head", "--data-root", "OTHERS")
-    assert (code, "on 2 test images of OTHERS" in out) == (0, True), err
+    assert (code, "on 2 images of OTHERS" in out) == (0, True), err
     assert "Left out: 10 of 12 images, as MY_PHOTOS_head was trained on them" in err
 
 

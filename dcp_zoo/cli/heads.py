@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.columns import Columns
 from typer import Exit, Option
@@ -29,10 +29,18 @@ if TYPE_CHECKING:
     from dcp_zoo.inspection.spot_check import SpotCheck
     from dcp_zoo.training.evaluation import Evaluation
 
-Measured = tuple[Mapping[str, float], "Evaluation", Values]  # of a head: its metrics, predictions and conditions
 MOST = 10  # rows of each table
 TEST = "test top-1"  # the accuracy on images that a head has not seen
-UNKNOWN = "{} does not say which images it was trained on: if these are among them, the accuracy is too high."
+
+
+class Measured(NamedTuple):
+    """A head, and what it says of test images."""
+
+    name: str
+    head: "Head"
+    metrics: Mapping[str, float]  # top-1 in percent, see `evaluation.measure`
+    evaluation: "Evaluation"
+    conditions: Values  # on which that depends
 
 
 def evaluate(
@@ -93,118 +101,116 @@ def evaluate(
         )
         show_spot_check(found, output_dir, as_json)
         return
-    from dcp_zoo.features import group_own_images, shared_features
     from dcp_zoo.prediction.heads import loaded
     from dcp_zoo.release import claimed
 
-    models = [loaded(head, device) for head in heads]
-    head = heads[0]
-    claims = claimed(head, models[0]) if claim else {}
-    dataset = dataset or trained_on(head, models[0], data_root)
+    models = [loaded(name, device) for name in heads]
+    claims = claimed(heads[0], models[0]) if claim else {}
+    dataset = dataset or trained_on(heads[0], models[0], data_root)
     images = load_labelled(dataset, data_root, labels)
     log(printable(images.note))
-    shown = str(data_root) if dataset == "folder" else dataset
-    test, title = test_images(images, models[0], head, claim)
-    for other, name in zip(models[1:], heads[1:], strict=True):
-        known = {item.key for item in test_images(images, other, name, claim)[0]}
-        test = [item for item in test if item.key in known]
-        if not test:
-            raise ZooError(f"Each of these images is one that {head} or {name} was trained on: pass other images.")
-    with shared_features(), all_named(test, MOVE):  # two heads often read the same CLIP
-        if dataset == "folder":
-            test = group_own_images(test)
-        answers = [measured(each, test, images, precision, claim) for each in models]
+    place = str(data_root) if dataset == "folder" else dataset
+    answers = measured(heads, models, images, precision, claim)
     if len(heads) == 2:
-        show_comparison(heads, models, answers, shown, as_json)
+        show_comparison(answers, place, as_json)
         return
-    metrics, evaluation, conditions = answers[0]
+    name, _, metrics, evaluation, conditions = answers[0]
     if report:
-        report_mistakes(evaluation, report, f"{head} on {dataset}")
+        report_mistakes(evaluation, report, f"{name} on {dataset}")
     if as_json:
-        print(json.dumps({"head": head, "dataset": dataset} | conditions | as_values(evaluation)))
+        print(json.dumps({"head": name, "dataset": dataset} | conditions | as_values(evaluation)))
         return
-    kind = title.removesuffix("top-1")
-    output.print(f"{head} on {len(test)} {kind}images of {shown}, {conditions['stats']} statistics:", markup=False)
-    show_evaluation(evaluation, title)
+    output.print(f"{name} on {len(evaluation)} images of {place}, {conditions['stats']} statistics:", markup=False)
+    show_evaluation(evaluation)
     if claim:
-        compare(claims, metrics)
+        show_claims(claims, metrics)
 
 
-def measured(model: "Head", test: Sequence[Item], images: Split, precision: str, claim: bool) -> Measured:
-    """A head measured on test images of a split, in all modes for a `claim`. Of a dataset with other classes
-    it classifies into these."""
+def measured(
+    names: Sequence[str], heads: Sequence["Head"], images: Split, precision: str, claim: bool
+) -> list[Measured]:
+    """Heads on the same images, of which none was trained on any."""
+    from dcp_zoo.features import group_own_images, shared_features
+
+    able = [test_images(images, head, name, claim) for name, head in zip(names, heads, strict=True)]
+    common = set.intersection(*[{item.key for item in items} for items in able])
+    test = [item for item in able[0] if item.key in common]
+    if not test:
+        raise ZooError(f"Each of these images is one that {' or '.join(names)} was trained on: pass other images.")
+    with shared_features(), all_named(test, MOVE):  # two heads often read the same CLIP
+        if images.name == "folder":
+            test = group_own_images(test)
+        return [answered(name, head, test, images, precision, claim) for name, head in zip(names, heads, strict=True)]
+
+
+def answered(name: str, head: "Head", test: Sequence[Item], images: Split, precision: str, claim: bool) -> Measured:
+    """What a head says of test images of a split, in all modes for a `claim`. Of a dataset with other classes it
+    classifies into these."""
     from dcp_zoo.api.inputs import among
     from dcp_zoo.features import FeatureExtractor, ImageLoader, Photos, pick_precision
     from dcp_zoo.training.evaluation import measure
 
-    if not is_user_data(images.name) and set(images.classnames) != set(model.classnames):
+    if not is_user_data(images.name) and set(images.classnames) != set(head.classnames):
         log(
-            f"Note: a head of {model.num_classes} classes is tested with the {len(images.classnames)} class names of "
+            f"Note: a head of {head.num_classes} classes is tested with the {len(images.classnames)} class names of "
             f"{images.name}, as in the cross-dataset protocol."
         )
-        model.set_classnames(images.classnames, find_spec(images.name).template)
-    items = among(test, images.classnames, model.classnames)
-    recipe = model.info.get("recipe", {})
+        head.set_classnames(images.classnames, find_spec(images.name).template)
+    items = among(test, images.classnames, head.classnames)
+    recipe = head.info.get("recipe", {})
     batch_size = recipe.get("eval_batch_size", 16)
     if claim and precision == AUTO:  # as it was measured
         precision = recipe.get("precision", AUTO)
-    precision = pick_precision(precision, model.encoder.architecture, model.device)
-    loader = ImageLoader(Photos(items), FeatureExtractor(model.frozen, precision, progress_bar))
-    metrics, evaluation = measure(model, loader, batch_size, all_modes=claim)
-    conditions = {"stats": model.stats, "precision": precision, "batch_size": batch_size}
-    return metrics, evaluation, conditions
+    precision = pick_precision(precision, head.encoder.architecture, head.device)
+    loader = ImageLoader(Photos(items), FeatureExtractor(head.frozen, precision, progress_bar))
+    metrics, evaluation = measure(head, loader, batch_size, all_modes=claim)
+    conditions = {"stats": head.stats, "precision": precision, "batch_size": batch_size}
+    return Measured(name, head, metrics, evaluation, conditions)
 
 
-def show_comparison(
-    heads: Sequence[str], models: Sequence["Head"], answers: Sequence[Measured], shown: str, as_json: bool
-) -> None:
+def show_comparison(answers: Sequence[Measured], place: str, as_json: bool) -> None:
     """Print which of two heads is better on the images that both were measured on, and the size and cost of
     both."""
     from dcp_zoo.data.groups import groups_text  # after NumPy, which is slow
     from dcp_zoo.features.device import seconds_per_image
     from dcp_zoo.training.comparison import Comparison
 
-    compared = Comparison(*[evaluation for _, evaluation, _ in answers])
+    compared = Comparison(*[answer.evaluation for answer in answers])
     rows = list[Values]()
-    for head, model, (_, evaluation, conditions) in zip(heads, models, answers, strict=True):
-        size = model.pretrained_cfg["input_size"]
+    for name, head, _, evaluation, conditions in answers:
+        size = head.pretrained_cfg["input_size"]
         row: Values = {
-            "head": head,
+            "head": name,
             "top1": round(evaluation.accuracy.percent, 2),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "seconds_per_image": seconds_per_image(model, size, model.device, conditions["precision"]),
+            "parameters": sum(parameter.numel() for parameter in head.parameters()),
+            "seconds_per_image": seconds_per_image(head, size, head.device, conditions["precision"]),
         }
         rows.append(row)
-    only_first, only_second = compared.wins
     low, high = compared.interval
     if as_json:
         values = {
+            "heads": rows,
             "images": len(compared.first),
             "groups": len(compared.gains),
             "difference": round(compared.difference, 2),
             "interval": [round(low, 2), round(high, 2)],
             "p_value": compared.p_value,
             "verdict": compared.verdict,
-            "more_images": None if compared.better else compared.more_images,
         }
-        print(json.dumps({"heads": rows} | values))
+        print(json.dumps(values))
         return
     counted = groups_text(compared.first.items) or f"{len(compared.first):,} images"
-    output.print(f"{counted}, of {shown}, that neither head was trained on, as far as they say:", markup=False)
-    cells = [
-        (
-            f"{letter}: {row['head']}",
-            f"{row['top1']:.1f} %",
-            f"{row['parameters'] / 1e6:.1f} M",
-            f"{1000 * row['seconds_per_image']:.1f} ms",
-        )
-        for letter, row in zip("AB", rows, strict=True)
-    ]
+    output.print(f"{counted}, of {place}, that neither head was trained on, as far as they say:", markup=False)
+    cells = []
+    for letter, row in zip("AB", rows, strict=True):
+        size = f"{row['parameters'] / 1e6:.1f} M"
+        cost = f"{1000 * row['seconds_per_image']:.1f} ms"
+        cells.append((f"{letter}: {row['head']}", f"{row['top1']:.1f} %", size, cost))
     output.print(plain_table(("head", "top-1", "parameters", "per image, here"), cells))
-    kind = "groups" if len(compared.gains) < len(compared.first) else "images"
+    only_first, only_second = compared.wins
     output.print(
-        f"A minus B: {compared.difference:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}; A is right on "
-        f"{only_first} {kind} where B is not, B on {only_second} (exact McNemar test, p = {compared.p_value:.2g})",
+        f"A minus B: {compared.difference:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}; of images, or groups, "
+        f"only A has {only_first} right, only B {only_second} (exact McNemar test, p = {compared.p_value:.2g})",
         soft_wrap=True,
     )
     output.print(f"[bold]{compared.verdict}[/]")
@@ -253,46 +259,42 @@ def as_values(evaluation: "Evaluation") -> Values:
     }
 
 
-def test_images(images: Split, model: "Head", head: str, claim: bool) -> tuple[list[Item], str]:
+def test_images(images: Split, head: "Head", name: str, claim: bool) -> list[Item]:
     """The test part of a dataset; of the user's images without parts those held out in training, or all if
-    it saw others. None of the images that the head was trained on, if it names those. And what the accuracy
-    on them is called. ZooError if these images measure no `claim`."""
-    info = model.info
+    it saw others. None of the images that the head was trained on, if it names those. ZooError if these images
+    measure no `claim`."""
+    info = head.info
     split = training_split(images, info.get("test_share"))
     is_same = split.sha256 == info.get("split_sha256")
     if claim and not is_same:
+        trained = info.get("split_sha256")
         raise ZooError(
-            f"{head} was trained on another split of {images.name}: its sha256 is {info.get('split_sha256')}, and that "
-            f"of the one here is {split.sha256}."
+            f"{name} was trained on another split of {images.name}: its sha256 is {trained}, and here {split.sha256}."
         )
     items = images.items
-    title = TEST
     if is_same and (split.test or not info.get("image_hashes")):
         items = split.test
     elif images.has_parts or not is_user_data(images.name):
         items = split_images(images).test
     elif not info.get("image_hashes"):
-        log(UNKNOWN.format(head))
-        title = "top-1"
+        log(f"{name} does not say which images it was trained on: if these are among them, the accuracy is too high.")
     new = not_trained_on(items, info)
     if 0 < len(new) < len(items):
-        log(f"Left out: {len(items) - len(new)} of {len(items)} images, as {head} was trained on them.")
+        log(f"Left out: {len(items) - len(new)} of {len(items)} images, as {name} was trained on them.")
     if not new:
-        shown = f" dcp-zoo info {head} shows its accuracy." if info.get("metrics") else ""
+        shown = f" dcp-zoo info {name} shows its accuracy." if info.get("metrics") else ""
         raise ZooError(
-            f"{head} was trained on these images.{shown} Pass other images, or train with --no-refit to hold some out."
+            f"{name} was trained on these images.{shown} Pass other images, or train with --no-refit to hold some out."
         )
-    return new, title
+    return new
 
 
-def trained_on(head: str, model: "Head", data_root: Path | None) -> str:
-    dataset = model.info.get("dataset")
-    if dataset is None:
-        raise ZooError(f"{head} does not store its training dataset: pass your images, or the name of a dataset.")
+def trained_on(name: str, head: "Head", data_root: Path | None) -> str:
+    """The dataset of a head's training images; ZooError for the user's own if they are not given."""
+    dataset: str = head.info.get("dataset") or "folder"
     if dataset == "folder" and data_root is None:
-        classes = shorten(model.classnames)
-        raise ZooError(f"{head} was trained on your own images: pass a folder with images of its classes, {classes}.")
-    opt.check_data_root(dataset, data_root)
+        classes = shorten(head.classnames)
+        raise ZooError(f"{name} was trained on your own images: pass a folder with images of its classes, {classes}.")
     return dataset
 
 
@@ -336,7 +338,7 @@ def show_refused(percent: float | None) -> None:
         output.print(f"--reject refuses {percent:.1f} % of these images, where {100 * REFUSED:g} % is promised")
 
 
-def compare(claims: Mapping[str, float], metrics: Mapping[str, float]) -> None:
+def show_claims(claims: Mapping[str, float], metrics: Mapping[str, float]) -> None:
     """Print claimed and measured top-1 accuracies in percent; Exit with code 1 if one does not hold."""
     from dcp_zoo.release import holds
 

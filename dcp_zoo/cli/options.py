@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from typer import Argument, Option
 from typer.core import TyperCommand
 
-from dcp_zoo.data import DATASETS, find_spec
+from dcp_zoo.data import DATASETS
 from dcp_zoo.data.readers import read_classnames
 from dcp_zoo.errors import ZooError, check_choice, nearest_hint
 from dcp_zoo.fields import Values
@@ -101,7 +101,6 @@ def data_source(
     if is_folder and not data_root:
         return "folder", Path(images)
     if images in DATASETS:
-        check_data_root(images, data_root)
         if labels:
             raise ZooError(f"--labels is for your own images: omit it, or {images}.")
         return images, data_root
@@ -112,12 +111,6 @@ def data_source(
         f"There is no folder {images}, and no dataset of this name.{nearest_hint(images, others)} Pass a folder with a "
         "folder per class, or a dataset."
     )
-
-
-def check_data_root(dataset: str, data_root: Path | None) -> None:
-    """Raise ZooError for a data root that a dataset does not need."""
-    if data_root and find_spec(dataset).folder is None:
-        raise ZooError(f"{dataset} needs no --data-root: omit it.")
 
 
 def parse_changes(settings: Iterable[str]) -> dict[str, list[Any]]:
@@ -175,8 +168,8 @@ def recipe_help(method: str = "") -> str:
 
 
 class Command(TyperCommand):
-    """A command with --set answers --epochs with a hint to --set epochs=VALUE, and its help lists the recipe
-    of a --method. The help shows flags without Typer's <bool>, as they take no value."""
+    """A command whose help shows flags without Typer's <bool>, as they take no value, and of one with --method and
+    --set the recipe of the method."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         parameters: list[Any] = super().get_params(ctx)
@@ -187,12 +180,6 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         declared = {name for parameter in self.params for name in parameter.opts}
-        if "--set" in declared:
-            for arg in args:
-                name = arg.partition("=")[0]
-                field = name.removeprefix("--").replace("-", "_")
-                if name.startswith("--") and name not in declared and field in Recipe.__dataclass_fields__:
-                    raise ZooError(f"There is no option {name}. It is a field of the recipe: use --set {field}=VALUE")
         if "--help" in args and {"--method", "--set"} <= declared:
             given, _, _ = self.make_parser(ctx).parse_args(list(args))
             self.epilog = recipe_help(given.get("method", ""))

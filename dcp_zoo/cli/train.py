@@ -1,7 +1,6 @@
 """`dcp-zoo train`."""
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +19,14 @@ from dcp_zoo.promises import trust_note
 from dcp_zoo.threads import use_threads
 from dcp_zoo.training.folder import check_free
 from dcp_zoo.training.methods.table import DCP_METHOD, DEFAULT_METHOD, METHODS
-from dcp_zoo.zoo.registry import HeadEntry, get_head, is_model
+from dcp_zoo.zoo.registry import get_head
 from dcp_zoo.zoo.resolve import name_of
 from dcp_zoo.zoo.specs import MINIATURE_NOTE, get_spec
 
 if TYPE_CHECKING:
+    from dcp_zoo.heads.head import Head
     from dcp_zoo.training.evaluation import Evaluation
+    from dcp_zoo.training.run import Run
 
 REFIT = "After the accuracy is measured, the head is trained on all images and saved."
 DATASET_SHOTS = 16  # training images per class of a dataset
@@ -90,20 +91,19 @@ def train(
     [dim]dcp-zoo train caltech101 --data-root DATA --method dcp --set epochs=50[/]
     """
     if not output_dir:
-        source = Path(photos or (labels[0] if labels else "")).resolve()
-        output_dir = Path(head or f"{source.name if source.is_dir() else source.stem}_head")
-    if not head:
-        dataset, data_root = opt.data_source(photos, data_root, labels)
-    else:  # of whose dataset no folder takes the place
-        given = {"PHOTOS": photos, "--model": model != "dcp_mini", "--method": method, "--shots": shots}
-        given["--seed"] = seed != SEED
-        entry = named_head(head, [option for option, is_given in given.items() if is_given])
+        images = photos or (labels[0].with_suffix("") if labels else "")
+        output_dir = Path(head or f"{Path(images).resolve().name}_head")
+    if head:
+        if photos or method or shots or model != "dcp_mini" or seed != SEED:
+            raise ZooError(f"--head {head} already sets PHOTOS, --model, --method, --shots and --seed: omit these.")
+        entry = get_head(head)
         method = DCP_METHOD
         model = entry.model
         shots = entry.shots
         seed = entry.seed
-        dataset = entry.dataset
-        opt.check_data_root(dataset, data_root)
+        dataset: str | None = entry.dataset
+    else:
+        dataset, data_root = opt.data_source(photos, data_root, labels)
     if dataset is None:
         raise ZooError("There is nothing to train on: dcp-zoo train PHOTOS, or train caltech101 --data-root DATA.")
     check_writable(output_dir)
@@ -112,15 +112,9 @@ def train(
     check_free(output_dir, overwrite, resumes=True)
     if report:
         check_output(report, overwrite, "--report")
-    if skip_unreadable and dataset != "folder":
-        raise ZooError(f"--skip-unreadable is for your own images, not for {dataset}: omit it.")
     split = load_for_training(dataset, data_root, labels, test, skip_unreadable, group_by)
-    holds_out = is_user_data(dataset) and not split.has_parts and test != 0  # test images are chosen here
-    if report and not (split.test or holds_out):
-        raise ZooError("--report shows mistakes on test images, but there are no test images: omit it or --test 0.")
-    from dcp_zoo.features.cache import users_cache  # after the images are listed, as torch is slow
-    from dcp_zoo.features.device import decoders, pick_device
-    from dcp_zoo.training.run import RunOptions, hold_out, plan, train_head, train_on_all
+    from dcp_zoo.features.device import decoders, pick_device  # after the images are listed, as torch is slow
+    from dcp_zoo.training.run import plan
 
     use_threads()
     run = plan(
@@ -138,25 +132,7 @@ def train(
         descriptions=read_descriptions(descriptions) if descriptions else None,
         test_share=test,
     )
-    if refit is None:
-        refit = holds_out and run.shots is None
-    log(f"{split.note} {REFIT if refit else ''}".strip())
-
-    def show(evaluation: "Evaluation") -> None:
-        if report:
-            report_mistakes(evaluation, report, f"{output_dir} on {run.split.name}")
-        show_evaluation(evaluation, f"{TEST}, {REFITTED}" if refit else TEST)
-
-    settings = RunOptions(overwrite=overwrite, progress=progress_bar, log=log, show=show)
-    images = split.all_items if dataset == "folder" else []
-    with resumable(), users_cache(), all_named(images, "Replace them, or leave them out by --skip-unreadable."):
-        if refit:
-            trained, metrics = train_on_all(run, output_dir, settings)
-        else:
-            run = hold_out(run, settings) if holds_out else run
-            trained, metrics = train_head(run, output_dir, settings)
-    if report and not metrics:
-        log(f"{report} is not written, as no image was tested.")
+    trained = trained_head(run, output_dir, refit, report, overwrite)
     if trained.text_probe is not None and trained.cannot_reject:
         output.print("predict --reject will be refused: it needs 20 images of classes with two or more.")
     note = rejection_note(trained.info)
@@ -171,10 +147,29 @@ def train(
         advise(MINIATURE_NOTE)
 
 
-def named_head(name: str, given: Sequence[str]) -> HeadEntry:
-    """The head of the zoo in --head; ZooError if options that it sets are given too."""
-    if given:
-        raise ZooError(f"--head {name} already sets {', '.join(given)}: omit these options, or omit --head.")
-    if not is_model(name) and (":" in name or Path(name).exists()):
-        raise ZooError(f"--head names a head of the zoo, not the checkpoint {name}: dcp-zoo train MY_PHOTOS.")
-    return get_head(name)
+def trained_head(run: "Run", folder: Path, refit: bool | None, report: Path | None, overwrite: bool) -> "Head":
+    """Train, test and save a head, with a page of its mistakes in `report`."""
+    from dcp_zoo.features.cache import users_cache
+    from dcp_zoo.training.run import RunOptions, hold_out, train_head, train_on_all
+
+    split = run.split
+    holds_out = run.is_own and not split.has_parts and run.test_share != 0  # test images are chosen here
+    if refit is None:
+        refit = holds_out and run.shots is None
+    log(f"{split.note} {REFIT if refit else ''}".strip())
+
+    def show(evaluation: "Evaluation") -> None:
+        if report:
+            report_mistakes(evaluation, report, f"{folder} on {split.name}")
+        show_evaluation(evaluation, f"{TEST}, {REFITTED}" if refit else TEST)
+
+    settings = RunOptions(overwrite=overwrite, progress=progress_bar, log=log, show=show)
+    images = split.all_items if split.name == "folder" else []
+    with resumable(), users_cache(), all_named(images, "Replace them, or leave them out by --skip-unreadable."):
+        if refit:
+            head, metrics = train_on_all(run, folder, settings)
+        else:
+            head, metrics = train_head(hold_out(run, settings) if holds_out else run, folder, settings)
+    if report and not metrics:
+        log(f"{report} is not written, as no image was tested.")
+    return head
