@@ -96,7 +96,7 @@ def check_submission(folder: Path, data_root: Path | None, device: str = "auto")
     name = str(folder)
     check_same(submission, model.info, folder)
     split = load_labelled(trained_on(name, model, data_root), data_root)
-    items, _ = test_images(split, model, name, True)
+    items = test_images(split, model, name, True)
     images = ImageLoader(Photos(items), FeatureExtractor(model.frozen, progress=progress_bar))
     measured = top1(torch.from_numpy(outputs_of_loader(model, images, 1).logits), images.labels)
     if not holds(submission.reported, measured):
