@@ -31,12 +31,12 @@ def test_a_schedule_without_epochs_fits_the_training_set(classes, images):
     epochs."""
     mini = default_recipe("dcp_mini")
     assert mini.epochs is None
-    epochs = mini.fitted(images, classes).epochs
+    epochs = mini.with_epochs(images, classes).epochs
     assert epochs * len(batch_sizes(images, 32, False)) >= max(100, 2 * classes + min(images, 2000) // 2)
     assert epochs >= (20 if images <= 2000 else 5)
-    own = default_recipe("dcp_vitb16", "folder").fitted(images, classes)
+    own = default_recipe("dcp_vitb16", "folder").with_epochs(images, classes)
     assert replace(own, epochs=20, drop_last=True, clip_reg=0.0, classifier="none") == Recipe()
-    assert replace(mini, epochs=3).fitted(images, classes).epochs == 3
+    assert replace(mini, epochs=3).with_epochs(images, classes).epochs == 3
 
 
 def test_the_papers_recipe_stays_for_the_papers_datasets_and_by_name():

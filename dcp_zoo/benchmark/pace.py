@@ -80,7 +80,7 @@ def estimated_seconds(trials: Sequence[Trial], pace: Pace, data_root: Path | Non
         classes = -(-num_classes // len(PROTOCOLS[trial.protocol].parts))
         images = trial.shots * classes
         total += pace.image * 2 * images  # they and their mirror images
-        recipe: Any = trial.recipe.fitted(images, classes)
+        recipe: Any = trial.recipe.with_epochs(images, classes)
         steps = 0.0
         if recipe.is_trained:
             steps = recipe.num_epochs * len(batch_sizes(images, recipe.batch_size, recipe.drop_last))

@@ -36,10 +36,9 @@ from dcp_zoo.heads.config import WEIGHTS_NAME, library_versions, without
 from dcp_zoo.heads.head import Head
 from dcp_zoo.training.evaluation import (
     EVAL_BATCH,
-    Evaluation,
+    evaluations,
     expected_calibration_error,
     negative_log_likelihood,
-    outputs_by_mode,
     top1,
 )
 from dcp_zoo.training.folder import is_finished
@@ -178,11 +177,10 @@ def _test(trial: Trial, head: Head, images: TrialImages, unfinished: store.Unfin
         split = images.split(target, part)
         if split.classnames != head.classnames:
             head.set_classnames(split.classnames, find_spec(target).template)
-        outputs = outputs_by_mode(head, images.read(split.test), batch_size)
-        if list(outputs) == ["stored"] or not head.has_own_features:
-            outputs = {"": outputs["stored"]}  # without its text probe it is another method
-        for mode, predictions in outputs.items():
-            evaluation = Evaluation.of(predictions, split.classnames, split.test)
+        by_mode = evaluations(head, images.read(split.test), batch_size)
+        if list(by_mode) == ["stored"] or not head.has_own_features:
+            by_mode = {"": by_mode["stored"]}  # without its text probe it is another method
+        for mode, evaluation in by_mode.items():
             answers = (evaluation.logits, evaluation.labels)
             entry = {
                 "target": target,

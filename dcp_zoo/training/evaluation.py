@@ -78,6 +78,14 @@ class Evaluation(LabelledItems):
         refused = None if outputs.rejected is None else torch.from_numpy(outputs.rejected)
         return cls(classnames, items, torch.from_numpy(outputs.logits), refused)
 
+    @classmethod
+    def joined(cls, parts: Sequence["Evaluation"]) -> "Evaluation":
+        """Of the images of all parts, which have the same classes."""
+        items = [item for part in parts for item in part.items]
+        refused = [part.refused for part in parts if part.refused is not None]
+        all_refused = torch.cat(refused) if len(refused) == len(parts) else None
+        return cls(parts[0].classnames, items, torch.cat([part.logits for part in parts]), all_refused)
+
     def __repr__(self) -> str:
         return (
             f"<Evaluation: {self.accuracy.correct} of {len(self.items)} images right, {len(self.classnames)} classes>"
@@ -169,14 +177,15 @@ class Evaluation(LabelledItems):
 def measure(
     head: Head, images: ImageLoader, batch_size: int = EVAL_BATCH, all_modes: bool = True
 ) -> tuple[dict[str, float], Evaluation]:
-    """Top-1 accuracy in percent in each mode of `outputs_by_mode`, and the predictions in the first."""
-    return measured(outputs_by_mode(head, images, batch_size, all_modes), head.classnames, images.items)
+    """Top-1 accuracy in percent in each mode of `evaluations`, and the first of these."""
+    by_mode = evaluations(head, images, batch_size, all_modes)
+    return top1_by_mode(by_mode), next(iter(by_mode.values()))
 
 
 @torch.no_grad()
-def outputs_by_mode(
+def evaluations(
     head: Head, images: ImageLoader, batch_size: int = EVAL_BATCH, all_modes: bool = True
-) -> dict[str, Outputs]:
+) -> dict[str, Evaluation]:
     """What a head says of images in each way that it is measured, the default first: with the stored
     statistics, where it also says which images it rejects, with those of batches as the release evaluates,
     and without the text probe. With `all_modes` False, only as the head is."""
@@ -197,16 +206,13 @@ def outputs_by_mode(
                     without_probe[NO_CLASSIFIER] = Outputs(F.linear(own, weight, bias).numpy())
         finally:
             head.stats = None if is_default else before
-    return outputs | without_probe
+    every = (outputs | without_probe).items()
+    return {mode: Evaluation.of(each, head.classnames, images.items) for mode, each in every}
 
 
-def measured(
-    outputs: Mapping[str, Outputs], classnames: Sequence[str], items: Sequence[Item]
-) -> tuple[dict[str, float], Evaluation]:
-    """What `measure` returns, of the outputs in each mode."""
-    evaluation = Evaluation.of(next(iter(outputs.values())), classnames, items)
-    labels = evaluation.labels
-    return {f"top1_{mode}": top1(torch.from_numpy(each.logits), labels) for mode, each in outputs.items()}, evaluation
+def top1_by_mode(by_mode: Mapping[str, Evaluation]) -> dict[str, float]:
+    """Top-1 accuracy in percent, by "top1_" and the mode."""
+    return {f"top1_{mode}": top1(each.logits, each.labels) for mode, each in by_mode.items()}
 
 
 def top1(logits: Tensor, labels: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from statistics import fmean
 from typing import Any
@@ -88,29 +89,23 @@ def train(
     per_epoch = len(sizes)
     steps = recipe.num_epochs * per_epoch
     trained = [p for p in head.parameters() if p.requires_grad]
-    state = task.state or TrainingState()
     optimizer = build_optimizer(recipe, trained)
-    losses = state.losses
+    compute = loss_of or partial(cross_entropy, head)
 
     @torch.no_grad()
     def add_to_average(step: int) -> None:
-        """Add the tensors to their average, which is saved with the optimizer, after the last step of an
-        epoch."""
+        """Part of each step: add the tensors to their average, in the optimizer's state, after the last step of
+        an epoch."""
         epoch, within = divmod(step, per_epoch)
         if epoch_weights and within == per_epoch - 1:
             for p in trained:
                 average = optimizer.state[p].setdefault("average", torch.zeros_like(p))
                 average.add_(p, alpha=epoch_weights[epoch])
 
-    state.begin(optimizer, task.precision, add_to_average)
+    state = (task.state or TrainingState()).begin(optimizer, task.precision, add_to_average)
+    losses = state.losses
     size = f"{sum(p.numel() for p in trained):,} trained parameters"
-    faster = "Faster: the method text-probe, in seconds."
-    state.log(f"{steps:,} steps of at most {recipe.batch_size} images; {size}. {faster}")
-
-    def cross_entropy(inputs: Inputs, labels: Tensor) -> Tensor:
-        return F.cross_entropy(head(inputs).float(), labels)
-
-    compute = loss_of or cross_entropy
+    state.log(f"{steps:,} steps of at most {recipe.batch_size} images; {size}.")
 
     def seeded_loss(*batch: Any) -> Tensor | tuple[Tensor, Tensor]:
         with seeded(mixed_seed(task.seed, len(losses), 1), head.device):  # dropout depends on the step only
@@ -143,15 +138,17 @@ def train(
     return losses
 
 
+def cross_entropy(head: Head, inputs: Inputs, labels: Tensor) -> Tensor:
+    return F.cross_entropy(head(inputs).float(), labels)
+
+
 def warn_if_not_learnt(loss: float, classes: int, epochs: int) -> None:
     """Warn if the loss on the training images is above `NOT_LEARNT` of a guess's."""
     guess = math.log(max(classes, 2))
     if loss > NOT_LEARNT * guess:
-        longer = 3 * epochs
         warn(
             f"Training has not converged: the loss on the training images is {loss:.2f} at the end, where guessing "
-            f"gives {guess:.2f}. Train longer (--set epochs={longer}; in Python recipe={{'epochs': {longer}}}), or "
-            "check that the labels are right."
+            f"gives {guess:.2f}. Train longer, as by --set epochs={3 * epochs}, or check that the labels are right."
         )
 
 

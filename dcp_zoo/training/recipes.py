@@ -81,7 +81,7 @@ class BaseRecipe(Checked):
         fields, or `by_protocol`."""
         return cls(**cls.by_protocol.get(protocol, {}))
 
-    def fitted(self: R, images: int, classes: int) -> R:
+    def with_epochs(self: R, images: int, classes: int) -> R:
         """This recipe for a training set; the same, unless its length depends on that."""
         return self
 
@@ -113,7 +113,7 @@ class TrainingRecipe(BaseRecipe, augment="crop-flip"):
     epochs: int | None = count(20, "length of the schedule; null: as many as the number of classes and images needs")
     stop_epoch: int | None = count(None, "end after this many epochs of the schedule")
 
-    def fitted(self: T, images: int, classes: int) -> T:
+    def with_epochs(self: T, images: int, classes: int) -> T:
         """This recipe for a training set: for `epochs` None, with as many as give the `steps_needed`."""
         if self.epochs is not None:
             return self
@@ -123,7 +123,7 @@ class TrainingRecipe(BaseRecipe, augment="crop-flip"):
 
     @property
     def num_epochs(self) -> int:
-        """Number of epochs that are run, by a recipe that is `fitted`."""
+        """Number of epochs that are run, by a recipe `with_epochs`."""
         assert self.epochs is not None
         return min(self.epochs, self.stop_epoch or self.epochs)
 

@@ -7,17 +7,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from dcp_zoo.answers import Outputs
 from dcp_zoo.backbone._torch import construction
 from dcp_zoo.backbone.classes import Texts
 from dcp_zoo.backbone.clip import FrozenCLIP
@@ -47,12 +45,12 @@ from dcp_zoo.features import (
     shared_features,
 )
 from dcp_zoo.fields import Values
-from dcp_zoo.files import alone_in
+from dcp_zoo.files import alone_in, text_sha256
 from dcp_zoo.heads.config import MEASURED, NO_CLASSIFIER
 from dcp_zoo.heads.head import Head
 from dcp_zoo.probe.folds import all_but, folds
 from dcp_zoo.progress import Progress, bar, format_duration, no_progress
-from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, measure, measured, outputs_by_mode
+from dcp_zoo.training.evaluation import EVAL_BATCH, Evaluation, evaluations, top1_by_mode
 from dcp_zoo.training.folder import STATE_NAME, check_free
 from dcp_zoo.training.methods import METHODS, fit_head
 from dcp_zoo.training.methods.base import plain
@@ -84,7 +82,6 @@ class Run:
     sample_weight: tuple[float, ...] | None = None  # of each training image in the text probe. Default: all 1
     encoders: tuple[str, ...] = ()  # image models of timm that the text probe reads beside CLIP
     describes: bool = True  # whether to estimate what the head's threshold accepts, see `ProbeInputs`
-    facts: dict[str, Facts] = field(default_factory=dict)  # of own images: filled as they are read
     drawn: Split | None = None  # see `subset`; default: by shots and seed
 
     @cached_property
@@ -105,29 +102,35 @@ class Run:
         return METHODS[self.method].needs_images(self.recipe)
 
     @property
-    def fitted(self) -> BaseRecipe:
-        """The recipe for the training images."""
-        return self.recipe.fitted(len(self.subset.train), len(self.subset.classnames))
+    def recipe_with_epochs(self) -> BaseRecipe:
+        """The recipe, with as many epochs as the training images need."""
+        return self.recipe.with_epochs(len(self.subset.train), len(self.subset.classnames))
 
-    def grouped(self, images: ImageLoader, options: "RunOptions") -> list[Item]:
-        """The items with their groups; of own images these are found, unless they were given."""
+    def with_groups(self, images: ImageLoader, log: Log) -> ImageLoader:
+        """The images with their groups; of own images these are found, unless they were given."""
         if not self.is_own:
-            return list(images.items)
+            return images
         features = METHODS[self.method].features
         reads_flips = features not in (None, plain) or self.recipe.classifier != "none"
         items = group_images([images], images.with_flips if reads_flips else (PLAIN,), subjects=True)
-        found_groups = groups_text(items)
-        if found_groups:
-            options.log(f"{found_groups}: none is on both sides of a measurement.")
-        sides = [facts.sides for facts in self.facts.values()]  # of those that were read now
+        found = groups_text(items)
+        if found:
+            log(f"{found}: none is on both sides of a measurement.")
+        sides = [facts.sides for facts in (images.photos.facts or {}).values()]  # of those that were read now
         squashes = images.extract is not None and images.extract.clip.pretrained_cfg.get("crop_mode") == "squash"
         if sides and not squashes and median(min(each) / max(each) for each in sides) < 2 / 3:
-            options.log("The model reads the central square, less than two thirds of most of these images.")
-        return items
+            log("The model reads the central square, less than two thirds of most of these images.")
+        return images.with_items(items)
 
-    def task(self, source: "Source") -> Task:
-        """What the method is given: the images, as this source reads them."""
-        method = METHODS[self.method]
+    def task(
+        self,
+        source: "Source",
+        images: ImageLoader | None = None,
+        state: TrainingState | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> Task:
+        """What the method is given: the training `images`, by default as this source reads them; and of a
+        training its state and callbacks."""
         subset = self.subset
         val = None
         if subset.val and self.needs_images:
@@ -137,12 +140,14 @@ class Run:
             model=self.model,
             classnames=subset.classnames,
             texts=self.descriptions or find_spec(self.split.name).template,
-            images=source.read(subset.train, self.recipe.augment, method.features is None),
-            val=val.table().first_parts(1) if val and method.chooses else None,
+            images=images or source.for_training(self, subset.train),
+            val=val.table().first_parts(1) if val and METHODS[self.method].chooses else None,
             recipe=self.recipe,
             seed=self.seed,
             precision=self.precision,
             progress=source.extract.progress,
+            state=state,
+            callbacks=callbacks,
             probe=ProbeInputs(
                 weights=None if self.sample_weight is None else torch.tensor(self.sample_weight),
                 none=source.read(subset.no_class) if subset.no_class else None,
@@ -152,8 +157,9 @@ class Run:
             ),
         )
 
-    def info(self) -> Values:
-        """What a checkpoint stores about how it was trained."""
+    def info(self, facts: Mapping[str, Facts] | None = None) -> Values:
+        """What a checkpoint stores about how it was trained. `facts`: of own images, by key; those without are
+        read."""
         subset = self.subset
         stored: Values = {
             "dataset": self.split.name,
@@ -165,26 +171,28 @@ class Run:
         if self.is_own:
             counts = Counter(item.label for item in subset.train)
             stored["class_images"] = {name: counts[label] for label, name in enumerate(subset.classnames)}
-            stored["image_hashes"] = image_hashes(learnt_from(subset), self.facts)
+            stored["image_hashes"] = image_hashes(learnt_from(subset), facts)
         if self.split.unreadable:
             stored["unreadable_images"] = self.split.unreadable
         if subset.no_class:
             stored["none_sha256"] = subset_sha256(subset.no_class)
         if self.test_share is not None:
             stored["test_share"] = self.test_share
-        stored["recipe"] = self.fitted.training | {"precision": self.precision}
+        stored["recipe"] = self.recipe_with_epochs.training | {"precision": self.precision}
         return stored
 
-    def identity(self, clip: FrozenCLIP) -> Values:
+    def identity(self, source: "Source") -> Values:
         """What the state of a training belongs to: its `info`, with one hash of its images in place of
         several, and more. The state of another run is rejected."""
-        info = self.info()
-        of_images = {name: info.get(name) for name in ("split_sha256", "subset_sha256", "image_hashes")}
+        info = self.info(source.facts)
+        of_images = [info.pop(name, None) for name in ("split_sha256", "subset_sha256", "image_hashes")]
+        del info["recipe"]
+        clip = source.clip
         return {
-            **{name: value for name, value in info.items() if name not in (*of_images, "recipe")},
-            **self.fitted.as_dict(),
+            **info,
+            **self.recipe_with_epochs.as_dict(),
             "precision": self.precision,
-            "hash of the images": sha256(repr(of_images).encode()).hexdigest()[:12],
+            "hash of the images": text_sha256(repr(of_images))[:12],
             "model": self.model,
             "method": self.method,
             "clip": clip.source,
@@ -196,23 +204,34 @@ class Run:
 
 
 class Source:
-    """The CLIP of a run on its device, and what reads images for it; trials of a sweep share one."""
+    """The CLIP of a run on its device, and what reads images for it; trials of a sweep share one.
+
+    Attributes:
+        facts: of own images by key, found as they are read; None of a dataset's.
+    """
+
+    facts: dict[str, Facts] | None = None
 
     def __init__(self, run: Run, progress: Progress = no_progress, clip: FrozenCLIP | None = None) -> None:
         self.run = run
         self.clip = clip or plain_clip(run.model).to(run.device)
         self.extract = FeatureExtractor(self.clip, run.precision, progress)
+        if run.is_own:
+            self.facts = {}
 
     def read(self, items: Sequence[Item], augment: str = "none", again: bool = False) -> ImageLoader:
         """Images, shown as in training: those that are read `again` and again stay in memory, decoded or
         after a frozen stem."""
-        facts = self.run.facts if self.run.is_own else None
-        photos = Photos(items, CACHE_BYTES if again else 0, facts)
+        photos = Photos(items, CACHE_BYTES if again else 0, self.facts)
         loader = ImageLoader(photos, self.extract, augment, self.run.workers)
         if not again:
             return loader
         needs_flips = augment == "none" and self.run.recipe.classifier != "none"
         return loader.after_stem(loader.with_flips if needs_flips else loader.views)
+
+    def for_training(self, run: Run, items: Sequence[Item]) -> ImageLoader:
+        """Images as a run's method is shown them."""
+        return self.read(items, run.recipe.augment, METHODS[run.method].features is None)
 
 
 def plan(
@@ -282,6 +301,7 @@ class RunOptions:
     callbacks: Sequence[Callback] = ()
 
 
+@shared_features()
 def train_head(
     run: Run,
     output: Path | None = None,
@@ -306,7 +326,9 @@ def train_head(
     """
     options = options or RunOptions()
     with alone_in(output) if output else nullcontext():
-        head, evaluation = _fit_and_measure(run, output, options, source, by_folds)
+        source = source or Source(run, options.progress)
+        head, task = _fit(run, output, options, source)
+        evaluation = _measure(run, head, task, options, source, by_folds)
         if run.is_own and run.test_share != 0 and not evaluation:
             options.log("There are too few images, or groups, of a class to leave any out: the accuracy is not known.")
         _save(run, head, output, options)
@@ -328,58 +350,61 @@ def _check(run: Run, output: Path | None, options: RunOptions) -> None:
         check_free(output, options.overwrite, resumes=resumes)
 
 
-@shared_features()
-def _fit_and_measure(
-    run: Run, output: Path | None, options: RunOptions, source: Source | None, by_folds: bool = False
-) -> tuple[Head, Evaluation | None]:
-    """What `train_head` saves, and its predictions on the test images or `by_folds`. The state of a training
-    stays in `output`."""
+def _fit(run: Run, output: Path | None, options: RunOptions, source: Source) -> tuple[Head, Task]:
+    """The head that a run trains, and the task it is trained on. The state of a training stays in `output`."""
     _check(run, output, options)
     started = time.perf_counter()
-    source = source or Source(run, options.progress)
     subset = run.subset
-    task = run.task(source)
-    method = METHODS[run.method]
-    options.log(f"{method.title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
-    images = task.images
+    title = METHODS[run.method].title
+    options.log(f"{title} on {run.model}: {len(subset.train)} images of {len(subset.classnames)} classes")
+    images = source.for_training(run, subset.train)
     if run.needs_images:
-        task.images = images.with_items(run.grouped(images, options))
+        images = run.with_groups(images, options.log)
+    state = None
     if run.recipe.is_trained:
         state_path = output and output / STATE_NAME
-        task.state = TrainingState(state_path, run.identity(source.clip), options.save_every, options.log)
-        task.callbacks = options.callbacks
-        started -= task.state.seconds  # of the training that is resumed
+        state = TrainingState(state_path, run.identity(source), options.save_every, options.log)
+        started -= state.seconds  # of the training that is resumed
+    task = run.task(source, images, state, options.callbacks)
     head = fit_head(run.method, task)
-    head.info = run.info() | head.info | {"trained": f"{date.today()}"}  # after the fit, which has hashed each image
+    head.info = run.info(source.facts) | head.info | {"trained": f"{date.today()}"}
     head.info["train_seconds"] = round(time.perf_counter() - started, 2)
-    evaluation = None
-    metrics: dict[str, float] = {}
+    groups = len(images.groups.unique())
+    if groups < len(images):
+        head.info["groups"] = groups
+    if source.clip.note:
+        head.info["clip_note"] = source.clip.note
+    return head, task
+
+
+def _measure(
+    run: Run, head: Head, task: Task, options: RunOptions, source: Source, by_folds: bool
+) -> Evaluation | None:
+    """What a head says of the test images or, `by_folds`, of its own; its accuracy goes into its info. None if
+    nothing can be tested."""
+    by_mode: Mapping[str, Evaluation] = {}
     if by_folds:
-        metrics, evaluation = _by_folds(run, task, head) or ({}, None)
-        if evaluation and looks_few(task.images.items):
-            evaluation = replace(evaluation, at_most=_as_single(run, replace(task, images=images)))
+        by_mode = _by_folds(run, task, head)
     elif options.test and run.split.test:
         is_read_twice = head.stats_modes != ("stored",)  # once for each kind of statistics
         test = source.read(run.split.test, again=is_read_twice)
-        metrics, evaluation = measure(head, test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH))
+        by_mode = evaluations(head, test, getattr(run.recipe, "eval_batch_size", EVAL_BATCH))
         if run.is_own and run.needs_images and not run.split.held_out:
-            _warn_of_shared_groups(subset.train, task.images, test)
-    if evaluation:
-        head.info |= {"metrics": metrics, **evaluation.info}
-        _tell_smallest(subset, evaluation, options.log)
-    if run.needs_images:
-        groups = task.images.groups.unique().numel()
-        if groups < len(task.images):
-            head.info["groups"] = groups
-    if head.text_probe is not None:
-        head.text_probe.held_out = None  # it is measured
-    if source.clip.note:
-        head.info["clip_note"] = source.clip.note
-    return head, evaluation
+            _warn_of_shared_groups(run.subset.train, task.images, test)
+    if not by_mode:
+        return None
+    evaluation = next(iter(by_mode.values()))
+    if by_folds and looks_few(task.images.items):
+        evaluation = replace(evaluation, at_most=_as_single(run, task))
+    head.info |= {"metrics": top1_by_mode(by_mode), **evaluation.info}
+    _tell_smallest(run.subset, evaluation, options.log)
+    return evaluation
 
 
 def _save(run: Run, head: Head, output: Path | None, options: RunOptions) -> None:
     """Save a head that is measured; a warning for own training images that are in several classes."""
+    if head.text_probe is not None:
+        head.text_probe.held_out = None
     if run.needs_images:
         several = in_several_classes(learnt_from(run.subset), head.info.get("image_hashes", {}))
         pairs = [f"{group[0].name} and {group[1].name}" for group in several]
@@ -432,56 +457,46 @@ def _warn_of_shared_groups(given: Sequence[Item], train: ImageLoader, test: Imag
         )
 
 
-def _by_folds(run: Run, task: Task, head: Head) -> tuple[dict[str, float], Evaluation] | None:
-    """`measure` of heads that are trained as this one, each without one of four folds, on the images of
-    these; None if no group can be left out. A class of one group is always trained on."""
+def _by_folds(run: Run, task: Task, head: Head) -> dict[str, Evaluation]:
+    """`evaluations` of heads that are trained as this one, each without one of four folds, on the images of
+    these; empty if no group can be left out. A class of one group is always trained on."""
     images = task.images
     if head.text_probe is not None and not METHODS[run.method].trains:
         held_out = head.text_probe.held_out  # the fit of a text probe alone has left them out already
         if held_out is None:
-            return None
-        positions = held_out.positions
-        rejected = None if held_out.rejected is None else held_out.rejected.numpy()
-        outputs = {
-            "stored": Outputs(held_out.logits.numpy(), rejected),
-            NO_CLASSIFIER: Outputs(held_out.text_logits.numpy()),
+            return {}
+        items = [images.items[i] for i in held_out.positions.tolist()]
+        return {
+            "stored": Evaluation(head.classnames, items, held_out.logits, held_out.rejected),
+            NO_CLASSIFIER: Evaluation(head.classnames, items, held_out.text_logits),
         }
-    else:
-        parts = folds(images.labels, images.groups)
-        if not parts:
-            return None
-        positions = torch.cat(parts)
-        found = []
-        for out in parts:
-            kept = all_but(out, len(images)).nonzero().flatten().tolist()
-            probe = task.probe._replace(describes=False)
-            if probe.weights is not None:
-                probe = probe._replace(weights=probe.weights[kept])
-            with without_warnings():
-                trained = fit_head(run.method, replace(task, images=images.of(kept), probe=probe))
-                found.append(outputs_by_mode(trained, images.of(out.tolist())))
-        outputs = {mode: Outputs.joined([each[mode] for each in found]) for mode in found[0]}
-    return measured(outputs, head.classnames, [images.items[i] for i in positions.tolist()])
+    probe = task.probe._replace(describes=False)
+    found = []
+    for out in folds(images.labels, images.groups):
+        kept = all_but(out, len(images)).nonzero().flatten().tolist()
+        with without_warnings():
+            trained = fit_head(run.method, replace(task, images=images.of(kept), probe=probe))
+            found.append(evaluations(trained, images.of(out.tolist())))
+    return {mode: Evaluation.joined([each[mode] for each in found]) for mode in found[0]} if found else {}
 
 
 def _as_single(run: Run, task: Task) -> float:
     """The upper end of the interval that `_by_folds` tells where images that look like few subjects are taken
     for single photographs."""
-    images = task.images
+    images = task.images.with_items(run.subset.train)
     task = replace(task, images=images.with_items(group_images([images])))
     with without_warnings():
         told = _by_folds(run, task, fit_head(run.method, task))
-    assert told
-    return told[1].accuracy.interval[1]
+    return next(iter(told.values())).accuracy.interval[1]
 
 
 def hold_out(run: Run, options: RunOptions, source: Source | None = None) -> Run:
     """A run of own images without a test part that holds out some of each class, whole groups, for the
     test."""
     source = source or Source(run, options.progress)
-    images = source.read(run.split.train, run.recipe.augment, METHODS[run.method].features is None)
-    whole = replace(run.split, train=run.grouped(images, options))
-    return replace(run, split=training_split(whole, run.test_share))
+    images = run.with_groups(source.for_training(run, run.split.train), options.log)
+    grouped = replace(run.split, train=list(images.items))
+    return replace(run, split=training_split(grouped, run.test_share))
 
 
 @shared_features()
@@ -499,17 +514,17 @@ def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> t
         part = run if by_folds or parted else hold_out(run, options, source)
         if by_folds or not part.split.test:
             return train_head(run, output, options, source, by_folds=by_folds)
-        first = output / BEFORE_REFIT
-        measured_head, evaluation = _fit_and_measure(replace(part, describes=False), first, options, source)
-        known = measured_head.info
-        # with its groups
+        measured_in = output / BEFORE_REFIT
+        first, task = _fit(replace(part, describes=False), measured_in, options, source)
+        evaluation = _measure(part, first, task, options, source, by_folds=False)
+        # with the groups that were found
         final = replace(run, split=all_for_training(part.split), shots=None, drawn=None, test_share=0.0)
-        took = format_duration(known["train_seconds"])
+        took = format_duration(first.info["train_seconds"])
         options.log(f"Refitting on all {len(final.split.train):,} images; the first fit took {took}.")
-        head, _ = _fit_and_measure(final, output, options, source)
-        head.info |= {name: known[name] for name in MEASURED if name in known}
+        head, _ = _fit(final, output, options, source)
+        head.info |= {name: value for name, value in first.info.items() if name in MEASURED}
         _save(final, head, output, options)
-        shutil.rmtree(first, ignore_errors=True)
+        shutil.rmtree(measured_in, ignore_errors=True)
         if evaluation:
             options.show(evaluation)
     return head, head.info.get("metrics", {})

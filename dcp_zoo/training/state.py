@@ -44,15 +44,11 @@ class TrainingState:
         self.run = {**(run or {}), "state's format": STATE_FORMAT}
         self.every = every
         self.log = log
-        self.losses: list[float] = []  # of every completed step
-        self.seconds = 0.0  # that those of the file took
-        self._saved_steps: int | None = None
         self._between_steps = True  # False while weights and optimizer change: they must not be saved then
         self._found = self._read()
-        if self._found is not None:
-            self.losses = self._found["losses"]
-            self.seconds = self._found["seconds"]
-            self._saved_steps = len(self.losses)
+        self.losses: list[float] = self._found.get("losses", [])  # of every completed step
+        self.seconds: float = self._found.get("seconds", 0.0)  # that those of the file took
+        self._saved_steps = len(self.losses)
 
     def begin(
         self, optimizer: torch.optim.Optimizer, precision: str, after: Callable[[int], object] = lambda step: None
@@ -65,14 +61,14 @@ class TrainingState:
         self.after = after
         device = self.trained[0].device.type
         self.scaler = torch.amp.GradScaler(device, enabled=precision == "float16" and device != "mps")
-        if self._found is not None:
+        if self._found:
             with torch.no_grad():
                 for p, value in zip(self.trained, self._found["trained"], strict=True):
                     p.copy_(value)
             optimizer.load_state_dict(self._found["optimizer"])
             self.scaler.load_state_dict(self._found["scaler"])
             self.log(f"Resuming after step {self._saved_steps}, from {self.path}")
-            self._found = None
+            self._found = {}
         self._saved_at = time.perf_counter()
         self._started = self._saved_at - self.seconds
         return self
@@ -84,16 +80,16 @@ class TrainingState:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if not math.isfinite(loss):
-            problem = f"Training diverged: the loss of step {len(self.losses) + 1} is {loss}."
-            raise ZooError(f"{problem} {self._lower_rate()}, or use float32 or bfloat16 instead of float16.")
+            raise self._diverged(f"the loss of step {len(self.losses) + 1} is {loss}")
         self.after(len(self.losses))
         self.losses.append(loss)
         self._between_steps = True
         if time.perf_counter() - self._saved_at >= self.every:
             self._save()
 
-    def _lower_rate(self) -> str:
-        return f"Lower the learning rate (--set lr=..., now {self.optimizer.defaults['lr']})"
+    def _diverged(self, problem: str) -> ZooError:
+        advice = f"Lower the learning rate (--set lr=..., now {self.optimizer.defaults['lr']}), or omit float16"
+        return ZooError(f"Training diverged: {problem}. {advice}.")
 
     def __enter__(self) -> "TrainingState":
         return self
@@ -107,28 +103,27 @@ class TrainingState:
             with suppress(ZooError):  # the previous state remains, and the first error is the one to report
                 self._save()
         if isinstance(error, KeyboardInterrupt):
-            self.log(f"Stopped. {self._advice()}".rstrip())
+            self.log(self._with_advice("Stopped."))
         # the CPU allocator has no exception type of its own
         elif isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
             reason = "Out of memory: use --set batch_size=N or --precision bfloat16."
-            raise ZooError(f"{reason} {self._advice()}".rstrip()) from error
+            raise ZooError(self._with_advice(reason)) from error
         elif isinstance(error, ZooError):
-            raise ZooError(f"{error} {self._advice()}".rstrip()) from error
+            raise ZooError(self._with_advice(str(error))) from error
 
-    def _advice(self) -> str:
-        if self._saved_steps is None or self.path is None:
-            return ""
+    def _with_advice(self, problem: str) -> str:
+        if not self._saved_steps or self.path is None:
+            return problem
         return (
-            f"The state after step {self._saved_steps} is saved in {self.path.parent}: the same command resumes from "
-            "there. To start again, delete this folder."
+            f"{problem} The state after step {self._saved_steps} is saved in {self.path.parent}: the same command "
+            "resumes from there. To start again, delete this folder."
         )
 
     def _save(self) -> None:
         if self.path is None:
             return
         if not all(p.isfinite().all() for p in self.trained):
-            after = f"after step {len(self.losses)}"
-            raise ZooError(f"Training diverged: the weights {after} are not finite. {self._lower_rate()}.")
+            raise self._diverged(f"the weights after step {len(self.losses)} are not finite")
         state = {
             "run": self.run,
             "trained": [p.detach() for p in self.trained],
@@ -143,19 +138,20 @@ class TrainingState:
         self._saved_steps = len(self.losses)
         self._saved_at = time.perf_counter()
 
-    def _read(self) -> Values | None:
-        """The file's content, checked, or None if there is no file."""
+    def _read(self) -> Values:
+        """The file's content, checked; {} if there is no file."""
         if self.path is None or not self.path.exists():
-            return None
+            return {}
         with as_zoo_error(f"{self.path} is damaged. Pass --overwrite, or delete the file, to start again.", Exception):
             state: Values = torch.load(self.path, map_location="cpu", weights_only=True)
             saved = state["run"]
         names = [name for name in {**saved, **self.run} if saved.get(name) != self.run.get(name)]
         if names:
             different = [f"{name} {saved.get(name)} instead of {self.run.get(name)}" for name in names]
-            problem = f"{self.path} is the state of another run: {'; '.join(different)}."
-            advice = "To resume, repeat its command; otherwise choose another --output, or pass --overwrite."
-            raise ZooError(f"{problem} {advice}")
+            raise ZooError(
+                f"{self.path} is the state of another run: {'; '.join(different)}. To resume, repeat its command; "
+                "otherwise choose another --output, or pass --overwrite."
+            )
         return state
 
 
