@@ -41,7 +41,7 @@ COLUMNS = "weights set images fall_named fall_elsewhere named_falls_more cpu_sec
 def head_of(known: Known) -> Head:
     """Zero-shot CLIP with the text probe of a draw of training images."""
     given: Any = fit_head(METHOD, task(known, known.drawn(SHOTS, 1)))
-    head = LinearHead(plain_clip(MODEL), known.names, *given.own_linear()).eval()
+    head = LinearHead(plain_clip(MODEL), known.names, *given.method_linear()).eval()
     head.text_probe = given.text_probe
     return head
 

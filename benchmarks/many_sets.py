@@ -121,21 +121,21 @@ def measured(split: Split, seed: int, method: str) -> Iterator[tuple[Any, ...]]:
 def read_in_three_ways(head: Head, train: ImageLoader, test: ImageLoader, seconds: float) -> Iterator[tuple[Any, ...]]:
     """The rows of a head that was trained for so many seconds. Where it changed the texts alone, as CoOp
     does, there is one text probe, which starts at its own logits: "both" stands for what heads do."""
-    tested = test.table(head.readable)
-    features = [tested.reading(i).rows()[0] for i in range(len(head.readable))]
-    embedding = features[0][:, : head.readable[0].widths[0]]
+    tested = test.table(head.available_readings)
+    features = [tested.reading(i).rows()[0] for i in range(len(head.available_readings))]
+    embedding = features[0][:, : head.available_readings[0].widths[0]]
     yield "", *scores(head.classify(embedding), test.labels), round(seconds, 1)
     started = time.process_time()
-    fitted = train.table(head.readable, train.with_flips)
-    starts = on_cpu(head.own_linear()), on_cpu(head.zero_shot_linear())
-    tables = [fitted.reading(i) for i in range(len(head.readable))]
+    fitted = train.table(head.available_readings, train.with_flips)
+    starts = on_cpu(head.method_linear()), on_cpu(head.zero_shot_linear())
+    tables = [fitted.reading(i) for i in range(len(head.available_readings))]
     pairs = zip(tables, starts, strict=False)
     readings = [ReadingFeatures(table.rows(*table.views), start, table.widths[0]) for table, start in pairs]
     for name, count in (("own", 1), ("both", 2)) if len(readings) > 1 else (("both", 1),):
         read = readings[:count]
         unseen = starts[1] if name == "both" else None
         head.text_probe, _ = fit_on_features(head.classes, train.labels, read, unseen)
-        logits = head.classify(joined(features[:count], parts_of(head.readable[:count])))
+        logits = head.classify(joined(features[:count], parts_of(head.available_readings[:count])))
         yield name, *scores(logits, test.labels), round(seconds + time.process_time() - started, 1)
 
 

@@ -299,8 +299,8 @@ def answers(head: Any, test: ImageLoader) -> Iterator[tuple[str, Tensor]]:
         yield "", logits
         return
     if head.method != "text-probe":
-        weight, bias = on_cpu(head.own_linear())
-        yield "", F.linear(features[:, : weight.shape[1]] * parts_of(head.reads) ** 0.5, weight, bias)
+        weight, bias = on_cpu(head.method_linear())
+        yield "", F.linear(features[:, : weight.shape[1]] * parts_of(head.readings) ** 0.5, weight, bias)
     yield "text probes", logits
     gate = head.text_probe.gate
     head.text_probe.gate = head.text_probe.gate[:0]

@@ -46,7 +46,7 @@ def prompted(clip: FrozenCLIP, images: torch.Tensor, readings: int) -> Head:
     """A DCP with random prompts, whose text probe reads its own features, or also plain CLIP's."""
     head = DCP(clip, NAMES).eval()
     head.store_stats(images)
-    widths = [reading.widths for reading in head.readable[:readings]]
+    widths = [reading.widths for reading in head.available_readings[:readings]]
     head.text_probe = TextProbe(head.classes, widths, clip.num_features)
     return head
 

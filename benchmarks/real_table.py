@@ -56,8 +56,8 @@ class EmbeddingHead(LinearHead):
     """A head that reads CLIP's embedding, and not what the image tower has before it."""
 
     @property
-    def readable(self) -> Any:
-        return [reading.only() for reading in super().readable]
+    def available_readings(self) -> Any:
+        return [reading.only() for reading in super().available_readings]
 
 
 def fit_embedding(task: Task) -> LinearHead:

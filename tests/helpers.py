@@ -139,7 +139,7 @@ def write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def empty_probe(head: Any, parts: int | None = None) -> TextProbe:
     """A text probe of zeros that reads so many parts of each reading; default: all."""
-    widths = [reading.widths[:parts] for reading in head.readable]
+    widths = [reading.widths[:parts] for reading in head.available_readings]
     return TextProbe(head.classes, widths, widths[0][0] if head.has_own_features else 0)
 
 
@@ -157,7 +157,7 @@ def rejecting(head: Any) -> Any:
     head = copy.deepcopy(head)
     images = torch.stack([create_transform(head)(load_image(path)) for path in sample_images()])
     views, labels = head.encode_image(images)[None], torch.arange(len(images)) % 4
-    head.text_probe = fit_on_features(head.classes, labels, [ReadingFeatures(views, head.own_linear())])[0]
+    head.text_probe = fit_on_features(head.classes, labels, [ReadingFeatures(views, head.method_linear())])[0]
     head.text_probe.threshold.copy_(in_distribution(head, images[:2]).mean())
     accepted = [i for i, name in enumerate(head.predict(images, True)) if name is not None]
     head.text_probe.margin = head.distances(views[0, accepted[-1:]])[0] / 2

@@ -68,7 +68,7 @@ def test_what_a_head_reads_is_in_its_config(mini, tmp_path):
     mini.text_probe = None
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["dcp"]["reads"] == [["embedding"], [*mini.encoder.parts]]
-    assert create_model(f"local-dir:{tmp_path}", pretrained=True).reads[1].widths == mini.encoder.widths
+    assert create_model(f"local-dir:{tmp_path}", pretrained=True).readings[1].widths == mini.encoder.widths
     config["dcp"]["reads"] = [["embedding"], ["embedding", "stem", "other"]]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ZooError, match="'other'.* and this version of dcp_zoo .*train it again"):

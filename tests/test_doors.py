@@ -11,7 +11,7 @@ from helpers import behind_the_gate, copied, noisy_picture, predicted_by_command
 
 import dcp_zoo
 from dcp_zoo import FewShotClassifier
-from dcp_zoo.backbone.clip import join
+from dcp_zoo.backbone.clip import linear_of
 from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.heads.head import Head
@@ -44,7 +44,7 @@ def plainly(head: Head, paths: list[str]) -> np.ndarray:
     probe = head.gated_probe
     if probe is None:
         return logits.softmax(-1).numpy()
-    text = probe.text_scale * torch.nn.functional.linear(features, *join(head.reads))
+    text = probe.text_scale * torch.nn.functional.linear(features, *linear_of(head.readings))
     distances = probe.measure(head.classes)(features, examples=False)
     gated = behind_the_gate(logits, text, distances, probe.gate[0].item(), 0.1).exp()
     assert (gated - logits.softmax(-1)).abs().max() > 0.1

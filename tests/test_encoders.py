@@ -127,8 +127,8 @@ def test_a_head_beside_an_encoder_is_fused_and_exported(golden, tmp_path, run):
     head.image_encoders.append(ImageEncoder(model, "test_vit", size, clip))
     head.text_probe = empty_probe(head)
     head.text_probe.weight.normal_()
-    assert [*head.reads[-1].widths] == [model.num_features]
-    assert len(head.reads) == 3
+    assert [*head.readings[-1].widths] == [model.num_features]
+    assert len(head.readings) == 3
     assert close(head.fuse()(x), head(x), 1e-4)
     path = export(head, tmp_path / "head.onnx")
     assert close(torch.from_numpy(OnnxClassifier(path)(x.numpy())), head(x), 1e-3)

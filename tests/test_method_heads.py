@@ -157,7 +157,7 @@ def test_a_probe_on_the_features_of_any_method(method, clip, photos, tmp_path):
     given = small(method, clip, photos, classifier="text-probe")
     head, bare = fit_head(method, given), fit_head(method, small(method, clip, photos))
     assert fit_probe(bare, given.images) == head.info["text_probe"]
-    assert len(head.reads) == (1 if method == "zero-shot" else 2)
+    assert len(head.readings) == (1 if method == "zero-shot" else 2)
     loaded, x = load(clip, head.save_pretrained(tmp_path, torch.float32)), pixels(given.val)
     with torch.no_grad():
         assert close(loaded(x), head(x), 1e-4)

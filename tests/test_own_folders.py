@@ -155,7 +155,7 @@ def test_a_folder_val_sets_the_threshold(tmp_path, run):
         heads.append(dcp_zoo.create_model(f"local-dir:{tmp_path / f'head{number}'}", True))
         (tmp_path / "photos" / "val" / "red" / f"{number}.png").unlink()
     paths = sorted(map(str, (tmp_path / "photos" / "val").glob("*/*")))  # without two of the 20
-    table = FeatureExtractor(heads[0].frozen)(Photos([Item(path, path, 0) for path in paths]), heads[0].reads)
+    table = FeatureExtractor(heads[0].frozen)(Photos([Item(path, path, 0) for path in paths]), heads[0].readings)
     expected = thresholds_of(torch.from_numpy(scores_of(heads[0], table)))["0.05"]
     thresholds = [head.rejection_threshold() for head in heads]
     assert thresholds[0] == pytest.approx(expected, abs=0.15)

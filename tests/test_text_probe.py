@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.answers import in_distribution_score
-from dcp_zoo.backbone.clip import FrozenCLIP, join
+from dcp_zoo.backbone.clip import FrozenCLIP, linear_of
 from dcp_zoo.backbone.inputs import Pixels
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
@@ -57,7 +57,10 @@ def built(golden):
     plain.store_stats(images(4))
     model = copied(plain)
     with torch.no_grad():
-        read = [ReadingFeatures(each.encode(images(12))[None], each.linear(), each.widths) for each in model.readable]
+        read = [
+            ReadingFeatures(each.encode(images(12))[None], each.linear(), each.widths)
+            for each in model.available_readings
+        ]
         model.text_probe, _ = fit_on_features(model.classes, torch.arange(12) % 3, read)
     model.text_probe.text_scale.fill_(0.5)
     model.text_probe.threshold.fill_(NEVER)
@@ -76,7 +79,10 @@ def model(built):
 
 def text_logits(model: DCP, x: Tensor) -> Tensor:
     """The mean of the method's own logits and zero-shot CLIP's."""
-    scale, (own, plain) = model.encoder.clip.logit_scale.exp(), (reading.encode(x) for reading in model.readable)
+    scale, (own, plain) = (
+        model.encoder.clip.logit_scale.exp(),
+        (reading.encode(x) for reading in model.available_readings),
+    )
     zero_shot = model.encoder.zero_shot_classifier(model.classnames)
     return scale * (own @ model.encode_text().T + plain[:, : own.shape[1]] @ zero_shot.T) / 2
 
@@ -623,11 +629,11 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain):
     tower has before it; evidence, scale and distances are those of the frozen tower, as the prompts have
     seen the training images. Fused they are the same."""
     train, x, width = source(plain, 24, 0), images(5, 1), plain.encoder.num_features
-    own, frozen = plain.readable
+    own, frozen = plain.available_readings
     assert (own.widths, frozen.widths) == ((width,), plain.encoder.widths)
     table = train.table([own, frozen], train.with_flips)
     views = [table.reading(i).rows(PLAIN, MIRRORED) for i in (0, 1)]
-    text, zero_shot = plain.own_linear(), plain.zero_shot_linear()
+    text, zero_shot = plain.method_linear(), plain.zero_shot_linear()
     with_frozen = torch.cat([views[0], views[1][..., width:]], -1)
     alone, parts = [ReadingFeatures(views[1], zero_shot, frozen.widths, frozen.inside)], len(frozen.widths)
     expected, wanted = fit_on_features(plain.classes, train.labels, alone)
@@ -635,14 +641,14 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain):
     x_own, x_frozen = own.encode(x), frozen.encode(x)
     info = fit_probe(plain, train)
     assert (info["text_scale"], info["thresholds"]) == (wanted["text_scale"], wanted["thresholds"])
-    assert (len(plain.reads), plain.num_features) == (2, width + sum(frozen.widths))
+    assert (len(plain.readings), plain.num_features) == (2, width + sum(frozen.widths))
     scaled = [times(info["text_scale"], linear) for linear in (text, zero_shot)]
     evidence = plain_evidence(views[1], frozen.widths, train.labels, zero_shot, frozen.inside)
     fitted = plain_candidates(with_frozen, frozen.widths, train.labels, scaled[0], frozen.inside)
     mixed = torch.cat([x_own, x_frozen[:, width:]], 1)
     z = [
         torch.einsum("k,kmc->mc", evidence.weights, fitted.logits(F.linear(x_own, *scaled[0]), mixed)),
-        F.linear(x_frozen / math.sqrt(parts), *expected.linear(join([frozen]), plain.classes)),
+        F.linear(x_frozen / math.sqrt(parts), *expected.linear(linear_of([frozen]), plain.classes)),
     ]
     assert close(F.linear(plain.encode_image(x), *plain.linear()), (z[0] + z[1]) / 2, 2e-2)
     everyday = plain.encode_image(torch.stack([create_transform(plain)(each) for each in everyday_pictures()]))
@@ -669,7 +675,7 @@ def test_examples_of_no_class_reject_what_is_nearer_to_them(plain, tiny_clip, tm
     x = torch.cat([images(4, 7) + images(4, 8) / 10, images(8, 1)])
     without = fit_probe(plain, train)
     f = plain.encode_image(x)
-    distances, frozen = plain.distances(f), plain.readable[1]
+    distances, frozen = plain.distances(f), plain.available_readings[1]
     views = train.table([frozen], train.with_flips).rows(PLAIN, MIRRORED)
     examples = none.table([frozen]).rows()[0]
     unit = math.sqrt(2) * plain.text_probe.spread
@@ -688,7 +694,7 @@ def test_examples_of_no_class_reject_what_is_nearer_to_them(plain, tiny_clip, tm
     plain.save_pretrained(tmp_path, torch.float32)
     for head in (plain, load_head(DCP(tiny_clip, NAMES, n_ctx=2), tmp_path).eval(), plain.fuse(), copied(plain)):
         assert close(head.distances(head.encode_image(x)), expected, 1e-3)
-    assert plain.distances(none.table(plain.reads).joined).tolist() == [1e4] * 4
+    assert plain.distances(none.table(plain.readings).joined).tolist() == [1e4] * 4
     with pytest.warns(UserWarning, match="The 4 images of none of the classes are not used: .* It needs 20 images"):
         found = fit_probe(plain, source(plain, 12, 0), ProbeInputs(none=none))
     assert not {"examples", "thresholds", "others_accepted"} & found.keys()
@@ -725,7 +731,9 @@ def test_the_papers_logits_are_one_argument_away():
     x = torch.randn(2, 3, 192, 192)
     assert plain.text_probe is None
     assert close(
-        plain(x), head.encoder.clip.logit_scale.exp() * head.readable[0].encode(x) @ head.encode_text().T, 1e-5
+        plain(x),
+        head.encoder.clip.logit_scale.exp() * head.available_readings[0].encode(x) @ head.encode_text().T,
+        1e-5,
     )
     with pytest.raises(ZooError, match="Unknown classifier 'gaussian': choose from none"):
         create_model("dcp_mini.eurosat_small-16shot", True, classifier="gaussian")

@@ -33,7 +33,7 @@ from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 
 Self = TypeVar("Self", bound="Frozen")
-Linear = tuple[Tensor, Tensor]  # weight (C, E) and bias (C,) of logits
+WeightAndBias = tuple[Tensor, Tensor]  # weight (C, E) and bias (C,) of logits
 TOO_LONG = 4  # times a text tower's length: texts are tokenized so far, to detect long ones instead of cutting them
 
 
@@ -186,7 +186,7 @@ class FrozenCLIP(Frozen):
         Args:
             images: pixels (B, 3, H, W), normalised as `create_transform` does, or other `Inputs`.
             prompts: (M, Dv) for each of the first blocks, as they enter it beside the image's tokens, see
-                `entering`.
+                `embed_prompts`.
         """
         if not prompts:
             return self.read(images, 1)[:, : self.num_features]
@@ -208,7 +208,7 @@ class FrozenCLIP(Frozen):
         tower = self.vision_tower
         return inputs.to(tower.dtype) if isinstance(inputs, Tokens) else tower.embed(inputs.x)
 
-    def entering(self, prompts: Sequence[Tensor]) -> list[Tensor]:
+    def embed_prompts(self, prompts: Sequence[Tensor]) -> list[Tensor]:
         """Learned prompts (M, Dv) as they enter the blocks: the first through `ln_pre`, as all tokens do."""
         if not prompts:
             return []
@@ -280,7 +280,7 @@ class FrozenCLIP(Frozen):
         bias = getattr(self.clip, "logit_bias", None)
         return logits if bias is None else logits + bias
 
-    def scaled(self, text_features: Tensor) -> Linear:
+    def scaled(self, text_features: Tensor) -> WeightAndBias:
         """`logits` of image features as a linear function: weight (C, E), and SigLIP's bias (C,), else
         zero."""
         weight = self.clip.logit_scale.exp() * text_features
@@ -353,7 +353,9 @@ class Reading:
     encoder: Encoder  # whose weights a method may have changed
     parts: Mapping[str, int]  # what is read, and how wide it is
     encode: Callable[[Images], Tensor]  # images, in any form -> the parts (B, ..), each normalised
-    linear: Callable[[], Linear] | None = None  # logits by the first part: weight (C, E), bias (C,); None without text
+    linear: Callable[[], WeightAndBias] | None = (
+        None  # logits by the first part: weight (C, E), bias (C,); None without text
+    )
     prompts: Callable[[], list[Tensor]] | None = None  # (M, Dv), that enter its blocks; None if there are none
 
     @property
@@ -384,7 +386,7 @@ def joined(features: Sequence[Tensor], parts: int) -> Tensor:
     return torch.cat(list(features), -1) / math.sqrt(parts) if parts > 1 else features[0]
 
 
-def join(readings: Sequence[Reading]) -> Linear:
+def linear_of(readings: Sequence[Reading]) -> WeightAndBias:
     """The mean of the zero-shot logits (`Reading.linear`) of readings as one linear function of f, see
     `joined`: weight (C, F) and bias (C,). The weight is zero for all but the first part of a reading, and
     for readings without texts."""

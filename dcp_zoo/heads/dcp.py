@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.backbone._torch import in_eval_mode, pool_stream
 from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, check_classnames
-from dcp_zoo.backbone.clip import FrozenCLIP, Linear, join, joined, parts_of
+from dcp_zoo.backbone.clip import FrozenCLIP, WeightAndBias, joined, linear_of, parts_of
 from dcp_zoo.backbone.inputs import Images, Inputs
 from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.backbone.towers.open_clip import ImageRun
@@ -227,7 +227,7 @@ class DCP(Head):
         self.cmpa = nn.ModuleList(cmpa).to(self.device)
         self.stored_stats: Tensor | None  # (K, M, Dv), see `store_stats`
         self.register_buffer("stored_stats", None)
-        self._classify_into(check_classnames(classnames), texts)
+        self._set_method_classes(check_classnames(classnames), texts)
         self.stats = None
 
     @classmethod
@@ -244,10 +244,10 @@ class DCP(Head):
         features, text = self.encode(images)
         if self.text_probe is None:
             return self.encoder.logits(features, text)
-        own, *others = self.reads
-        reads = [replace(own, linear=lambda: self.encoder.scaled(text)), *others]
-        weight, bias = join(reads)
-        f = joined([features, *(reading.encode(images) for reading in others)], parts_of(reads))
+        own, *others = self.readings
+        readings = [replace(own, linear=lambda: self.encoder.scaled(text)), *others]
+        weight, bias = linear_of(readings)
+        f = joined([features, *(reading.encode(images) for reading in others)], parts_of(readings))
         with torch.autocast(f.device.type, enabled=False):
             return self.text_probe(F.linear(f.to(weight.dtype), weight, bias), f, self.classes)
 
@@ -404,7 +404,7 @@ class DCP(Head):
             self.stored_stats = self._unknown_stats() if f"{prefix}stored_stats" in known else None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _classify_into(self, names: list[str], texts: Texts | None) -> None:
+    def _set_method_classes(self, names: list[str], texts: Texts | None) -> None:
         """Sentences of the classes follow the prompts in place of `name.`, and a class is the normalised
         mean of their normalised features. A template changes nothing, as prompts are in its place; {} takes
         the sentences away."""
@@ -421,7 +421,7 @@ class DCP(Head):
 
     has_image_prompts = True
 
-    def own_linear(self) -> Linear:
+    def method_linear(self) -> WeightAndBias:
         return self.encoder.scaled(self.encode_text())
 
     def image_prompts(self) -> list[Tensor]:

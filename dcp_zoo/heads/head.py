@@ -37,7 +37,7 @@ from dcp_zoo.backbone.classes import (
     same_texts,
     sentences_of,
 )
-from dcp_zoo.backbone.clip import FrozenCLIP, Linear, Reading, join, joined, parts_of
+from dcp_zoo.backbone.clip import FrozenCLIP, Reading, WeightAndBias, joined, linear_of, parts_of
 from dcp_zoo.backbone.inputs import Images
 from dcp_zoo.backbone.preprocessing import PREPROCESSING, Preprocessing, preprocessing_in
 from dcp_zoo.backbone.towers import FORMATS, take_blocks
@@ -104,7 +104,7 @@ class Head(nn.Module, ABC):
         self.text_probe: TextProbe | None = None
         self.fc: nn.Linear | None = None
         self.classes = list[str]()
-        self.own_classes = list[str]()  # of the method's own classifier, while `reset_classifier` has replaced it
+        self.method_classes = list[str]()  # of the method's own classifier, while `reset_classifier` has replaced it
         self.texts: Texts = TEMPLATE
         self.template = TEMPLATE
         self.method = ""
@@ -120,12 +120,12 @@ class Head(nn.Module, ABC):
     # --- what a kind of head defines ---
 
     @abstractmethod
-    def own_linear(self) -> Linear:
+    def method_linear(self) -> WeightAndBias:
         """The method's own logits, without a text probe, as a function of its own features: weight (C, E)
         and bias (C,). ZooError if they are no linear function of these."""
 
     @abstractmethod
-    def _classify_into(self, names: list[str], texts: Texts | None) -> None:
+    def _set_method_classes(self, names: list[str], texts: Texts | None) -> None:
         """`set_classnames` by the method's own classifier; the names have been checked."""
 
     @property
@@ -180,15 +180,15 @@ class Head(nn.Module, ABC):
         return self._original is not None or self.has_image_prompts
 
     @property
-    def readable(self) -> list[Reading]:
+    def available_readings(self) -> list[Reading]:
         """What a text probe can read: the method's own features, plain CLIP's, and those of image
         encoders."""
         clip = self.encoder
         if self.has_image_prompts:
             embedding = {EMBEDDING: clip.num_features}
-            own = Reading(clip, embedding, self._encode_prompted, self.own_linear, self.image_prompts)
+            own = Reading(clip, embedding, self._encode_prompted, self.method_linear, self.image_prompts)
         else:
-            own = Reading(clip, clip.parts, clip.read, self.own_linear)
+            own = Reading(clip, clip.parts, clip.read, self.method_linear)
         readings = [own]
         if self.has_own_features:
             plain = self.frozen
@@ -198,18 +198,18 @@ class Head(nn.Module, ABC):
         return readings
 
     @property
-    def reads(self) -> list[Reading]:
+    def readings(self) -> list[Reading]:
         """What its classifier reads: the method's own first feature, or with a text probe what that was
         fitted to."""
         if self.text_probe is None:
-            return [self.readable[0].only()]
-        pairs = zip(self.readable, self.text_probe.widths, strict=False)  # encoders after those are not read
+            return [self.available_readings[0].only()]
+        pairs = zip(self.available_readings, self.text_probe.widths, strict=False)  # encoders after those are not read
         return [reading.only(len(widths)) for reading, widths in pairs]
 
     @property
     def num_features(self) -> int:
         """F, the width of the features that the classifier reads."""
-        return sum(sum(reading.widths) for reading in self.reads)
+        return sum(sum(reading.widths) for reading in self.readings)
 
     def forward(self, images: Images) -> Tensor:
         """Images (B, 3, H, W), normalised as `create_transform` does -> logits (B, C), without classes
@@ -220,7 +220,7 @@ class Head(nn.Module, ABC):
     def encode_image(self, images: Images) -> Tensor:
         """Images (B, 3, H, W), or other `Inputs` -> f, the normalised features (B, F) that the classifier
         reads."""
-        reads = self.reads
+        reads = self.readings
         tokens = images
         if sum(reading.encoder is self.encoder for reading in reads) > 1:  # what both need is computed once
             tokens = self.encoder.enter(images)
@@ -243,7 +243,7 @@ class Head(nn.Module, ABC):
     def _classify(self, features: Tensor) -> Tensor:
         """`classify` by the head's own classifier."""
         probe = self.gated_probe
-        weight, bias = self.linear() if probe is None else join(self.reads)
+        weight, bias = self.linear() if probe is None else linear_of(self.readings)
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(weight.dtype)
             logits = F.linear(features, weight, bias)
@@ -257,7 +257,7 @@ class Head(nn.Module, ABC):
             return None
         return probe if len(probe.gate) else None
 
-    def linear(self) -> Linear:
+    def linear(self) -> WeightAndBias:
         """W (C, F) and b (C,), the text probe included, but not the gate that may follow it. ZooError
         without classes, or if the logits are no linear function of the features: of a head that keeps its
         training images, or if text features depend on images, see `DCP.encode_text`."""
@@ -265,14 +265,14 @@ class Head(nn.Module, ABC):
             raise ZooError(NO_CLASSES)
         if self.fc is not None:
             return self.fc.weight, self.fc.bias
-        start = join(self.reads)
+        start = linear_of(self.readings)
         return start if self.text_probe is None else self.text_probe.linear(start, self.classes)
 
     @torch.compiler.disable  # reads texts, and is kept
-    def zero_shot_linear(self) -> Linear:
+    def zero_shot_linear(self) -> WeightAndBias:
         """Zero-shot CLIP's logits of these classes as a function of its image features."""
         clip = self.frozen
-        names = self.own_classes
+        names = self.method_classes
         texts = self.texts or TEMPLATE
         scale = clip.clip.logit_scale
         text = self._zero_shot_cache(lambda: clip.zero_shot_classifier(names, texts), [scale], names, texts)
@@ -318,7 +318,7 @@ class Head(nn.Module, ABC):
         with in_eval_mode(self):  # do not pool over a batch
             view = copy.copy(self)  # with the same tensors: other threads may use this one
             view.stats = "stored"
-            return FusedHead(view.reads, view._fused_classifier(), info)
+            return FusedHead(view.readings, view._fused_classifier(), info)
 
     def _fused_classifier(self) -> FusedClassifier:
         """The classifier of the present classes; it shares no memory with the model. Raises ZooError like
@@ -330,7 +330,7 @@ class Head(nn.Module, ABC):
         if probe is not None and (is_gated or not self.cannot_reject):
             tensors = probe.measure(self.classes)._asdict()
             if is_gated:
-                text_weight, text_bias = join(self.reads)
+                text_weight, text_bias = linear_of(self.readings)
                 weight = torch.cat([weight, probe.text_scale * text_weight])
                 bias = torch.cat([bias, probe.text_scale * text_bias])
                 tensors["gate"] = probe.gate
@@ -403,7 +403,7 @@ class Head(nn.Module, ABC):
         """
         names = check_classnames(classnames)
         if self.fc is None:
-            self._classify_into(names, texts)
+            self._set_method_classes(names, texts)
             return
         rows = rows_of(names, self.classes)
         new = [name for name, row in zip(names, rows, strict=True) if row is None]
@@ -448,7 +448,7 @@ class Head(nn.Module, ABC):
         """Classify by the head's own classifier."""
         del self.fc  # torch would drop the weights of a state for a module that it knows as None
         self.fc = None
-        self.classes = self.own_classes
+        self.classes = self.method_classes
 
     def drop_text_probe(self) -> None:
         """Classify by the method alone, if there is a text probe; the accuracy is then what was measured
@@ -470,10 +470,10 @@ class Head(nn.Module, ABC):
         probe = self.text_probe
         if probe is not None and not same_texts(probe.classes, texts, self.texts):
             probe.threshold = torch.full_like(probe.threshold, NEVER)
-        if sorted(classes) != sorted(self.own_classes) or not same_texts(classes, texts, self.texts):
+        if sorted(classes) != sorted(self.method_classes) or not same_texts(classes, texts, self.texts):
             self._drop_measured()
         self.classes = classes
-        self.own_classes = classes
+        self.method_classes = classes
         self.texts = texts
 
     def _drop_measured(self) -> None:
@@ -490,7 +490,7 @@ class Head(nn.Module, ABC):
         method's classes, and those of the layer of `reset_classifier`."""
         state = self._trained_state()
         if self.text_probe is not None:
-            state |= self.text_probe.tensors(self.own_classes)
+            state |= self.text_probe.tensors(self.method_classes)
         if self.fc is not None:
             state |= self.fc.state_dict(prefix="fc.")
         return state
@@ -509,17 +509,17 @@ class Head(nn.Module, ABC):
             **info,
             "head": self.kind,
             "rest": self.rest,
-            "texts": sentences_of(self.own_classes, texts) if isinstance(texts, Mapping) else texts,
+            "texts": sentences_of(self.method_classes, texts) if isinstance(texts, Mapping) else texts,
             "versions": library_versions(),
         }
         fingerprint = self.frozen.fingerprint()
         if fingerprint:
             block["clip_fingerprint"] = fingerprint
         if self.text_probe is not None:
-            block["reads"] = [list(reading.parts) for reading in self.reads]
+            block["reads"] = [list(reading.parts) for reading in self.readings]
             block["encoders"] = [{"name": e.source, "fingerprint": e.fingerprint()} for e in self.image_encoders]
         if self.fc is not None:
-            block["named"] = self.own_classes
+            block["named"] = self.method_classes
         return {
             "architecture": self.encoder.architecture,
             "num_classes": self.num_classes,
@@ -532,13 +532,13 @@ class Head(nn.Module, ABC):
     def expected_state(self, state: Mapping[str, Tensor], config: HeadConfig | None = None) -> dict[str, Tensor]:
         """What `to_state` gives once a checkpoint with this state, and this `config.json`, is loaded, which
         may bring stored statistics, a text probe and a layer: tensors of the right shapes."""
-        classes = self.own_classes if config is None else own_names(config)
+        classes = self.method_classes if config is None else own_names(config)
         probe = self._probe_like(state, classes)
         expected = self._trained_state()
         if probe is not None:
             expected |= probe.tensors()
         if config is not None and "named" in config["dcp"]:
-            columns = self.readable[0].widths[0] if probe is None else probe.weight.shape[1]
+            columns = self.available_readings[0].widths[0] if probe is None else probe.weight.shape[1]
             layer = nn.Linear(columns, len(config["label_names"]), device="meta")
             expected |= layer.state_dict(prefix="fc.")
         return expected
@@ -565,25 +565,25 @@ class Head(nn.Module, ABC):
         checkpoint's layer. ZooError, before any change, for tensors that do not fit, another CLIP than it
         was trained on, or a class without sentences."""
         block = config["dcp"]
-        read = [list(reading.parts) for reading in self.readable]
+        read = [list(reading.parts) for reading in self.available_readings]
         if block.get("reads", read) != read:
             problem = f"This head reads {block['reads']} of its encoders, and this version of dcp_zoo {read}"
             raise ZooError(f"{problem}: use the version that it was made with, or train it again.")
         self.check_fits(state, Path(directory) / WEIGHTS_NAME, config)
         _check_clip(self.frozen, block.get("clip_fingerprint"), directory)
-        classes = self.own_classes
+        classes = self.method_classes
         sentences = self.texts if isinstance(self.texts, Mapping) else None
         class_texts(classes, sentences or block["texts"])
         self.text_probe = None
         self._restore()
-        self.own_classes = own_names(config)  # those of the tensors
+        self.method_classes = own_names(config)  # those of the tensors
         self.texts = block["texts"]
         if "fc.weight" in state:
             rows, columns = state["fc.weight"].shape
             self.fc = nn.Linear(columns, rows, device=self.encoder.device)
         self._load_trained(state)
         self.info = without(block, OWN)
-        self._classify_into(classes, sentences)
+        self._set_method_classes(classes, sentences)
         if self.fc is not None:
             self.classes = config["label_names"]
         self.pretrained_cfg = preprocessing_in(config["pretrained_cfg"])
@@ -623,7 +623,7 @@ class Head(nn.Module, ABC):
         """torch's. The text probe has rows for the head's present classes, as in a checkpoint."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         if self.text_probe is not None:
-            tensors = self.text_probe.tensors(self.own_classes)
+            tensors = self.text_probe.tensors(self.method_classes)
             state |= {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
         return state
 
@@ -631,15 +631,15 @@ class Head(nn.Module, ABC):
         """A state with a text probe brings it, and one with the method's tensors alone takes it away."""
         own = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
         if f"{PREFIX}weight" in own or own.keys() & self._trained_state():
-            self.text_probe = self._probe_like(own, self.own_classes)
+            self.text_probe = self._probe_like(own, self.method_classes)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _probe_like(self, state: Mapping[str, Tensor], classes: Sequence[str]) -> TextProbe | None:
-        """An empty text probe of these classes on all that is `readable`, with as many examples as that of a
+        """An empty text probe of these classes on all that is `available_readings`, with as many examples as that of a
         state, and with a gate if that has one; None if the state has no text probe."""
         if not any(name.startswith(PREFIX) for name in state):
             return None
-        widths = [reading.widths for reading in self.readable]
+        widths = [reading.widths for reading in self.available_readings]
         changed = widths[0][0] if self.has_own_features else 0
         lengths = [len(state.get(f"{PREFIX}{name}", ())) for name in ("examples", "gate")]
         return TextProbe(classes, widths, changed, *lengths).to(self.encoder.device)

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, check_classnames, class_texts, rows_of
-from dcp_zoo.backbone.clip import FrozenCLIP, Linear
+from dcp_zoo.backbone.clip import FrozenCLIP, WeightAndBias
 from dcp_zoo.backbone.towers.text import TextChunks, prompted_text
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads.config import HeadConfig, own_names
@@ -115,17 +115,17 @@ class LinearHead(Head):
             original=clip if changed else None,
         )
 
-    def own_linear(self) -> Linear:
+    def method_linear(self) -> WeightAndBias:
         return self.weight, self.bias
 
-    def _classify_into(self, names: list[str], texts: Texts | None) -> None:
+    def _set_method_classes(self, names: list[str], texts: Texts | None) -> None:
         """The names of new classes are encoded; with other texts, those of all classes. {} stands for the
         template."""
         if isinstance(texts, Mapping) and not texts:
             texts = TEMPLATE
         if not texts or (isinstance(texts, str) and not self.texts):  # a template where no names are read
             texts = self.texts
-        kept = self.own_classes if texts == self.texts else []
+        kept = self.method_classes if texts == self.texts else []
         new = [name for name, row in zip(names, rows_of(names, kept), strict=True) if row is None]
         weight = self.weight[: len(kept)]
         bias = self.bias[: len(kept)]
@@ -188,7 +188,7 @@ class AdapterHead(LinearHead):
             return super()._fused_classifier()
         return FusedClassifier(self.adapter, weight=self.weight, bias=self.bias)
 
-    def own_linear(self) -> Linear:
+    def method_linear(self) -> WeightAndBias:
         raise not_linear(self, "changes features by a network", "explained")
 
 
@@ -223,13 +223,13 @@ class CacheHead(LinearHead):
         """The logits of the training images, without alpha: features (B, E) -> (B, C)."""
         return (-beta * (1 - features @ self.keys.T)).exp() @ self.values
 
-    def own_linear(self) -> Linear:
+    def method_linear(self) -> WeightAndBias:
         raise not_linear(self, "keeps its training images", "fused, exported")
 
-    def _classify_into(self, names: list[str], texts: Texts | None) -> None:
+    def _set_method_classes(self, names: list[str], texts: Texts | None) -> None:
         """Among its own classes."""
-        columns = rows_of(names, self.own_classes)
-        super()._classify_into(names, None)
+        columns = rows_of(names, self.method_classes)
+        super()._set_method_classes(names, None)
         self.values = self.values[:, columns]
 
 
@@ -239,7 +239,7 @@ class PromptHead(Head):
     Args:
         clip, classnames: see `LinearHead`.
         text_prompts: (M, Dt) for each of the first text blocks; none for zero-shot CLIP's text.
-        vision_prompts: (M, Dv) for each of the first vision blocks, see `FrozenCLIP.entering`.
+        vision_prompts: (M, Dv) for each of the first vision blocks, see `FrozenCLIP.embed_prompts`.
         texts: what zero-shot CLIP reads of each class: a template, or sentences of each class.
         rest: of the phrase that initialised the text prompts, between them and the name.
     """
@@ -265,7 +265,7 @@ class PromptHead(Head):
         self.texts = texts
         self.rest = rest
         self.template = f"{rest} {NAME}".strip() if self.text_prompts else TEMPLATE
-        self._classify_into(check_classnames(classnames), texts)
+        self._set_method_classes(check_classnames(classnames), texts)
 
     @classmethod
     def from_config(cls, clip: FrozenCLIP, config: HeadConfig, shapes: Mapping[str, Tensor]) -> "PromptHead":
@@ -282,7 +282,7 @@ class PromptHead(Head):
         head = cls(clip, own_names(config), text, vision, texts=block["texts"], rest=block["rest"])
         return head.requires_grad_(False)
 
-    def _classify_into(self, names: list[str], texts: Texts | None) -> None:
+    def _set_method_classes(self, names: list[str], texts: Texts | None) -> None:
         if isinstance(texts, Mapping) and not texts:
             texts = TEMPLATE
         texts = texts or self.texts
@@ -297,18 +297,18 @@ class PromptHead(Head):
         """Normalised features (C, E) of the class names; computed again when a weight changes, see
         `WeightCache`."""
         tensors = [*self.text_prompts, self.encoder.clip.logit_scale]
-        return self._text_cache(self._encode_text, tensors, self.name_tokens, self.own_classes, self.texts)
+        return self._text_cache(self._encode_text, tensors, self.name_tokens, self.method_classes, self.texts)
 
     def _encode_text(self) -> Tensor:
         if self.name_tokens is None:
-            return self.encoder.zero_shot_classifier(self.own_classes, self.texts)
+            return self.encoder.zero_shot_classifier(self.method_classes, self.texts)
         return prompted_text(self.encoder.text_tower, self.name_tokens, list(self.text_prompts))
 
     def image_prompts(self) -> list[Tensor]:
         """The prompts (M, Dv) that enter the first vision blocks."""
-        return self.encoder.entering(list(self.vision_prompts))
+        return self.encoder.embed_prompts(list(self.vision_prompts))
 
-    def own_linear(self) -> Linear:
+    def method_linear(self) -> WeightAndBias:
         return self.encoder.scaled(self.encode_text())
 
     @property
@@ -338,5 +338,5 @@ class ConditionalHead(PromptHead):
             rows.append(self.encoder.logits(image, text))
         return torch.cat(rows)
 
-    def own_linear(self) -> Linear:
+    def method_linear(self) -> WeightAndBias:
         raise not_linear(self, "encodes its names anew for every image", "fused, exported")

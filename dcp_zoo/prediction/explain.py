@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.backbone.clip import FrozenCLIP, Reading, join, parts_of
+from dcp_zoo.backbone.clip import FrozenCLIP, Reading, linear_of, parts_of
 from dcp_zoo.backbone.towers.open_clip import (
     EMBEDDING,
     EVERY,
@@ -52,7 +52,7 @@ def logit_shares(head: Head, image: Tensor, label: int) -> Tensor:
     the logit of a class, less the mean logit. Exact for what is a mean over positions: the logit is a sum
     over these. A share in a token is that by the gradient through the block before, against the mean
     patch. Encoders beside CLIP have none."""
-    reads = head.reads
+    reads = head.readings
     own = weight_of(head, head.encode_image(image), label).float() / math.sqrt(parts_of(reads))
     shares = own.new_zeros(image.shape[2:])
     for reading, weights in zip(reads, own.split([sum(reading.widths) for reading in reads]), strict=True):
@@ -77,7 +77,7 @@ def weight_of(head: Head, features: Tensor, label: int) -> Tensor:
     probe = head.gated_probe
     if probe is None:
         return weight[label] - weight.mean(0)
-    text_weight, text_bias = (probe.text_scale * part for part in join(head.reads))
+    text_weight, text_bias = (probe.text_scale * part for part in linear_of(head.readings))
     features = features.to(weight.dtype)
     own = F.linear(features, weight, bias).float()
     text = F.linear(features, text_weight, text_bias).float()

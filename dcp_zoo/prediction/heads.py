@@ -67,7 +67,7 @@ def outputs_of_loader(
     on the batches, of this size, and have no features."""
     with in_eval_mode(head):
         if head.stats == "stored":
-            return outputs_of_features(head, images.table(head.reads).joined, thresholds, keep)
+            return outputs_of_features(head, images.table(head.readings).joined, thresholds, keep)
         extract = images.extract
         assert extract is not None
         batches = by_image(extract.progress, images.in_order(batch_size), "test images", len(images))
@@ -164,7 +164,7 @@ def outputs_of(
         backend = HeadBackend(head, features, precision, reject, alone)
         if backend.stored:
             extract = replace(backend.extract, progress=progress, batch_size=batch_size)
-            table = extract(Photos(items), head.reads, keep_errors=errors == "keep")
+            table = extract(Photos(items), head.readings, keep_errors=errors == "keep")
             outputs = outputs_of_features(head, table.joined, backend.thresholds, features)
             broken = table.errors
         else:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.backbone.clip import Linear
+from dcp_zoo.backbone.clip import WeightAndBias
 from dcp_zoo.probe.estimates import minimum, text_scales, weighted_class_means
 from dcp_zoo.probe.model import PENALTIES, nearest
 from dcp_zoo.threads import fair_threads
@@ -71,7 +71,7 @@ class TrainingSet:
     views: Tensor  # (V, n, W), of the images, then of their mirror images: normalised groups, one after the other
     groups: Sequence[Tensor]  # the columns of each group that candidates read; the first is CLIP's embedding
     labels: Tensor  # (n,)
-    text: Linear  # the text logits z as a linear function of the first group
+    text: WeightAndBias  # the text logits z as a linear function of the first group
     weights: Tensor  # (n,), how much each image counts
     intermediate: Sequence[int] = ()  # which of the groups are intermediate features of an image tower
     clip_groups: int | None = None  # how many of the first are CLIP's and final; default all, see `prior_weights`
@@ -177,7 +177,7 @@ class Fits:
     scales: Tensor  # (S,), a
     has_images: Tensor  # (S, C), which classes have images
     means: Tensor  # (S, C, W), of the classes over all views, 0 for a class without images
-    linear: Mapping[Configuration, Linear]  # weights (S, K, C, r) of coordinates, and biases (S, K, C)
+    linear: Mapping[Configuration, WeightAndBias]  # weights (S, K, C, r) of coordinates, and biases (S, K, C)
 
     def text_logits(self, fit: int, positions: Tensor) -> Tensor:
         """a z (m, C)."""
@@ -288,7 +288,7 @@ def balanced(weights: Tensor, labels: Tensor, has_images: Tensor) -> Tensor:
     return weights * (for_each_class / totals)[:, labels]
 
 
-def gaussian_classes(rows: Tensor, means: Tensor, text_logits: Tensor, has_images: Tensor) -> Linear:
+def gaussian_classes(rows: Tensor, means: Tensor, text_logits: Tensor, has_images: Tensor) -> WeightAndBias:
     """Gaussian classes of each strength for means (C, r), in units of the text logits (m, C) of the same
     rows (m, r): weights (`STRENGTHS`, C, r) and biases (`STRENGTHS`, C), 0 for a class without images."""
     middle = means[has_images].mean(0)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from dcp_zoo.answers import in_distribution_score
-from dcp_zoo.backbone.clip import Linear
+from dcp_zoo.backbone.clip import WeightAndBias
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.probe.candidates import CandidateWeights, Fits, TrainingSet, columns_of, fit_candidates
@@ -49,7 +49,7 @@ class ReadingFeatures(NamedTuple):
     """The training images as one reading of a head has them, in float32 on the CPU."""
 
     features: Tensor  # (V, n, ..), of the images and their mirror images: the reading's groups of features
-    start: Linear | None  # the logits by the first group that the probe starts at, if the encoder reads text
+    start: WeightAndBias | None  # the logits by the first group that the probe starts at, if the encoder reads text
     parts: tuple[int, ...] = ()  # their widths; empty for one group
     inside: int = 0  # how many of them, the last ones, are intermediate features of an image tower
 
@@ -62,7 +62,7 @@ def fit_on_features(
     classes: Sequence[str],
     labels: Tensor,
     readings: Sequence[ReadingFeatures],
-    unseen: Linear | None = None,
+    unseen: WeightAndBias | None = None,
     weights: Tensor | None = None,
     typical: Tensor | None = None,
     examples: Tensor | None = None,
@@ -133,7 +133,7 @@ def _training_sets(
     other one. The first of two has nothing but its embedding."""
     widths = [width for reading in readings for width in reading.widths]
     columns = columns_of(widths)
-    texts = list[Linear]()
+    texts = list[WeightAndBias]()
     embeddings = list[int]()  # which of all groups they are
     intermediate = list[int]()
     end = 0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.backbone.clip import Linear
+from dcp_zoo.backbone.clip import WeightAndBias
 
 FOLDS = 4
 
@@ -43,7 +43,7 @@ def folds(labels: Tensor, groups: Tensor | None = None) -> list[Tensor]:
 
 
 def left_out(
-    views: Tensor, labels: Tensor, groups: Tensor, fit: Callable[[Tensor, Tensor], Linear]
+    views: Tensor, labels: Tensor, groups: Tensor, fit: Callable[[Tensor, Tensor], WeightAndBias]
 ) -> tuple[Tensor, Tensor] | None:
     """The positions (m,) of images that are left out in folds, and their logits (m, C) by the linear
     classifiers that `fit` makes of the others, of views (V, n, E) and labels (n,); None if none can be left

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcp_zoo.backbone.classes import rows_of
-from dcp_zoo.backbone.clip import Linear
+from dcp_zoo.backbone.clip import WeightAndBias
 
 PREFIX = "text_probe."  # of its tensors in a head
 PER_CLASS = ("weight", "bias", "means")  # tensors with one row for each class
@@ -157,7 +157,7 @@ class TextProbe(nn.Module):
                 return own
             return gated(own, text, self.measure(classes)(features, examples=False), self.gate)
 
-    def linear(self, text: Linear, classes: Sequence[str]) -> Linear:
+    def linear(self, text: WeightAndBias, classes: Sequence[str]) -> WeightAndBias:
         """The logits for these C classes as a linear function of the features, which a gate leaves out;
         `text` is that of the text logits."""
         weight = self.text_scale * text[0] + self._ordered(self.weight, classes)

@@ -201,8 +201,8 @@ def evaluations(
                 outputs[stats] = outputs_of_loader(head, images, batch_size, thresholds, keep=all_modes)
                 features = outputs[stats].features
                 if features is not None and head.text_probe is not None:
-                    weight, bias = (part.detach().float().cpu() for part in head.own_linear())
-                    own = torch.from_numpy(features[:, : weight.shape[1]]) * math.sqrt(parts_of(head.reads))
+                    weight, bias = (part.detach().float().cpu() for part in head.method_linear())
+                    own = torch.from_numpy(features[:, : weight.shape[1]]) * math.sqrt(parts_of(head.readings))
                     without_probe[NO_CLASSIFIER] = Outputs(F.linear(own, weight, bias).numpy())
         finally:
             head.stats = None if is_default else before

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.backbone.classes import Texts
-from dcp_zoo.backbone.clip import Linear
+from dcp_zoo.backbone.clip import WeightAndBias
 from dcp_zoo.features import PLAIN, Views
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.probe.estimates import class_means, in_float64, text_scale
@@ -106,7 +106,7 @@ def fit_linear_probe(task: Task) -> LinearHead:
     return head
 
 
-def regression(views: Tensor, labels: Tensor, recipe: LinearProbeRecipe) -> Linear:
+def regression(views: Tensor, labels: Tensor, recipe: LinearProbeRecipe) -> WeightAndBias:
     """Weight (C, E) and bias (C,) of logistic regression on features (V, n, E), whose views count as one
     image."""
     from sklearn.linear_model import LogisticRegression
@@ -166,7 +166,7 @@ def fit_lp_plus_plus(task: Task) -> LinearHead:
     alpha = torch.full_like(b, recipe.alpha * class_means(cosines.cpu(), labels, classes).diagonal().mean().item())
     optimizer = torch.optim.SGD([v, b], rate, recipe.momentum)
 
-    def linear() -> Linear:
+    def linear() -> WeightAndBias:
         return v + alpha[:, None] * text, b.clone()
 
     val = None if task.val is None else task.embeddings(task.val)
@@ -265,7 +265,7 @@ def chosen_alpha(task: Task, text: Tensor, views: Tensor, weight: Tensor, bias: 
         val = task.embeddings(task.val).cpu()
         return best(val, val @ weight.T + bias, task.val.labels), {}
 
-    def fit_without_plain(views: Tensor, labels: Tensor) -> Linear:
+    def fit_without_plain(views: Tensor, labels: Tensor) -> WeightAndBias:
         return gaussian_of_views(views[1:], labels, len(text))
 
     # the first view is the one that is scored, the others are fitted to
@@ -277,12 +277,12 @@ def chosen_alpha(task: Task, text: Tensor, views: Tensor, weight: Tensor, bias: 
     return (zero_shot(unaugmented).std() / 2 / spread.clamp(min=1e-6)).item(), {}
 
 
-def gaussian_of_views(views: Tensor, labels: Tensor, classes: int) -> Linear:
+def gaussian_of_views(views: Tensor, labels: Tensor, classes: int) -> WeightAndBias:
     """`gaussian_discriminant` of features (V, n, E), each view of an image being a row of its own."""
     return gaussian_discriminant(views.flatten(0, 1), labels.repeat(len(views)), classes)
 
 
-def gaussian_discriminant(features: Tensor, labels: Tensor, classes: int) -> Linear:
+def gaussian_discriminant(features: Tensor, labels: Tensor, classes: int) -> WeightAndBias:
     """The linear classifier of equally likely Gaussian classes with a shared covariance, from features (n,
     E), where n may be smaller than E, and labels (n,): weight (C, E), whose rows are m_c P, and bias (C,),
     -m_c P m_c / 2. Computed in float64 on the CPU. ZooError for a class without features."""

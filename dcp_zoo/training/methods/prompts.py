@@ -264,7 +264,7 @@ class MaPLe(PromptHead):
     has_image_prompts = True  # mapped ones
 
     def image_prompts(self) -> list[Tensor]:
-        return self.encoder.entering(self.mapped())
+        return self.encoder.embed_prompts(self.mapped())
 
     def mapped(self) -> list[Tensor]:
         """The vision prompts (M, Dv) of each block."""

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from dcp_zoo.answers import in_distribution_score
-from dcp_zoo.backbone.clip import FrozenCLIP, Linear
+from dcp_zoo.backbone.clip import FrozenCLIP, WeightAndBias
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_file, everyday_pictures
 from dcp_zoo.errors import warn
@@ -42,7 +42,7 @@ def fit_probe(head: Head, images: ImageLoader, given: ProbeInputs = IMAGES_ALONE
     """Give a head, with stored statistics if it is a DCP, a text probe; returns how it was fitted."""
     head.text_probe = None
     head.image_encoders.extend(given.encoders)
-    readings = head.readable
+    readings = head.available_readings
     table = images.table(readings, images.with_flips)
     features = [
         ReadingFeatures(
@@ -75,7 +75,7 @@ def fit_probe(head: Head, images: ImageLoader, given: ProbeInputs = IMAGES_ALONE
         warn(EXAMPLES_UNUSED.format(len(given.none), TOO_FEW))
     head.to(head.device)
     if thresholds and given.checks and len(given.checks) >= THRESHOLD_IMAGES:
-        scores = torch.from_numpy(scores_of(head, given.checks.table(head.reads)))
+        scores = torch.from_numpy(scores_of(head, given.checks.table(head.readings)))
         thresholds = thresholds_of(scores)
         head.text_probe.threshold.fill_(thresholds[f"{REFUSED:g}"])
         info["thresholds"] = {rate: round(value, 6) for rate, value in thresholds.items()}
@@ -97,7 +97,7 @@ def fit_probe(head: Head, images: ImageLoader, given: ProbeInputs = IMAGES_ALONE
 def everyday(head: Head, extract: FeatureExtractor) -> FeatureTable:
     """The everyday pictures; their features where the package has them, as all that the head reads is plain
     CLIP's."""
-    reads = head.reads
+    reads = head.readings
     is_plain = all(is_plain_reading(reading, extract.clip) for reading in reads)
     file = everyday_file(extract.clip.architecture)
     if extract.precision == "float32" and is_plain and file.exists():
@@ -122,7 +122,7 @@ def scores_of(head: Head, table: FeatureTable) -> np.ndarray:
     return in_distribution_score(logits, distances)
 
 
-def on_cpu(linear: Linear) -> Linear:
+def on_cpu(linear: WeightAndBias) -> WeightAndBias:
     """A linear function in float32 on the CPU."""
     return linear[0].float().cpu(), linear[1].float().cpu()
 
