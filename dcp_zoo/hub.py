@@ -41,24 +41,19 @@ CLIENT_ERRORS: Kinds = (
 RAISED: Kinds = (*CLIENT_ERRORS, RuntimeError)  # which wraps what fails while a large file is uploaded
 
 NOT_WRITABLE = "not writable"
-FORBIDDEN = "forbidden"
-NO_NETWORK = "no network"
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
-BY_HAND = "Or run `hf download {files}` elsewhere, and copy the folder {folder} from its Hub cache to {cache}."
 MESSAGES: dict[object, str] = {
     NOT_WRITABLE: "The Hub cache is full or not writable ({error}). Set HF_HOME to another folder, or pass cache_dir.",
-    FORBIDDEN: f"{{hub}}, or a proxy before it, denies access to {{repo}}: {LOGIN}, to upload using a token with write "
-    "access, and check HF_ENDPOINT and the proxy.",
-    NO_NETWORK: "{hub} cannot be reached for {repo}: {error}. Check the network, HF_ENDPOINT and HF_HUB_OFFLINE.",
     # the first class that matches an error is used: specific ones before general ones
     errors.GatedRepoError: f"{{repo}} is gated: request access at {{hub}}/{{repo}}, then {LOGIN}.",
     errors.RepositoryNotFoundError: f"{{hub}} has no repo {{repo}}, or it is private. Check its name, or {LOGIN}.",
     errors.RevisionNotFoundError: "{repo} has no revision {revision!r}. Omit it for the newest, or see {hub}/{repo}.",
     errors.LocalEntryNotFoundError: "{file} of {repo} is not in the local cache, and {silence} "
-    f"{BY_HAND} A head on disk is local-dir:PATH.",
+    "Or run `hf download {files}` elsewhere, and copy its folder from the Hub cache there to {cache}. A head on disk "
+    "is local-dir:PATH.",
     errors.EntryNotFoundError: "{repo} has no file {file}: it is no such checkpoint. Check the repo and revision.",
     errors.HFValidationError: "{repo!r} is not a Hub repo id ({error}). Use ORG/NAME: hf-hub:ORG/NAME[@REVISION].",
-    Exception: "{repo} at {hub}: {error}. Try again, or set HF_ENDPOINT to a mirror.",
+    Exception: "{repo} cannot be had: {silence}",
 }
 
 
@@ -97,7 +92,6 @@ def explained(repo_id: str, filename: str = "", revision: str | None = None) -> 
             error=error,
             silence=silence(error),
             files=files,
-            folder=f"models--{repo_id.replace('/', '--')}",
             cache=DOWNLOADS.get() or constants.HF_HUB_CACHE,
         )
         raise ZooError(message) from error
@@ -117,9 +111,7 @@ def _kind(error: Exception) -> object:
         return NOT_WRITABLE
     response = getattr(error, "response", None)
     if response is not None and response.status_code in (401, 403) and not _is_hubs(error, response.headers):
-        return FORBIDDEN
-    if not isinstance(error, errors.LocalEntryNotFoundError) and is_offline(error):
-        return NO_NETWORK
+        return Exception
     return next(kind for kind in MESSAGES if isinstance(kind, type) and isinstance(error, kind))
 
 
@@ -146,13 +138,12 @@ def silence(error: Exception) -> str:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"HF_HUB_OFFLINE keeps dcp_zoo from asking {hub}. Unset it where there is a network."
     if status in (401, 403, 407):
-        return f"{hub}, or a proxy before it, denies access ({status}). Check HF_TOKEN, HF_ENDPOINT and the proxy."
+        access = f"{LOGIN}, to upload using a token with write access"
+        return f"{hub}, or a proxy before it, denies access ({status}): {access}. Check HF_ENDPOINT and the proxy."
     if status is not None:
         return f"{hub} has answered with the error {status}. Try again later, or set HF_ENDPOINT to a mirror."
-    if isinstance(error, (errors.FileMetadataError, json.JSONDecodeError)):
-        return f"what answers at {hub} is no Hub. Check HF_ENDPOINT, the proxy, and whether the network wants a login."
     reason = f"{type(error).__name__}: {error}".rstrip(": ")
-    return f"{hub} cannot be reached ({reason}). Check the network, HF_ENDPOINT and the proxy."
+    return f"{hub} does not answer as a Hub does ({reason}). Check the network, HF_ENDPOINT and the proxy; try again."
 
 
 CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -233,7 +224,7 @@ def _fetch_index(repo: str, endpoint: str, cache_dir: str) -> str | None:
             raise errors.FileMetadataError(endpoint)
         return hf_hub_download(repo, INDEX_NAME, cache_dir=cache_dir, etag_timeout=INDEX_SECONDS, endpoint=endpoint)
     except (errors.RepositoryNotFoundError, errors.EntryNotFoundError) as error:
-        if _kind(error) in (FORBIDDEN, errors.LocalEntryNotFoundError):
+        if _kind(error) in (Exception, errors.LocalEntryNotFoundError):
             raise
         return None
 
@@ -294,11 +285,11 @@ def fetch_clip(place: str, revision: str | None = None) -> Path:
     names = [filename] if filename else CLIP_WEIGHTS_NAMES
     commits = [revision, None] if revision else [None]
     tries = list(product(commits, names))
-    problems = []
     for commit, name in tries:
         try:
             return download_file(repo_id, name, commit)
         except ZooError as error:
+            problem = error
             if isinstance(error.__cause__, errors.LocalEntryNotFoundError):  # the Hub does not answer
                 for commit, name in tries:
                     path = try_to_load_from_cache(repo_id, name, DOWNLOADS.get(), commit)
@@ -307,10 +298,7 @@ def fetch_clip(place: str, revision: str | None = None) -> Path:
                 raise
             if not isinstance(error.__cause__, (errors.EntryNotFoundError, errors.RevisionNotFoundError)):
                 raise
-            problems.append(error)
-    # that the newest commit has no such file says more than that the repo has no such revision
-    problems.sort(key=lambda problem: isinstance(problem.__cause__, errors.RevisionNotFoundError))
-    raise problems[0]
+    raise problem  # of the newest commit
 
 
 def clip_config(clip: str) -> tuple[Values, Values]:

@@ -105,7 +105,7 @@ def test_a_file_that_disagrees_is_not_kept(tiny_head, tmp_path, monkeypatch, tol
     path = tmp_path / "model.onnx"
     path.write_bytes(b"old")
     monkeypatch.setattr(export_module, tolerance, 1e-9)
-    with pytest.raises(ZooError, match="does not match the model|differ from the model's by"):
+    with pytest.raises(ZooError, match="does not match the model"):
         export(tiny_head, path) if tolerance == "LOGIT_TOLERANCE" else export_hub(tiny_head, tmp_path / "repo")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
@@ -154,7 +154,7 @@ def test_resize_in_the_graph_is_pils(crop_pct):
     rng, differ, values = np.random.default_rng(0), 0, 0
     for width, height in SIZES:
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
-        found = session.run(None, {"rgb": np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255})[0][0]
+        found = session.run(None, {"pixel_values": np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255})[0][0]
         difference = np.abs(found - crop(image, cfg))
         assert difference.max() < 1.01
         differ, values = differ + (difference > 0.5).sum(), values + difference.size

@@ -55,18 +55,22 @@ def export(model: Head | FusedHead, path: str | Path) -> Path:
         write_onnx(fused, temporary, images)
         exported = OnnxClassifier(temporary)
         for n in (3, 1):  # a file with a fixed batch size fails here
-            actual = torch.from_numpy(exported(images[:n].numpy()))
-            expected = fused(images[:n])
-            error = (actual - expected).abs().max().item()
-            if error > LOGIT_TOLERANCE or not torch.equal(actual.argmax(-1), expected.argmax(-1)):
-                raise ZooError(
-                    f"The ONNX file does not match the model (logits differ by {error:.2g}) and was not kept. {REPORT}"
-                )
+            actual = exported(images[:n].numpy())
+            expected = fused(images[:n]).numpy()
+            check_same("logits", actual, expected, LOGIT_TOLERANCE)
+            check_same("top-1 classes", actual.argmax(-1), expected.argmax(-1), 0)
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporters warn about their internals
         write_file(path, write_and_check, "choose another file")
     return path
+
+
+def check_same(what: str, found: np.ndarray, expected: np.ndarray, most: float) -> None:
+    """Raise ZooError if what a file and the model compute differs by more than this."""
+    error = np.abs(found - expected).max()
+    if error > most:
+        raise ZooError(f"The ONNX file does not match the model ({what} differ by {error:.2g}): not kept. {REPORT}")
 
 
 def check_export() -> None:
@@ -125,42 +129,49 @@ TOLERANCE = 1e-3  # in probabilities
 def take_any_size(path: Path) -> None:
     """Put the preprocessing into an exported file, which then takes "pixel_values" (B, 3, any height, any
     width), RGB from 0 to 1, and returns "logits" (B, C) alone. ZooError for another preprocessing than a
-    bicubic resize and a centre crop, and for probabilities that differ, for photographs of odd sizes."""
+    bicubic resize and a centre crop, and for probabilities that differ, for photographs of odd sizes; the
+    file then stays as it was."""
     import onnx
-    import onnxruntime
 
     plain = OnnxClassifier(path)
-    model = onnx.load(path)
     cfg = plain.preprocessing
-    interpolation = cfg.get("interpolation", "bicubic")
-    crop_mode = cfg.get("crop_mode", "center")
-    if (interpolation, crop_mode) != ("bicubic", "center"):
+    if (cfg["interpolation"], cfg["crop_mode"]) != ("bicubic", "center"):
         raise ZooError(
-            f"Only a bicubic resize and a centre crop can be part of the file, not {interpolation} and {crop_mode}: "
-            "export the head to a file, as --format onnx does."
+            "Only a bicubic resize and a centre crop can be part of the file, which this head does not have: export "
+            "it to a file for programs that resize, as --format onnx does."
         )
-    (opset,) = (entry.version for entry in model.opset_import if entry.domain == "")
-    graph = onnx.parser.parse_model(preprocessing_graph(cfg, model.ir_version, opset))
-    graph = onnx.compose.add_prefix(graph, "preprocessing/", rename_inputs=False, rename_outputs=False)
-    model = onnx.compose.merge_models(graph, model, [("images", INPUT)])
-    for node in model.graph.node:
-        node.input[:] = [INPUT if name == "rgb" else name for name in node.input]
-    model.graph.input[0].name = INPUT
-    del model.graph.output[1:]
-    del model.metadata_props[:]
-    onnx.save(model, path)
+
+    def write_and_check(temporary: str) -> None:
+        onnx.save(with_preprocessing(onnx.load(path), cfg), temporary)
+        check_any_size(temporary, plain)
+
+    write_file(path, write_and_check)
+
+
+def with_preprocessing(head: Any, cfg: Values) -> Any:
+    """An exported model behind the graph of its preprocessing, with its logits alone."""
+    from onnx import compose, parser
+
+    (opset,) = (entry.version for entry in head.opset_import if entry.domain == "")
+    graph = parser.parse_model(preprocessing_graph(cfg, head.ir_version, opset))
+    compose.add_prefix(head, "head/", rename_outputs=False, inplace=True)  # no name is in both
+    both = compose.merge_models(graph, head, [("images", f"head/{INPUT}")])
+    del both.graph.output[1:]
+    del both.metadata_props[:]
+    return both
+
+
+def check_any_size(path: str, plain: OnnxClassifier) -> None:
+    """Raise ZooError unless a file gives photographs the probabilities that another gives them, resized."""
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for photograph, size in zip(sample_images(), SIZES, strict=False):
         image = load_image(photograph).resize(size, Image.Resampling.BICUBIC)
         rgb = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255
         (logits,) = session.run(["logits"], {INPUT: rgb})
         expected = plain(plain.preprocess(image)[None])
-        error = float(np.abs(np.exp(log_softmax(logits)) - np.exp(log_softmax(expected))).max())
-        if error > TOLERANCE:
-            raise ZooError(
-                "Probabilities of the file for a photograph differ from the model's by "
-                f"{error:.2g}, more than {TOLERANCE:g}: it was not kept. {REPORT}"
-            )
+        check_same("probabilities", np.exp(log_softmax(logits)), np.exp(log_softmax(expected)), TOLERANCE)
 
 
 def preprocessing_graph(cfg: Values, ir: int, opset: int) -> str:
