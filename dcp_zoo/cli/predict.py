@@ -9,23 +9,13 @@ from typer import Argument, Exit, Option
 
 import dcp_zoo
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import (
-    ERROR,
-    advise,
-    log,
-    output,
-    plain_table,
-    progress_bar,
-    rejection_note,
-    resumable,
-)
+from dcp_zoo.cli.console import ERROR, advise, log, output, plain_table, progress_bar, rejection_note, resumable
 from dcp_zoo.data import find_images, load_image, sample_images
 from dcp_zoo.data.packaged import SAMPLE_CLASSES
 from dcp_zoo.errors import ZooError, attempted
 from dcp_zoo.features import AUTO
 from dcp_zoo.files import printable
 from dcp_zoo.heads.config import read_config
-from dcp_zoo.progress import no_progress
 from dcp_zoo.tables import NONE
 from dcp_zoo.zoo.resolve import head_folder
 from dcp_zoo.zoo.specs import DEFAULT_HEAD, MINIATURE_NOTE
@@ -33,7 +23,7 @@ from dcp_zoo.zoo.specs import DEFAULT_HEAD, MINIATURE_NOTE
 if TYPE_CHECKING:
     from dcp_zoo.answers import Row
 
-FEW = 8  # images with `top_k` classes each, and without a progress bar
+FEW = 8  # images with `top_k` classes each
 NAMED = 10  # of the images that cannot be read
 ON_SCREEN = 1000  # images whose results belong in a file
 EXPLAINED = 50  # images, of each of which a person looks at a picture
@@ -107,34 +97,26 @@ def predict(
         classnames=names,
         sets=sets,
     )
-    if reject and not (predictor.on_onnx or as_json or names):
+    if reject and not (predictor.on_onnx or names):
         log(rejection_note(read_config(head_folder(str(predictor.head)))["dcp"]))
     paths = find_images([*(images or []), *(sample_images() if sample else [])])
-    if explain and predictor.on_onnx:
-        raise ZooError("--explain needs gradients, which an exported file has not: pass the head's folder.")
-    if explain and len(paths) > EXPLAINED:
-        raise ZooError(f"--explain writes a picture of each of {len(paths):,} images: pass at most {EXPLAINED}.")
-    from dcp_zoo.prediction.job import OutputFiles, run, summary_of
+    if explain and (predictor.on_onnx or len(paths) > EXPLAINED):
+        raise ZooError(f"--explain draws each image, by a head's folder and no .onnx file: pass at most {EXPLAINED}.")
+    from dcp_zoo.prediction.job import OutputFiles, errors_of, run
 
     if table:
         with resumable():
-            errors, changed = run(
-                paths, predictor, OutputFiles(table, features, sheet, overwrite), together, progress_bar
-            )
+            errors = run(paths, predictor, OutputFiles(table, features, sheet, overwrite), together, progress_bar)
+        log(f"Wrote {table}, with {len(paths):,} images.")
     else:
-        errors, changed = summary_of(show_on_screen(paths, predictor, together, as_json))
+        errors = errors_of(show_on_screen(paths, predictor, together, as_json))
     for error in errors[:NAMED]:
         log(printable(error), ERROR)
-    if errors:
-        log(f"{len(errors):,} of {len(paths):,} images cannot be read.")
-    if table:
-        log(f"Wrote {table}, with {len(paths):,} images.")
     if explain:
         explain_each(paths, predictor, explain)
         log(f"What speaks for each class, in red: {explain}")
-    if together:
-        log(f"The other images changed {changed:,} of {len(paths):,} predictions.")
     if errors:
+        log(f"{len(errors):,} of {len(paths):,} images cannot be read.")
         raise Exit(1)
 
 
@@ -155,14 +137,14 @@ def show_on_screen(images: Sequence[str], predictor: "dcp_zoo.Predictor", togeth
     from dcp_zoo.prediction.job import classified
 
     are_few = len(images) <= FEW
-    rows = classified(images, predictor, together, no_progress if are_few else progress_bar)
+    rows = classified(images, predictor, together, progress_bar)
     if as_json:
         print(json.dumps(rows, indent=1))
         return rows
     lines = []
     promised = [name for name in ("trusted", "set") if any(name in row for row in rows)]
     for row in rows:
-        name = Path(row["image"]).name if are_few and predictor.top_k > 1 else row["image"]
+        name = Path(row["image"]).name if are_few else row["image"]
         shown = [(NONE, "")] if row.get("rejected") else []
         shown += [(best["class"], f"{100 * best['probability']:5.1f} %") for best in row.get("predictions", [])]
         cells = {"trusted": "yes" if row.get("trusted") else "no", "set": ", ".join(row.get("set", []))}

@@ -28,7 +28,6 @@ from dcp_zoo.progress import Progress, by_image, no_progress
 from dcp_zoo.tables import NONE
 
 LATER = "run the same command again later: it continues"
-Summary = tuple[list[str], int]  # see `summary_of`
 Batch = tuple[list[Row], np.ndarray | None]  # rows, and their features (n, E) or, with `together`, (n, E + C)
 
 
@@ -75,16 +74,9 @@ def classified(
     return refine(rows, np.concatenate(kept), predictor) if together else rows
 
 
-def summary_of(rows: Iterable[Row]) -> Summary:
-    """Why images cannot be read, and how many answers `together` changed."""
-    errors = []
-    changed = 0
-    for row in rows:
-        if "error" in row:
-            errors.append(row["error"])
-        elif row.get("alone", row["class"]) != row["class"]:
-            changed += 1
-    return errors, changed
+def errors_of(rows: Iterable[Row]) -> list[str]:
+    """Why images cannot be read."""
+    return [row["error"] for row in rows if "error" in row]
 
 
 @dataclass(frozen=True)
@@ -123,10 +115,10 @@ def run(
     outputs: OutputFiles,
     together: bool = False,
     progress: Progress = no_progress,
-) -> Summary:
+) -> list[str]:
     """Classify images and write the outputs, which are checked first. Stopped in any way, the same call
     continues: it computes the images that are new, were replaced since or could not be read, and loads the
-    head only if there are any. Returns what `summary_of` does of its rows. ZooError for an output that
+    head only if there are any. Returns why images cannot be read. ZooError for an output that
     exists, is not writable or belongs to another run."""
     outputs.check()
     plan = predictor.depends_on() | {
@@ -150,9 +142,9 @@ def run(
                 problem = f"{file} holds the first answers of another run, which differs in {', '.join(differ)}."
                 raise ZooError(f"{problem} Repeat that run's command, choose another --output, or delete this file.")
             _compute(answers, predictor, together, progress)
-            summary = _finish(answers, predictor, outputs, together)
+            errors = _finish(answers, predictor, outputs, together)
         file.unlink()
-    return summary
+    return errors
 
 
 class _Answers(Iterable[Row]):
@@ -212,7 +204,7 @@ def _compute(answers: _Answers, predictor: Predictor, together: bool, progress: 
                 answers.put(row["image"], state, row, None if kept is None else kept[i])
 
 
-def _finish(answers: _Answers, predictor: Predictor, outputs: OutputFiles, together: bool) -> Summary:
+def _finish(answers: _Answers, predictor: Predictor, outputs: OutputFiles, together: bool) -> list[str]:
     """Write the outputs of a run whose answers are complete."""
     images = answers.images
     rows: Iterable[Row] = answers
@@ -225,4 +217,4 @@ def _finish(answers: _Answers, predictor: Predictor, outputs: OutputFiles, toget
     if outputs.sheet:
         write_file(outputs.sheet, partial(writers.write_sheet, outputs.sheet, rows), LATER)
     write_file(outputs.table, partial(writers.TABLES[outputs.table.suffix], rows=rows), LATER)
-    return summary_of(rows)
+    return errors_of(rows)
