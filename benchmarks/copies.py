@@ -118,7 +118,9 @@ def with_caption(image: Image.Image, rng: random.Random) -> Image.Image:
 
 def covered(image: Image.Image, rng: random.Random) -> Image.Image:
     """Without a grey square of 30 % of its area."""
-    image, (w, h), side = image.copy(), image.size, 0.3**0.5
+    image = image.copy()
+    w, h = image.size
+    side = 0.3**0.5
     image.paste("gray", tuple(round(length * side) for length in (0, 0, w, h)))
     return image
 

@@ -43,7 +43,9 @@ RESULTS = Path(__file__).parent / "results" / "sizes.csv"
 KEY = ("weights", "set", "others", "draw", "bias")
 COLUMNS = (*KEY, "classes", "images", "tested", "balanced", "recall", "told_balanced", "told_recall")
 KINDS = ("classes of 40", "one class of 40", "one class of 2")
-SMALL, LARGE, CLASSES = 2, 40, 10
+SMALL = 2
+LARGE = 40
+CLASSES = 10
 
 
 def drawn(names: list[str], items: list[Item], kind: str, seed: int) -> tuple[list[str], list[Item], list[Item]]:

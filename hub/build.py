@@ -69,15 +69,18 @@ class HeadState:
 
 
 def states(output: Path, trials: Sequence[Trial]) -> list[HeadState]:
-    done, failures = store.done(output), store.failures(output)
-    published, refused = (store.read_folder(output / state) for state in ("published", "refused"))
+    done = store.done(output)
+    failures = store.failures(output)
+    published = store.read_folder(output / "published")
+    refused = store.read_folder(output / "refused")
 
     def head_of(trial: Trial) -> HeadState:
-        if record := published.get(trial.head):
+        if trial.head in published:
+            record = published[trial.head]
             note = f"{record['repo_id']}@{record['entry']['revision']}"
             return HeadState(trial.head, trial, "published", note, record["entry"])
-        if record := refused.get(trial.head):
-            return HeadState(trial.head, trial, "refused", "; ".join(record["reasons"]))
+        if trial.head in refused:
+            return HeadState(trial.head, trial, "refused", "; ".join(refused[trial.head]["reasons"]))
         if trial.key in done:
             return HeadState(trial.head, trial, "trained")
         state = "failed" if trial.key in failures else "planned"
@@ -152,7 +155,8 @@ def release_head(
     head: HeadState, trials: Sequence[Trial], settings: Settings, org: str | None, log: Callable[[str], object]
 ) -> None:
     """Publish a trained head that passes, or write why it does not."""
-    output, trial = settings.output, head.trial
+    output = settings.output
+    trial = head.trial
     results = store.results(output)
     (plain,) = {
         other.key
@@ -259,7 +263,8 @@ def build(
     needed: dict[str, object] = {"--models MODEL": chosen["models"]}
     if not dry_run:
         needed |= {"--data-root DIR": data_root, "--output DIR": output_dir}
-    if missing_options := [option for option, value in needed.items() if not value]:
+    missing_options = [option for option, value in needed.items() if not value]
+    if missing_options:
         raise ZooError(f"Pass {', '.join(missing_options)}: python hub/build.py {' '.join(needed)}")
     trials = build_trials(
         split_commas(protocols),
@@ -298,7 +303,8 @@ def build(
 
 
 def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], settings: Settings) -> None:
-    heads, results = states(settings.output, trials), store.results(settings.output)
+    heads = states(settings.output, trials)
+    results = store.results(settings.output)
     for _, of_protocol in groupby(sorted(trials, key=protocol_order), protocol_order):
         output.print(grid_table([*of_protocol], results.keys()))
     show_states(heads)

@@ -144,7 +144,8 @@ def read_pickle(path: str | Path) -> dict[str, torch.Tensor]:
 
 def renamed(state: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors under our names, without `DROPPED`; ZooError lists unknown and missing ones."""
-    renamed, unknown = {}, []
+    renamed = {}
+    unknown = []
     for name, tensor in state.items():
         ours = next((re.sub(old, new, name) for old, new in NAMES.items() if re.fullmatch(old, name)), None)
         if ours is not None:

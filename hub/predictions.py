@@ -16,7 +16,8 @@ from dcp_zoo.data import load_image
 from dcp_zoo.data.packaged import SAMPLE_CLASSES, sample_images
 from dcp_zoo.tables import NONE
 
-HEAD, OTHER = "caltech101-16shot", "pacs_photo-16shot"
+HEAD = "caltech101-16shot"
+OTHER = "pacs_photo-16shot"
 PHOTOS = sample_images()
 FILE = Path(__file__).parents[1] / "docs" / "images" / "predictions.webp"
 COLUMNS = 3  # narrow enough to be read on a phone

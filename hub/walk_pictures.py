@@ -23,7 +23,9 @@ from dcp_zoo.tables import NONE
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 CLASSES = ("cat", "cup of coffee", "otter", "bird of prey", "lake", "flowers")
 SHOWN = ("Labels that may be wrong", "Bad images")  # from the first of these headings to the second
-WIDTH, SHEET, SCALE = 620, 580, 1.5  # in CSS pixels; the second is the height of the contact sheet
+WIDTH = 620  # in CSS pixels
+SHEET = 580  # height of the contact sheet
+SCALE = 1.5
 QUALITY = 70  # of WebP
 
 
@@ -50,7 +52,8 @@ def walk(folder: Path) -> None:
         photo = load_image(path)
         width, height = photo.size
         for number in range(8):
-            left, top = width * (number % 4) // 10, height * (number // 4) // 5
+            left = width * (number % 4) // 10
+            top = height * (number // 4) // 5
             part = photo.crop((left, top, left + width * 7 // 10, top + height * 4 // 5))
             part.save(folder / "UNSORTED" / f"{Path(path).stem}-{number}.jpg")
     zoo(folder, "search UNSORTED --to-label --count 28 --output to_label")
@@ -83,7 +86,8 @@ def inspected(folder: Path) -> Path:
     photos = [load_image(path) for path in sample_images()]
     for name, photo in zip(CLASSES, photos, strict=True):
         (folder / name).mkdir(parents=True)
-        w, h = photo.width // 4, photo.height // 4
+        w = photo.width // 4
+        h = photo.height // 4
         for i, (x, y) in enumerate(((0, 0), (w, 0), (0, h), (w, h))):
             photo.crop((x, y, x + 3 * w, y + 3 * h)).save(folder / name / f"{i}.jpg")
     photos[1].save(folder / "cat" / "4.jpg")

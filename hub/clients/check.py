@@ -25,7 +25,9 @@ from dcp_zoo.data.find import find_images
 from dcp_zoo.release import export_hub
 
 HERE = Path(__file__).parent
-HEAD, IMAGES, TOLERANCE = "dcp_mini.caltech101-16shot", 50, 1e-3
+HEAD = "dcp_mini.caltech101-16shot"
+IMAGES = 50
+TOLERANCE = 1e-3
 
 
 def main(

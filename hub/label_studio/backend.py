@@ -58,7 +58,8 @@ class Question(NamedTuple):
         for tag in root.iter("Choices"):
             choices = [choice.attrib for choice in tag.iter("Choice") if choice.get("value")]
             names = {choice.get("alias", choice["value"]): choice["value"] for choice in choices}
-            image, one = tag.get("toName", ""), tag.get("choice", "single") != "multiple"
+            image = tag.get("toName", "")
+            one = tag.get("choice", "single") != "multiple"
             if image in images and one and len(names) > 1:
                 return cls(tag.get("name", ""), image, images[image], names)
         raise ZooError(
@@ -90,7 +91,9 @@ class PersonalToken(httpx.Auth):
     requires_response_body = True
 
     def __init__(self, studio: str, token: str) -> None:
-        self.refresh, self.token, self.access = f"{studio}/api/token/refresh", token, ""
+        self.refresh = f"{studio}/api/token/refresh"
+        self.token = token
+        self.access = ""
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         if self.access:
@@ -113,7 +116,8 @@ class LabelStudio:
     """The images and annotations of a Label Studio at this address; images are kept in `folder`."""
 
     def __init__(self, address: str, token: str, folder: str) -> None:
-        self.address, self.folder = address.rstrip("/"), Path(folder)
+        self.address = address.rstrip("/")
+        self.folder = Path(folder)
         self.client = httpx.Client(base_url=self.address, auth=PersonalToken(self.address, token), timeout=30)
 
     def annotations(self, project: str, question: Question) -> dict[str, str]:
@@ -165,8 +169,14 @@ class Project:
     """The classifier of a project, and the answers that it is fitted to."""
 
     def __init__(self, number: str, config: str, studio: LabelStudio, model: str) -> None:
-        self.number, self.config, self.studio, self.model = number, config, studio, model
-        self.question, self.changed, self.answers, self.fitted = Question.of(config), True, dict[str, str](), ""
+        self.number = number
+        self.config = config
+        self.studio = studio
+        self.model = model
+        self.question = Question.of(config)
+        self.changed = True
+        self.answers = dict[str, str]()
+        self.fitted = ""
 
     def version(self) -> str:
         """What Label Studio calls the classifier for the annotations of now."""
@@ -182,8 +192,10 @@ class Project:
 
     def predict(self, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """A prediction for each task, which for an image that cannot be read is empty."""
-        if (version := self.version()) != self.fitted:
-            self.classifier, self.fitted = self._fit(self.answers), version
+        version = self.version()
+        if version != self.fitted:
+            self.classifier = self._fit(self.answers)
+            self.fitted = version
             log.info("Project %s, %s.", self.number, version)
         addresses = [task["data"].get(self.question.field) for task in tasks]
         files = self.studio.images(addresses)
@@ -197,7 +209,8 @@ class Project:
 
     def _fit(self, answers: Mapping[str, str]) -> FewShotClassifier:
         """A classifier for all classes; CLIP reads the names of those that have no image."""
-        files, names = self.studio.images(sorted(answers)), self.question.names
+        files = self.studio.images(sorted(answers))
+        names = self.question.names
         chosen = [answers[address] for address in files]
         if len(set(chosen)) < 2:  # zero-shot looks at no image
             blank = [Image.new("RGB", (8, 8))] * len(names)
@@ -213,7 +226,9 @@ class Backend:
     """The projects by number."""
 
     def __init__(self, studio: LabelStudio, model: str) -> None:
-        self.studio, self.model, self.projects = studio, model, dict[str, Project]()
+        self.studio = studio
+        self.model = model
+        self.projects = dict[str, Project]()
         self.worker = ThreadPoolExecutor(1)  # fits and predicts
 
     def project(self, number: str, config: str) -> Project:

@@ -38,7 +38,9 @@ from dcp_zoo.serve import listen
 
 BACKEND = Path(__file__).with_name("backend.py")
 ALBUMS = ("Minka", "breakfast", "zoo", "falconry", "holiday", "garden")  # of the sample photographs; names say little
-PHOTOS, ANNOTATIONS, TOLERANCE = 60, 10, 1e-3
+PHOTOS = 60
+ANNOTATIONS = 10
+TOLERANCE = 1e-3
 START_SECONDS = 900  # Label Studio first makes its database
 LOWEST = {"ordering": ["tasks:predictions_score"]}
 LOGIN = {"username": "user@example.org", "password": "label-studio"}
@@ -87,7 +89,8 @@ def write_parts(folder: Path) -> Path:
         photo = load_image(path)
         for i in range(PHOTOS // len(ALBUMS)):
             side = int(min(photo.size) * (0.45 + 0.05 * i))
-            left, top = (photo.width - side) * i // 9, (photo.height - side) * (i % 3) // 2
+            left = (photo.width - side) * i // 9
+            top = (photo.height - side) * (i % 3) // 2
             photo.crop((left, top, left + side, top + side)).save(folder / name / f"{i}.jpg")
     return folder
 
@@ -127,7 +130,8 @@ def is_well(health: str) -> bool:
 @contextmanager
 def studio(program: Path, folder: Path) -> Iterator[httpx.Client]:
     """A client of a new Label Studio, whose database is in a folder."""
-    port, token = free_port(), "0123456789abcdef"
+    port = free_port()
+    token = "0123456789abcdef"
     address = f"http://127.0.0.1:{port}"
     folder.mkdir()
     command = [
@@ -161,7 +165,8 @@ def refused(response: httpx.Response) -> None:
 @contextmanager
 def backend(client: httpx.Client) -> Iterator[str]:
     """The address of a backend, with a personal access token as users have."""
-    port, token = free_port(), client.post("/api/token/").json()["token"]
+    port = free_port()
+    token = client.post("/api/token/").json()["token"]
     command = [sys.executable, BACKEND, str(client.base_url), "--port", str(port)]
     address = f"http://127.0.0.1:{port}"
     settings = {"LABEL_STUDIO_API_KEY": token}
@@ -175,7 +180,8 @@ class Project:
     def __init__(self, client: httpx.Client, folder: Path) -> None:
         paths, labels = list_labelled_images(folder)
         chosen = np.linspace(0, len(paths) - 1, PHOTOS).astype(int).tolist()
-        self.client, self.classes = client, sorted({labels[i] for i in chosen})
+        self.client = client
+        self.classes = sorted({labels[i] for i in chosen})
         choices = "".join(f'<Choice value="{name}"/>' for name in self.classes)
         config = f'<View><Choices name="class" toName="image" showInline="true">{choices}</Choices>'
         config += '<Image name="image" value="$image"/></View>'
@@ -224,7 +230,8 @@ class Project:
         expected = dict(zip(self.paths, self.expected(annotated), strict=True))
         for task in self.tasks():
             newest = max(task["predictions"], key=lambda prediction: prediction["id"])
-            answer, row = newest["result"][0]["value"]["choices"][0], expected[task["id"]]
+            answer = newest["result"][0]["value"]["choices"][0]
+            row = expected[task["id"]]
             version = newest["model_version"]
             if not version.startswith(f"annotations: {len(annotated)},"):
                 raise SystemExit(

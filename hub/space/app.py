@@ -104,7 +104,8 @@ def build_page(model: Head) -> gr.Blocks:
         with gr.Tab("Train"):
             fields = class_fields()
             with gr.Row():
-                start, example = gr.Button("Train", variant="primary"), gr.Button("Fill in an example")
+                start = gr.Button("Train", variant="primary")
+                example = gr.Button("Fill in an example")
             told = gr.Markdown()
             download = gr.DownloadButton("Download the head", visible=False)
         with gr.Tab("Classify"):
@@ -146,7 +147,8 @@ def captions(model: Head, photos: Photos, reject: bool) -> list[tuple[str, str]]
     """The photographs with their two most probable classes; what cannot be read says why."""
     if reject and model.cannot_reject:
         gr.Warning(model.cannot_reject)
-    paths, shown = [path for path, _ in photos or ()], list[tuple[str, str]]()
+    paths = [path for path, _ in photos or ()]
+    shown = list[tuple[str, str]]()
     asked = (reject and not model.cannot_reject) or None
     found = predict(model, paths, top_k=2, reject=asked, errors="keep") if paths else []
     for path, row in zip(paths, found, strict=True):
@@ -176,10 +178,12 @@ def train_on(clip: str, classes: dict[str, list[str]], folder: str) -> list[obje
     """Train on three quarters of each class's photographs, and measure on the others; those that were taken
     together are on one side -> what to tell the visitor, the head, the button with its download, saved in a
     folder."""
-    names, began = list(classes), time.monotonic()
+    names = list(classes)
+    began = time.monotonic()
     items = [Item(path, path, label) for label, paths in enumerate(classes.values()) for path in paths]
     parts = divide(group_own_images(items), HELD_OUT)  # visitors' images are not kept
-    train, test = parts["train"], parts["test"]
+    train = parts["train"]
+    test = parts["test"]
     shots = [item.path for item in train], [names[item.label] for item in train]
     own = FewShotClassifier(clip, memory=False).fit(*shots)
     lines = [f"Trained on {len(train)} photographs in {time.monotonic() - began:.0f} s. *Classify* now uses your head."]

@@ -34,9 +34,11 @@ def read_clip_names(path: Path) -> ClipNames:
     alphabetical order, of the names that are not the teacher's classes.
     """
     data = np.load(path)
-    names, source = np.char.lower(data["name"]), data["source"]
+    names = np.char.lower(data["name"])
+    source = data["source"]
     vectors = F.normalize(torch.from_numpy(data["vector"].astype(np.float32)), dim=1)
-    classes, plain = vectors[source == CLASSES], vectors[source == SAME_CLASSES]
+    classes = vectors[source == CLASSES]
+    plain = vectors[source == SAME_CLASSES]
     moved = F.normalize(vectors + (classes - plain).mean(0), dim=1)
     known = dict(zip(names[source == CLASSES].tolist(), classes, strict=True))
     others: dict[str, Tensor] = {}

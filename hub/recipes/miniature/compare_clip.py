@@ -53,7 +53,8 @@ def main(
     own_text = clip.zero_shot_classifier(names, TEMPLATE)
     features.mkdir(parents=True, exist_ok=True)
     np.savez(features / "caltech101.npz", **named["dcp_mini"] | {"text_vector": own_text.numpy()})
-    x, y = unit(real["test_vector"]), unit(mini["test_vector"])
+    x = unit(real["test_vector"])
+    y = unit(mini["test_vector"])
     labels = torch.from_numpy(real["test_label"].astype(np.int64))
     rows = {
         "linear CKA of the image features": alignment(x, y),
@@ -92,7 +93,8 @@ def teacher_accuracy(clip: FrozenCLIP, data_root: Path, classes: list[str]) -> d
     """What the vision tower can learn from its teacher, the classifier of the stem: zero-shot accuracy of
     the teacher's probabilities for ImageNet's classes, as mixtures of the miniature's text features of these
     classes."""
-    split, (_, teacher) = load_split("caltech101", data_root), load_stem()
+    split = load_split("caltech101", data_root)
+    (_, teacher) = load_stem()
     stem: Any = clip.visual.conv1.stem
     batches = ImageLoader(Photos(split.test), FeatureExtractor(clip)).in_order(64)
     probabilities = torch.cat([teacher(stem(images.x).mean((2, 3))).softmax(-1) for images, _ in batches])

@@ -19,7 +19,8 @@ from dcp_zoo.release.onnx import onnx_program
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 # Zooming out makes some views sharper than 64 pixels enlarged to the input size, like real photographs.
-NEAR, FAR = (0.55, 1.25), (1.1, 2.2)  # zooms of odd and of even views
+NEAR = (0.55, 1.25)  # zooms of odd views
+FAR = (1.1, 2.2)  # of even ones
 CHUNK = 2500  # images per cache file, the most an interrupted run can lose
 
 
@@ -66,15 +67,19 @@ def random_view(images: Tensor, size: int, rng: torch.Generator, zooms: tuple[fl
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(count, generator=rng)
 
-    zoom, stretch = uniform(*map(math.log, zooms)).exp(), uniform(-0.15, 0.15).exp()
+    zoom = uniform(*map(math.log, zooms)).exp()
+    stretch = uniform(-0.15, 0.15).exp()
     flip = uniform(-1, 1).sign()
     room = (1 - zoom).abs()
     theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1] = flip * zoom * stretch, zoom / stretch
-    theta[:, 0, 2], theta[:, 1, 2] = uniform(-1, 1) * room, uniform(-1, 1) * room
+    theta[:, 0, 0] = flip * zoom * stretch
+    theta[:, 1, 1] = zoom / stretch
+    theta[:, 0, 2] = uniform(-1, 1) * room
+    theta[:, 1, 2] = uniform(-1, 1) * room
     grid = F.affine_grid(theta, [count, 3, size, size], align_corners=False)
     pixels = F.grid_sample(images.float(), grid, mode="bicubic", padding_mode="reflection", align_corners=False)
-    contrast, light = uniform(0.7, 1.3).view(-1, 1, 1, 1), uniform(-25, 25).view(-1, 1, 1, 1)
+    contrast = uniform(0.7, 1.3).view(-1, 1, 1, 1)
+    light = uniform(-25, 25).view(-1, 1, 1, 1)
     return (((pixels - 127) * contrast + 127 + light).clamp(0, 255) - 127) / 128
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dcp_zoo.training.loop import autocast
 
-LOG_EVERY, SAVE_EVERY = 50, 250
+LOG_EVERY = 50
+SAVE_EVERY = 250
 FIELDS = ("stage", "step", "seconds", "loss", "metric", "value")
 
 
@@ -63,12 +64,15 @@ def fit(
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, betas=(0.9, 0.98), fused=True)
     checkpoint = output / f"{stage}.pt"
-    first, spent, window = 0, 0.0, []
+    first = 0
+    spent = 0.0
+    window = []
     if checkpoint.exists():
         state = torch.load(checkpoint)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        first, spent = state["step"], state["seconds"]
+        first = state["step"]
+        spent = state["seconds"]
     started = time.monotonic() - spent
     with Progress() as progress:
         bar = progress.add_task(stage, total=steps, completed=first)

@@ -54,7 +54,8 @@ def main(
 
 def seconds_per_image(clip: torch.nn.Module, size: int) -> float:
     """Median time to encode one image."""
-    image, seconds = torch.randn(1, 3, size, size), []
+    image = torch.randn(1, 3, size, size)
+    seconds = []
     for _ in range(REPEATS):
         started = time.perf_counter()
         clip.encode_image(image)

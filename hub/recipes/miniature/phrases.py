@@ -103,7 +103,8 @@ def plurals(weights: dict[str, float]) -> dict[str, str]:
 
     plural = inflect.engine().plural_noun
     words = [word for word, weight in weights.items() if weight >= 3 and word.isalpha()]
-    return {p: word for word in words if (p := plural(word)) not in weights}
+    found = {plural(word): word for word in words}
+    return {several: word for several, word in found.items() if several not in weights}
 
 
 def bpe_words() -> dict[int, str]:
@@ -144,7 +145,8 @@ def describe(
     name."""
     glosses = sorted({gloss for text in texts for _, gloss in senses.get(text, [])})
     row = {gloss: i for i, gloss in enumerate(glosses)}
-    names, definitions = centred(embed(texts).float()), centred(embed(glosses).float())
+    names = centred(embed(texts).float())
+    definitions = centred(embed(glosses).float())
     meanings = torch.zeros_like(names)
     for i, text in enumerate(texts):
         for weight, gloss in senses.get(text, []):

@@ -20,7 +20,8 @@ from dcp_zoo.features.loader import ImageLoader
 from dcp_zoo.features.photos import Photos
 from dcp_zoo.zoo.build import plain_clip
 
-SHOTS, MAX_ITER = 16, 1000
+SHOTS = 16
+MAX_ITER = 1000
 CS = [10 ** (exponent / 2) for exponent in range(-1, 10)]
 COLUMNS = ("weights", "features", "width", "seed", "C", "top1_few_shot_validation", "top1_validation", "top1_test")
 Features = dict[str, Tensor]  # of images (n, width), by the place in the tower
@@ -56,9 +57,11 @@ def tower_features(path: Path, items: list[Item]) -> Features:
     tower: Any = clip.visual
     read: list[Tensor] = []
     tower.ln_post.register_forward_hook(lambda module, inputs, output: read.append(output))
-    plain, found = plain_clip("dcp_mini"), []
+    plain = plain_clip("dcp_mini")
+    found = []
     for images, _ in ImageLoader(Photos(items), FeatureExtractor(plain)).in_order(64):
-        stem, output = tower.conv1.stem(images.x), tower(images.x)
+        stem = tower.conv1.stem(images.x)
+        output = tower(images.x)
         token = read.pop()
         places = {
             "stem": stem.mean((2, 3)),

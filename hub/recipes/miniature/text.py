@@ -11,7 +11,8 @@ from phrases import TEMPLATES, Phrases, bpe_words, centred, main_directions
 from torch import Tensor
 from torch.nn import functional as F
 
-SOS, EOT = 49406, 49407
+SOS = 49406
+EOT = 49407
 INIT_PHRASES = 8192  # that the projection is fitted on before training
 TEXT = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")  # names in CLIP
 
@@ -68,7 +69,9 @@ def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     ends = torch.tensor([len(r) + 1 for r in rows])
     ids = torch.full((len(rows), int(ends.max()) + 1), 0)
     for line, row in zip(ids, rows, strict=True):
-        line[0], line[1 : len(row) + 1], line[len(row) + 1] = SOS, row, EOT
+        line[0] = SOS
+        line[1 : len(row) + 1] = row
+        line[len(row) + 1] = EOT
     return ids, ends
 
 

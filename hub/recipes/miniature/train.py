@@ -61,7 +61,9 @@ class Sources:
 
 def pretrained_sources(clip_text: Path) -> Sources:
     stem, teacher = load_stem()
-    names, imagenet, clip = list(open_clip.IMAGENET_CLASSNAMES), ImageNetInfo(), read_clip_names(clip_text)
+    names = list(open_clip.IMAGENET_CLASSNAMES)
+    imagenet = ImageNetInfo()
+    clip = read_clip_names(clip_text)
     glosses = [f"{name}, {imagenet.index_to_description(i, detailed=True)}" for i, name in enumerate(names)]
     shared = {name for name, count in Counter(clip.classes).items() if count > 1}  # a crane is a bird or a machine
     by_name = dict(zip(clip.classes, glosses, strict=True)) | dict(zip(names, glosses, strict=True))
@@ -86,7 +88,8 @@ def name_features(clip: open_clip.CLIP, names: list[str]) -> Tensor:
 @torch.inference_mode()
 def zero_shot_accuracy(clip: open_clip.CLIP, maps: Tensor, labels: Tensor, names: list[str]) -> float:
     """Zero-shot top-1 accuracy on cached stem features (N, 352, h, w) of images."""
-    device, widen = clip.logit_scale.device, clip.visual.conv1.stem.widen
+    device = clip.logit_scale.device
+    widen = clip.visual.conv1.stem.widen
     images = torch.cat([encode_maps(clip, widen(m.to(device).float())) for m in maps.split(250)])
     return ((images @ name_features(clip, names).T).argmax(1).cpu() == labels).float().mean().item()
 
@@ -137,7 +140,8 @@ def train(
 ) -> float:
     """Run or resume the complete training. Returns zero-shot top-1 accuracy on the validation images."""
     output.mkdir(parents=True, exist_ok=True)
-    size, cache = cfg["image_size"], output / "features"
+    size = cfg["image_size"]
+    cache = output / "features"
     data = load_data(images, recipe, sources, size, cache)
     phrases = cached(
         output / "phrases.pt",

@@ -86,8 +86,10 @@ def first_targets(teacher: Tensor, texts: Tensor) -> Tensor:
 def mix(maps: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
     """CutMix on features: (mixed maps, labels of the pasted images, share of the original)."""
     height, width = maps.shape[2:]
-    h, w = random.randint(1, max(1, height - 1)), random.randint(1, max(1, width - 1))
-    top, left = random.randint(0, height - h), random.randint(0, width - w)
+    h = random.randint(1, max(1, height - 1))
+    w = random.randint(1, max(1, width - 1))
+    top = random.randint(0, height - h)
+    left = random.randint(0, width - w)
     other = torch.randperm(len(maps))
     maps = maps.clone()
     maps[:, :, top : top + h, left : left + w] = maps[other, :, top : top + h, left : left + w]
@@ -120,7 +122,9 @@ class VisionObjective:
     """Image features of random batches, and the loss of their similarities to text features."""
 
     def __init__(self, clip: open_clip.CLIP, data: VisionData, batch: int):
-        self.clip, self.data, self.batch = clip, data, batch
+        self.clip = clip
+        self.data = data
+        self.batch = batch
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         """Widened maps (B, 1280, h, w), the teacher's logits (B, T), labels, mixed-in labels, share of the
@@ -131,7 +135,8 @@ class VisionObjective:
         labels = self.data.labels[index].to(device)
         if random.random() < 0.5:
             maps = maps.flip(3)
-        mixed, share = labels, 1.0
+        mixed = labels
+        share = 1.0
         if random.random() < 0.5:
             maps, mixed, share = mix(maps, labels)
         with torch.no_grad(), mixed_precision(device):
@@ -152,7 +157,8 @@ class VisionObjective:
     @torch.no_grad()
     def init_projection(self, texts: Tensor) -> None:
         """The least-squares projection to `first_targets`."""
-        states, targets = [], []
+        states = []
+        targets = []
         for _ in range(INIT_BATCHES):
             maps, teacher, *_ = self.draw()
             states.append(hidden(self.clip, maps))
@@ -163,7 +169,9 @@ class VisionObjective:
         """Cross-entropy to the teacher's probabilities and to the labels; accuracy on the labels."""
         soft = F.cross_entropy(SCALE * features @ teacher_texts.T, teacher.softmax(1))
         real = slice(self.batch // 3, None)  # the others are pushed and have no label
-        logits, labels, mixed = SCALE * features[real] @ label_texts.T, labels[real], mixed[real]
+        logits = SCALE * features[real] @ label_texts.T
+        labels = labels[real]
+        mixed = mixed[real]
         hard = share * F.cross_entropy(logits, labels) + (1 - share) * F.cross_entropy(logits, mixed)
         return 0.75 * soft + 0.25 * hard, (logits.argmax(1) == labels).float().mean().item()
 
