@@ -34,14 +34,13 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dcp_zoo.answers import in_distribution_score
+from dcp_zoo.answers import Outputs, Row, in_distribution_score
 from dcp_zoo.benchmark import Trial, plan
 from dcp_zoo.data import Split, load_for_training, load_image
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.files import sha256_of
 from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME
 from dcp_zoo.prediction import Backend, Predictor, job
-from dcp_zoo.prediction.job import Batch
 from dcp_zoo.probe import ReadingFeatures, TextProbe, fit_on_features
 from dcp_zoo.training.loop import train as train_task
 from dcp_zoo.training.methods import METHODS
@@ -311,7 +310,7 @@ class Around(Predictor):
         return self.plan
 
 
-def classify(images: Sequence[str], backend: Backend, **options: Any) -> Iterator[Batch]:
+def classify(images: Sequence[str], backend: Backend, **options: Any) -> Iterator[tuple[list[Row], Outputs]]:
     """The batches of a run with these options."""
     return job.classify(images, Around(backend, **options))
 

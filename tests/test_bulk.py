@@ -399,14 +399,14 @@ def test_predict_a_folder(run, photos, bundled):
     assert "Cannot read the image photos/a/04.jpg" in err
     assert "1 of 24 images cannot be read." in err
     assert "Wrote p.csv, with 24 images." in err
-    ((rows, features),) = classify(images, HeadBackend(bundled, features=True), top_k=2)
+    ((rows, outputs),) = classify(images, HeadBackend(bundled, features=True), top_k=2)
     assert [row["class_2"] for row in read_csv("p.csv") if not row["error"]] == [
         row["predictions"][1]["class"] for row in rows if "error" not in row
     ]
-    np.testing.assert_array_equal(np.load("f.npz")["features"], features)
+    np.testing.assert_array_equal(np.load("f.npz")["features"], outputs.features)
     with torch.inference_mode():
         image = dcp_zoo.create_transform(bundled)(load_image(images[7]))
-        np.testing.assert_allclose(features[7], bundled.encode_image(image[None])[0], atol=1e-5)
+        np.testing.assert_allclose(outputs.features[7], bundled.encode_image(image[None])[0], atol=1e-5)
     assert Path("s.html").read_text().count("<figure") == 23
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["f.npz", "p.csv", "photos", "s.html"]
 

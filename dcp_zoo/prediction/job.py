@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,20 @@ from dcp_zoo.progress import Progress, by_image, no_progress
 from dcp_zoo.tables import NONE
 
 LATER = "run the same command again later: it continues"
-Batch = tuple[list[Row], np.ndarray | None]  # rows, and their features (n, E) or, with `together`, (n, E + C)
 
 
-def classify(images: Sequence[str], predictor: Predictor, together: bool = False) -> Iterator[Batch]:
-    """Classify images in order, batch by batch; with `together` by a predictor that keeps features."""
+def classified(
+    images: Sequence[str], predictor: Predictor, together: bool = False, progress: Progress = no_progress
+) -> list[Row]:
+    """The rows of all images, refined if they are to be."""
+    with closing(sqlite3.connect(":memory:")) as database:
+        answers = _Answers(database, images)
+        answers.compute(predictor, progress)
+        return list(refine(answers, predictor) if together else answers)
+
+
+def classify(images: Sequence[str], predictor: Predictor) -> Iterator[tuple[list[Row], Outputs]]:
+    """Rows and outputs of images in order, batch by batch."""
     backend = predictor.backend
     remaining = iter(images)
     promises = predictor.promises
@@ -41,37 +50,21 @@ def classify(images: Sequence[str], predictor: Predictor, together: bool = False
         answers = outputs.rows(backend.classnames, predictor.top_k, promises)
         for error, image, answer in zip(errors, islice(remaining, len(errors)), answers, strict=True):
             rows.append({"image": image} | (answer if error is None else {"error": str(error)}))
-        kept = outputs.features
-        if together and kept is not None:
-            kept = np.concatenate([kept, outputs.logits], 1)
-        yield rows, kept
+        yield rows, outputs
 
 
-def refine(rows: Iterable[Row], kept: np.ndarray, predictor: Predictor) -> list[Row]:
-    """The rows with the answers that `refined` gives, from what `classify` kept of them; "alone" is the
-    class that each image had without the others. Rejected and unreadable images stay as they are and
-    influence no other."""
-    classnames = predictor.backend.classnames
-    features, logits = np.split(kept, [-len(classnames)], axis=1)
-    rows = [row if "error" in row else row | {"alone": row["class"]} for row in rows]
+def refine(alone: "_Answers", predictor: Predictor) -> list[Row]:
+    """The rows with the answers that `refined` gives; "alone" is the class that each image had without the
+    others. Rejected and unreadable images stay as they are and influence no other."""
+    rows = [row if "error" in row else row | {"alone": row["class"]} for row in alone]
     accepted = np.array([row.get("alone", NONE) != NONE for row in rows], bool)
-    probabilities = refined(Outputs(logits, features=features), accepted)
-    answers = Outputs(np.log(probabilities.clip(min=1e-30))).rows(classnames, predictor.top_k)
+    probabilities = refined(Outputs(alone.kept("logits"), features=alone.kept("features")), accepted)
+    answers = Outputs(np.log(probabilities.clip(min=1e-30))).rows(predictor.backend.classnames, predictor.top_k)
     for row, answer, is_accepted in zip(rows, answers, accepted, strict=True):
         if is_accepted:
             row |= answer
         row.pop("trusted", None)  # the answers of images alone are
     return rows
-
-
-def classified(
-    images: Sequence[str], predictor: Predictor, together: bool = False, progress: Progress = no_progress
-) -> list[Row]:
-    """The rows of all images, refined if they are to be."""
-    batches = by_image(progress, classify(images, predictor, together), "images", len(images))
-    parts, kept = zip(*batches, strict=True)
-    rows = list(chain(*parts))
-    return refine(rows, np.concatenate(kept), predictor) if together else rows
 
 
 def errors_of(rows: Iterable[Row]) -> list[str]:
@@ -141,20 +134,33 @@ def run(
             if differ:
                 problem = f"{file} holds the first answers of another run, which differs in {', '.join(differ)}."
                 raise ZooError(f"{problem} Repeat that run's command, choose another --output, or delete this file.")
-            _compute(answers, predictor, together, progress)
-            errors = _finish(answers, predictor, outputs, together)
+            answers.compute(predictor, progress)
+            rows = refine(answers, predictor) if together else answers
+            _write(rows, answers, outputs)
+            errors = errors_of(rows)
         file.unlink()
     return errors
 
 
+def _write(rows: Iterable[Row], answers: "_Answers", outputs: OutputFiles) -> None:
+    """Write the outputs of a run whose answers are complete."""
+    if outputs.features:
+        features = answers.kept("features")
+        write_file(outputs.features, partial(writers.write_features, names=answers.images, features=features), LATER)
+    if outputs.sheet:
+        write_file(outputs.sheet, partial(writers.write_sheet, outputs.sheet, rows), LATER)
+    write_file(outputs.table, partial(writers.TABLES[outputs.table.suffix], rows=rows), LATER)
+
+
 class _Answers(Iterable[Row]):
     """The answers for some images in the database of a run that has not ended, read anew each time: they need
-    no memory. It has the row of each image, the state of its file then, and what `classify` kept of it."""
+    no memory. It has the row of each image, the state of its file then, and its features and logits, of a
+    predictor that keeps features."""
 
     def __init__(self, database: sqlite3.Connection, images: Sequence[str]) -> None:
         self.database = database
         self.images = images
-        database.execute("CREATE TABLE IF NOT EXISTS answers (image BLOB PRIMARY KEY, state, row, kept)")
+        database.execute("CREATE TABLE IF NOT EXISTS answers (image BLOB PRIMARY KEY, state, row, features, logits)")
 
     def get(self, column: str, image: str) -> Any:
         """None of an image without an answer."""
@@ -162,59 +168,50 @@ class _Answers(Iterable[Row]):
         found = self.database.execute(query, [os.fsencode(image)]).fetchone()
         return found and found[0]
 
-    def put(self, image: str, state: str | None, row: Values, kept: np.ndarray | None = None) -> None:
-        values = os.fsencode(image), state, json.dumps(row), None if kept is None else kept.tobytes()
-        self.database.execute("REPLACE INTO answers VALUES (?, ?, ?, ?)", values)
+    def put(
+        self,
+        image: str,
+        row: Values,
+        state: str | None = None,
+        features: np.ndarray | None = None,
+        logits: np.ndarray | None = None,
+    ) -> None:
+        values = os.fsencode(image), state, json.dumps(row), features, logits
+        self.database.execute("REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", values)
 
     def begin(self, plan: Values) -> list[str]:
         """In what the run differs from that of the answers that are there."""
         before = self.get("row", "")  # no image has this name
         if before is None:
-            self.put("", None, plan)
+            self.put("", plan)
             return []
         known = json.loads(before)
         return [name.replace("_", " ") for name in plan if known.get(name) != plan[name]]
+
+    def compute(self, predictor: Predictor, progress: Progress) -> None:
+        """Add the answers for images that have none, of the files as they are now."""
+        images = self.images
+        states = {image: json.dumps(file_state(image)) for image in images}  # before any is read
+        remaining = [image for image in images if self.get("state", image) != states[image]]
+        if not remaining:
+            return
+        batches = classify(remaining, predictor)
+        for rows, outputs in by_image(progress, batches, "images", len(images), len(images) - len(remaining)):
+            with self.database:  # all of them or none, also after a power cut
+                for i, row in enumerate(rows):
+                    # what could not be read may be by now, such as with the plugin for HEIC
+                    state = None if "error" in row else states[row["image"]]
+                    kept = [] if outputs.features is None else [outputs.features[i], outputs.logits[i]]
+                    self.put(row["image"], row, state, *kept)
 
     def __iter__(self) -> Iterator[Row]:
         for image in self.images:
             yield json.loads(self.get("row", image))
 
-    def kept(self) -> np.ndarray:
-        """(n, F), of the images in order."""
-        width = len(self.get("kept", self.images[0])) // 4
+    def kept(self, column: str) -> np.ndarray:
+        """Features or logits (n, F), of the images in order."""
+        width = len(self.get(column, self.images[0])) // 4
         kept = np.empty((len(self.images), width), np.float32)
         for row, image in enumerate(self.images):
-            kept[row] = np.frombuffer(self.get("kept", image), np.float32)
+            kept[row] = np.frombuffer(self.get(column, image), np.float32)
         return kept
-
-
-def _compute(answers: _Answers, predictor: Predictor, together: bool, progress: Progress) -> None:
-    """Add the answers for images that have none, of the files as they are now."""
-    images = answers.images
-    states = {image: json.dumps(file_state(image)) for image in images}  # before any is read
-    remaining = [image for image in images if answers.get("state", image) != states[image]]
-    if not remaining:
-        return
-    batches = classify(remaining, predictor, together)
-    for rows, kept in by_image(progress, batches, "images", len(images), len(images) - len(remaining)):
-        with answers.database:  # all of them or none, also after a power cut
-            for i, row in enumerate(rows):
-                # what could not be read may be by now, such as with the plugin for HEIC
-                state = None if "error" in row else states[row["image"]]
-                answers.put(row["image"], state, row, None if kept is None else kept[i])
-
-
-def _finish(answers: _Answers, predictor: Predictor, outputs: OutputFiles, together: bool) -> list[str]:
-    """Write the outputs of a run whose answers are complete."""
-    images = answers.images
-    rows: Iterable[Row] = answers
-    kept: Any = answers.kept() if together or outputs.features else None
-    if together:
-        rows = refine(rows, kept, predictor)
-        kept = kept[:, : -len(predictor.backend.classnames)]
-    if outputs.features:
-        write_file(outputs.features, partial(writers.write_features, names=images, features=kept), LATER)
-    if outputs.sheet:
-        write_file(outputs.sheet, partial(writers.write_sheet, outputs.sheet, rows), LATER)
-    write_file(outputs.table, partial(writers.TABLES[outputs.table.suffix], rows=rows), LATER)
-    return errors_of(rows)
