@@ -206,7 +206,7 @@ def measured(known: Known, images: int, seed: int, method: str) -> tuple[Any, ..
 def loss_left_out(task: Task, recipe: LinearProbeRecipe) -> float:
     """The log loss of scaled logits on images that were left out; for one image per class the default C is
     the best."""
-    table = task.images.table(views=mirrored(task)).first_parts(1)
+    table = task.images.table(views=mirrored(task)).embeddings
     fit = partial(regression, recipe=recipe)
     held_out = left_out(table.rows(*table.views), table.labels, table.groups, fit)
     if held_out is None:

@@ -340,7 +340,7 @@ def main(
         for name, (names, train, _) in sets.items():
             if not known(name, "single photographs", ALARM_CLASSES[0], ALARMS[-1], 1, ALARM_DRAWS):
                 few = with_groups(some(train, len(names), POOL))
-                seen = FeatureExtractor(plain_clip(MODEL))(Photos(few)).first_parts(1)
+                seen = FeatureExtractor(plain_clip(MODEL))(Photos(few)).embeddings
                 pools[name] = few, seen.rows()[0].numpy()
         for name, (items, embeddings) in pools.items():
             sizes = Counter(item.label for item in items)

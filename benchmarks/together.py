@@ -98,7 +98,7 @@ def features(data: Path, output: Path, images: int = POOL) -> None:
             of_each = [of_class(train, label) for label in range(len(names))]
             pool = [item for own in of_each for item in random.Random(1).sample(own, min(images, len(own)))]
             extract = FeatureExtractor(clip, progress=progress_bar)
-            tables = [extract(Photos(items)).first_parts(1) for items in (pool, test)]
+            tables = [extract(Photos(items)).embeddings for items in (pool, test)]
             weight, bias = on_cpu(clip.scaled(clip.zero_shot_classifier(names)))
             arrays = {"text_weight": weight.detach(), "text_bias": bias.detach()}
             for part, table in zip(("train", "test"), tables, strict=True):

@@ -95,7 +95,7 @@ def loader(clip: FrozenCLIP, items: list[Item], augment: str = "none") -> ImageL
 
 def chosen_on(clip: FrozenCLIP, items: list[Item]) -> FeatureTable:
     """Images with their embeddings, to choose on."""
-    return loader(clip, items).table().first_parts(1)
+    return loader(clip, items).table().embeddings
 
 
 def with_flips(given: Task) -> Task:
@@ -289,7 +289,7 @@ def test_gda_chooses_alpha_on_images_as_they_are(clip, photos):
     given = replace(with_crops(plain, augment_epochs=2), val=None)
     given = replace(given, images=given.images.of([0, 1, 2]))
     views = crop_views(2, given.seed)
-    crops = given.images.table(views=views).first_parts(1).rows(*views)
+    crops = given.images.table(views=views).embeddings.rows(*views)
     weight, bias = gaussian_discriminant(crops.flatten(0, 1), y.repeat(2), 3)
     spread = (x @ weight.T + bias).std().item()
     found = fit_head("gda", given).info["alpha"]

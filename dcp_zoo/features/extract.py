@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -77,19 +78,15 @@ class FeatureExtractor:
             keep_errors: whether an image that cannot be read is an error in the table, and not raised.
         """
         readings = readings or [plain_reading(self.clip)]
-        kept = [plain_reading(self.clip) if is_plain_reading(each, self.clip) else each for each in readings]
-        settings = [self._setting(reading) for reading in kept]
         columns: dict[View, list[Column]] = {}
         for view in views:
-            names = [f"{view.name} {setting}" if setting and view.seed is None else "" for setting in settings]
-            columns[view] = [Column(photos, *each) for each in zip(names, kept, strict=True)]
-        missing = set[int]().union(*(column.missing for of_view in columns.values() for column in of_view))
-        of_facts = None
-        if facts:
-            of_facts = Column(photos, f"facts and frames {computed_by()}")
-            missing |= of_facts.missing
-            if photos.facts is None:
-                photos.facts = {}  # filled while images are decoded
+            columns[view] = [self._column(photos, view, reading) for reading in readings]
+        of_facts = Column(photos, f"facts and frames {computed_by()}") if facts else None
+        if facts and photos.facts is None:
+            photos.facts = {}  # filled while images are decoded
+        missing = set[int]()
+        for column in chain(*columns.values(), [of_facts] if of_facts else []):
+            missing |= column.missing
         errors: dict[int, ZooError] = {}
         if missing:
             batches = self._batches(photos, sorted(missing), views, inputs)
@@ -113,16 +110,19 @@ class FeatureExtractor:
             features[view] = torch.cat(asked, 1)
         return FeatureTable(photos.items, features, widths, of_facts.rows if of_facts else None, errors)
 
-    def _setting(self, reading: Reading) -> str:
-        """What rows of a reading depend on besides the image and its view; "" if they are not kept. Kept are
-        features of frozen encoders, and of the plain CLIP all of them, as other heads may read more; not
-        those of a CLIP that a method changed, nor of random crops, which nobody asks for again."""
-        is_changed = isinstance(reading.encoder, FrozenCLIP) and reading.encoder is not self.clip
-        if is_changed or reading.prompts is not None or active_cache.get() is None:
-            return ""
+    def _column(self, photos: Photos, view: View, reading: Reading) -> "Column":
+        """A column for a reading in a view. Kept are features of frozen encoders, and of the plain CLIP all of
+        them, as other heads may read more; not those of a CLIP that a method changed, nor of random crops, which
+        nobody asks for again."""
         encoder = reading.encoder
-        tower = f"{encoder.identity()} {encoder.device.type} {encoder.preprocessing}"  # waits for the device
-        return f"{[*reading.parts]} {self.precision} {tower} {computed_by()}"
+        if is_plain_reading(reading, self.clip):
+            reading = plain_reading(self.clip)
+        is_changed = isinstance(encoder, FrozenCLIP) and encoder is not self.clip
+        setting = ""
+        if not (is_changed or reading.prompts or view.seed is not None or active_cache.get() is None):
+            tower = f"{encoder.identity()} {encoder.device.type} {encoder.preprocessing}"  # waits for the device
+            setting = f"{view.name} {[*reading.parts]} {self.precision} {tower} {computed_by()}"
+        return Column(photos, setting, reading)
 
     def _encode(self, columns: Sequence["Column"], positions: Sequence[int], images: Any) -> None:
         """Compute what is missing of images, which are shown in one view, in its columns."""
@@ -205,10 +205,10 @@ class Column:
         self._cache = active_cache.get() if self.setting else None
         if self._cache is not None:
             found = self._cache.get(self.setting, self.photos.keys)
-            known = [i for i, key in enumerate(self.photos.keys) if key in found]
-            if known:
-                self.rows[known] = torch.stack([found[self.photos.keys[i]] for i in known])
-                self.missing -= set(known)
+            for i, key in enumerate(self.photos.keys):
+                if key in found:
+                    self.rows[i] = found[key]
+                    self.missing.remove(i)
 
     def add(self, positions: Sequence[int], rows: Tensor) -> None:
         """The rows of images at these positions."""

@@ -50,7 +50,7 @@ def group_images(images: Sequence[ImageLoader], views: Views = (PLAIN,), subject
     items = [item for loader in images for item in loader.items]
     if any(item.group for item in items):
         return items
-    tables = [loader.table(views=views, facts=True).first_parts(1) for loader in images]
+    tables = [loader.table(views=views, facts=True).embeddings for loader in images]
     embeddings = np.concatenate([table.rows()[0].numpy() for table in tables])
     facts = np.concatenate([table.facts.numpy() for table in tables if table.facts is not None])
     grouped = with_groups(items, find_groups(embeddings, facts))

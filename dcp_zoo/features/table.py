@@ -59,10 +59,10 @@ class FeatureTable(LabelledItems):
         """The features of some views (V, n, W), by default of the plain one. ZooError for a view that
         was not computed."""
         views = views or (PLAIN,)
-        missing = [str(view) for view in views if view not in self.views]
-        if missing:
-            known = ", ".join(map(str, self.views))
-            raise ZooError(f"Features of the view {', '.join(missing)} were not computed, only of {known}.")
+        for view in views:
+            if view not in self.views:
+                known = ", ".join(map(str, self.views))
+                raise ZooError(f"Features of the view {view} were not computed, only of {known}.")
         return torch.stack([self.views[view] for view in views])
 
     def reading(self, index: int) -> "FeatureTable":
@@ -70,9 +70,10 @@ class FeatureTable(LabelledItems):
         start = sum(sum(widths) for widths in self.widths[:index])
         return self._columns(start, self.widths[index])
 
-    def first_parts(self, count: int) -> "FeatureTable":
-        """Only the first `count` parts of the first reading: with 1, CLIP's embedding."""
-        return self._columns(0, self.widths[0][:count])
+    @property
+    def embeddings(self) -> "FeatureTable":
+        """Only the first part of the first reading: CLIP's embedding."""
+        return self._columns(0, self.widths[0][:1])
 
     def _columns(self, start: int, widths: tuple[int, ...]) -> "FeatureTable":
         views = {view: rows[:, start : start + sum(widths)] for view, rows in self.views.items()}

@@ -250,7 +250,7 @@ def inspect(
     items = data.items
     if not any(item.group for item in items):
         grouped = with_groups(items, joined([*copies, *bursts(facts)]))
-        items = with_subjects(grouped, seen.first_parts(1).joined.numpy())
+        items = with_subjects(grouped, seen.embeddings.joined.numpy())
     groups = group_ids([item.group for item in items])
     judged = out_of_fold(features, target, groups[readable])
     tested = [data.items[readable[i]] for i in judged.left_out]

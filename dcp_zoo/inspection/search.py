@@ -81,7 +81,7 @@ def search(
     clip = plain_clip(model).to(pick_device(device))
     if like is None:
         wanted = clip.zero_shot_classifier([str(text)])[0].float().cpu()
-        seen = comparable(items, clip, progress).first_parts(1)  # CLIP's embeddings
+        seen = comparable(items, clip, progress).embeddings  # CLIP's embeddings
     else:
         photo = comparable(as_items([str(like)]), clip)
         if photo.errors:

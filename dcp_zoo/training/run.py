@@ -141,7 +141,7 @@ class Run:
             classnames=subset.classnames,
             texts=self.descriptions or find_spec(self.split.name).template,
             images=images or source.for_training(self, subset.train),
-            val=val.table().first_parts(1) if val and METHODS[self.method].chooses else None,
+            val=val.table().embeddings if val and METHODS[self.method].chooses else None,
             recipe=self.recipe,
             seed=self.seed,
             precision=self.precision,

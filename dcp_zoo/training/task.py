@@ -102,14 +102,14 @@ class Task:
 
     def embeddings(self, table: FeatureTable) -> Tensor:
         """The plain view's embeddings (n, E), on the device."""
-        return table.first_parts(1).rows(PLAIN)[0].to(self.clip.device)
+        return table.embeddings.rows(PLAIN)[0].to(self.clip.device)
 
     def feature_loader(self, clip: FrozenCLIP | None = None) -> ImageLoader:
         """The training images as features of a CLIP, by default the plain one, unless each epoch shows other
         crops."""
         if self.images.crops:
             return self.images
-        features = self.images.table([plain_reading(clip or self.clip)], self.images.views).first_parts(1)
+        features = self.images.table([plain_reading(clip or self.clip)], self.images.views).embeddings
         return ImageLoader.of_features(features, self.images.augment)
 
     def linear_head(

@@ -117,7 +117,7 @@ def fit_head(name: str, task: "Task") -> "Head":
     task = replace(task, classnames=check_classnames(task.classnames))
     task.recipe = task.recipe.with_epochs(task.images.whole, len(task.classnames))
     if method.trains and method.features is not None:
-        task.train = task.images.table(views=method.features(task)).first_parts(1)
+        task.train = task.images.table(views=method.features(task)).embeddings
     with seeded(task.seed, task.clip.device):
         head = method.fit(task)
     head.method = name

@@ -83,7 +83,7 @@ def image_features(clip: FrozenCLIP, data_root: Path, shots: list[int]) -> dict[
     tables = {"test": extract(Photos(split.test))}
     for k in shots:
         tables[f"train{k}"] = extract(Photos(few_shot(split, k, SEED).train), views=(PLAIN, MIRRORED))
-    vectors = {part: table.first_parts(1).rows(*table.views).mean(0) for part, table in tables.items()}
+    vectors = {part: table.embeddings.rows(*table.views).mean(0) for part, table in tables.items()}
     arrays = {f"{part}_vector": vector.numpy() for part, vector in vectors.items()}
     return arrays | {f"{part}_label": table.labels.numpy() for part, table in tables.items()}
 
