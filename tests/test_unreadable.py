@@ -189,7 +189,7 @@ def test_load_image_takes_every_form(flowers):
         (object(), "object is not an image: an image is a path"),
         (np.zeros(7), r"shape \(7,\) is not an image: an image is a path"),
         (np.full((4, 4), 200), "An array of int64 is not an image"),
-        (torch.full((3, 4, 4), -1.5), "float32 with numbers below 0 is not an image"),
+        (torch.full((3, 4, 4), -1.5), "float32 is not an image, or not of these levels"),
     ):
         with pytest.raises(ZooError, match=message):
             load_image(form)

@@ -182,16 +182,10 @@ def as_images(images: Images) -> list[Any]:
         several = list(images)
     if not several:
         raise ZooError("No images: pass at least one.")
-    opened = [_opened(image) for image in several]
+    opened: list[Any] = [attempted(to_image, image) for image in several]
     if hasattr(several[0], "ndim") and all(isinstance(image, ZooError) for image in opened):
         raise opened[0]
     return opened
-
-
-def _opened(image: Any) -> Any:
-    """`to_image`, but bytes as they are: many fit into memory."""
-    is_file = isinstance(image, bytes) or (isinstance(image, Mapping) and image.get("bytes"))
-    return image if is_file else attempted(to_image, image)
 
 
 def is_nan(value: object) -> bool:

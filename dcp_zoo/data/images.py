@@ -72,35 +72,27 @@ def load_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
             uint8 or of floats 0 to 1.
         max_pixels: of files and bytes.
     """
-    opened = to_image(image, max_pixels)
-    if isinstance(opened, str):
-        with _opened_image(opened, max_pixels) as file:
-            return _rgb(file)
-    with _explained(getattr(opened, "filename", "") or "in memory"):
-        return _rgb(opened.copy() if opened is image else opened)
+    with _opened(image, max_pixels) as opened:
+        return _rgb(opened)
 
 
-def to_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> str | Image.Image:
-    """A path as text, or an image in memory as PIL's; ZooError for anything else, and one in place of
-    an image."""
+def to_image(image: ImageLike) -> str | bytes | Mapping[str, Any] | Image.Image:
+    """An image of `load_image` as a path, bytes, a dict of bytes and path, or PIL's; ZooError for anything
+    else, and one in place of an image."""
     if isinstance(image, ZooError):
         raise UnreadableImages(str(image))
     if image is None or (isinstance(image, float) and math.isnan(image)):
         raise UnreadableImages("there is no image (None or NaN)")
-    name = "bytes"
     if isinstance(image, Mapping) and {"bytes", "path"} <= image.keys():
-        name = image["path"] or name
-        image = image["path"] if image["bytes"] is None else image["bytes"]
-    if isinstance(image, (str, Path)):
+        if image["bytes"] is not None:
+            return image
+        image = image["path"]
+    if isinstance(image, Path):
         return str(image)
-    if isinstance(image, Image.Image):
+    if isinstance(image, (str, bytes, Image.Image)):
         return image
     if hasattr(image, "read"):
-        name = getattr(image, "name", "file")
-        image = image.read()
-    if isinstance(image, bytes):
-        with _opened_image(str(name), max_pixels, image) as file:
-            return _rgb(file)
+        return {"bytes": image.read(), "path": getattr(image, "name", "file")}
     return _of_array(image)
 
 
@@ -118,21 +110,11 @@ def _of_array(image: Any) -> Image.Image:
         kind = f"An array of shape {array.shape}" if array.ndim else type(image).__name__
         raise ZooError(f"{kind} is not an image: {FORMS}.")
     if array.dtype != np.uint8:
-        _check_levels(array)
+        is_unit = array.dtype.kind == "f" and array.min() >= 0 and array.max() <= 1  # of NaN nothing holds
+        if not is_unit:  # no range is told: of many images each has another one
+            raise ZooError(f"An array of {array.dtype} is not an image, or not of these levels: {FORMS}.")
         array = (array * 255).round().astype(np.uint8)
     return Image.fromarray(array)
-
-
-def _check_levels(array: "np.ndarray") -> None:
-    """ZooError unless these are floats from 0 to 1. It tells no range: of many images each has another
-    one."""
-    problems = [""]
-    if array.dtype.kind == "f":
-        low = array.min()
-        found = {"NaN": low != low, "numbers below 0": low < 0, "numbers above 1": array.max() > 1}
-        problems = [f" with {what}" for what, holds in found.items() if holds]
-    if problems:
-        raise ZooError(f"An array of {array.dtype}{problems[0]} is not an image: {FORMS}.")
 
 
 def pixels_sha256(image: ImageLike) -> str:
@@ -143,8 +125,7 @@ def pixels_sha256(image: ImageLike) -> str:
 
 def file_sha256(path: str) -> str:
     """A hash of the bytes of an image; ZooError, naming it, if they cannot be read."""
-    with _explained(path), _stream(path) as file:
-        return sha256(file.read()).hexdigest()
+    return sha256(_read(path)).hexdigest()
 
 
 class Facts(NamedTuple):
@@ -159,18 +140,14 @@ def load_with_facts(image: ImageLike) -> tuple[Image.Image, Facts]:
     """`load_image`, and what else there is to know: a file is read once for all."""
     import numpy as np
 
-    opened = to_image(image)
+    image = to_image(image)
     hashed = ""
-    if isinstance(opened, str):
-        with _explained(opened), _stream(opened) as stream:
-            data = stream.read()
-        hashed = sha256(data).hexdigest()
-        with _opened_image(opened, data=data) as file:
-            taken = taken_by(file)
-            pixels = _rgb(file)
-    else:
-        taken = taken_by(opened)
-        pixels = load_image(opened)
+    if isinstance(image, str):
+        image = {"bytes": _read(image), "path": image}
+        hashed = sha256(image["bytes"]).hexdigest()
+    with _opened(image) as file:
+        taken = taken_by(file)
+        pixels = _rgb(file)
     numbers = np.concatenate([grey_copies(pixels).ravel(), taken], dtype=np.float32)
     return pixels, Facts(numbers, pixels.size, hashed)
 
@@ -193,23 +170,21 @@ def grey_copies(image: Image.Image) -> "np.ndarray":
     return np.stack([np.asarray(grey.resize((GREY, GREY), reducing_gap=2.0)) for grey in (whole, unframed)])
 
 
-def taken_by(image: Image.Image) -> tuple[float, float, float]:
+def taken_by(image: Image.Image) -> tuple[int, int, int]:
     """Which camera took a photograph, as a number, and on which day and at which second of it; zeros
     unless its EXIF says all. The numbers are small enough for float32."""
     exif = image.getexif()
     details = exif.get_ifd(ExifTags.IFD.Exif)
     model = exif.get(ExifTags.Base.Model)
-    fraction = str(details.get(ExifTags.Base.SubsecTimeOriginal) or 0).strip()
     try:
         moment = datetime.strptime(str(details.get(ExifTags.Base.DateTimeOriginal)), "%Y:%m:%d %H:%M:%S")
-        second = 3600 * moment.hour + 60 * moment.minute + moment.second + float(f"0.{fraction}")
     except ValueError:
         model = None
     if not model:
-        return 0.0, 0.0, 0.0
+        return 0, 0, 0
     camera = f"{exif.get(ExifTags.Base.Make)} {model} {details.get(ExifTags.Base.BodySerialNumber)}"
     number = 1 + crc32(camera.encode()) % 2**23
-    return float(number), float(moment.toordinal()), second
+    return number, moment.toordinal(), 3600 * moment.hour + 60 * moment.minute + moment.second
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -281,32 +256,42 @@ def thumbnails(images: Iterable[ImageLike], side: int = SIDE, quality: int = 75)
     return list(in_threads(small, images))
 
 
-def check_complete(path: ImageLike) -> None:
-    """ZooError if not an image, or truncated: a JPEG, PNG or WebP by its header and last bytes, the
+def check_complete(image: ImageLike) -> None:
+    """ZooError if not an image, or truncated: of a file JPEG, PNG and WebP by header and last bytes, the
     rest is decoded."""
-    if not isinstance(path, str):
-        load_image(path)
+    if not isinstance(image, str):
+        load_image(image)
         return
-    with _opened_image(path) as image:
-        file: Any = image.fp
+    with _opened(image) as opened:
+        file: Any = opened.fp
         position = file.tell()
         file.seek(max(0, file.seek(0, 2) - 4096))
         last = file.read().rstrip(b"\0")  # which some cameras append
         file.seek(position)
-        end = ENDS.get(image.format or "")
+        end = ENDS.get(opened.format)
         if end is None or not last.endswith(end):
-            image.load()
+            opened.load()
 
 
 @contextmanager
-def _opened_image(path: str, max_pixels: int = MAX_PIXELS, data: bytes | None = None) -> Iterator[ImageFile.ImageFile]:
-    """The image, not yet decoded, from its bytes `data` if they are given, `_explained`."""
-    with _explained(path), _stream(path, data) as stream, _identified(stream) as image:
-        if image.width * image.height > max_pixels:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {max_pixels:,}")
-        if max(image.size) > LONGEST * min(image.size):
-            raise ValueError(f"{image.width} x {image.height} pixels, one side over {LONGEST} times the other")
-        yield image
+def _opened(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Iterator[Any]:
+    """PIL's image of what `load_image` takes, of a file or bytes not yet decoded; any error inside is
+    `_explained`."""
+    image = to_image(image)
+    if isinstance(image, Image.Image):
+        with _explained(getattr(image, "filename", "") or "in memory"):
+            yield image.copy()  # as it is turned
+        return
+    name = image if isinstance(image, str) else "bytes"
+    if isinstance(image, Mapping):
+        name = image["path"] or name
+        image = image["bytes"]
+    with _explained(name), _stream(image) as stream, _identified(stream) as opened:
+        if opened.width * opened.height > max_pixels:
+            raise ValueError(f"{opened.width} x {opened.height} pixels, more than the limit of {max_pixels:,}")
+        if max(opened.size) > LONGEST * min(opened.size):
+            raise ValueError(f"{opened.width} x {opened.height} pixels, one side over {LONGEST} times the other")
+        yield opened
 
 
 @contextmanager
@@ -340,12 +325,17 @@ def _identified(stream: IO[bytes]) -> ImageFile.ImageFile:
     raise UnidentifiedImageError(f"not in a supported format ({', '.join(picture_formats())})")
 
 
-def _stream(path: str, data: bytes | None = None) -> IO[bytes]:
-    """The bytes of a file, which may have been read already."""
-    if data is not None:
-        return BytesIO(data)
-    check_regular(path)
-    return Path(path).open("rb")
+def _stream(image: str | bytes) -> IO[bytes]:
+    """What is in a file, by its path, or these bytes."""
+    if isinstance(image, bytes):
+        return BytesIO(image)
+    check_regular(image)
+    return Path(image).open("rb")
+
+
+def _read(path: str) -> bytes:
+    with _explained(path), _stream(path) as stream:
+        return stream.read()
 
 
 def crop(image: Image.Image, cfg: Values) -> "np.ndarray":
