@@ -68,7 +68,10 @@ def test_labels_are_checked(folder, pictures, fitted):
             r"\(8, 20\) is one grey image, not 8: reshape flat pixels .* fit features with another",
         ),
         ((paths, [0.5, *[1.0] * 7]), "Labels name classes, by text or whole numbers: 0.5 is a measurement"),
-        ((np.full((8, 9, 9, 3), 300, np.uint16), labels), "^An array of uint16 is not an image, or .*: an image is a path"),
+        (
+            (np.full((8, 9, 9, 3), 300, np.uint16), labels),
+            "^An array of uint16 is not an image, or .*: an image is a path",
+        ),
         (
             (np.linspace(0, 255, 8 * 243).reshape(8, 9, 9, 3), labels),
             "^An array of float64 is not an image, or not of these",
