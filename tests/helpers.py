@@ -191,7 +191,6 @@ def made_up_result(trial: Trial, *entries: tuple[str, str, str, float], **change
         "selection": VALIDATION if METHODS[trial.method].chooses else "none",
         "results": [dict(zip(names, entry, strict=True)) | others for entry in entries],
         "train_seconds": 10.0 * trial.shots,
-        "test_seconds": 2.0,
     } | changes
 
 

@@ -25,7 +25,7 @@ import ray
 import dcp_zoo
 from dcp_zoo.benchmark import store
 from dcp_zoo.benchmark.plan import Settings, Trial
-from dcp_zoo.benchmark.sweep import Event, connected, sweep, sweep_on_ray
+from dcp_zoo.benchmark.sweep import Event, import_ray, sweep, sweep_on_ray
 from dcp_zoo.errors import ZooError
 
 TRIALS = [Trial("few-shot", "dcp_mini", "coop", "dtd", 1, seed) for seed in range(1, 5)]
@@ -35,8 +35,9 @@ TRIALS = [Trial("few-shot", "dcp_mini", "coop", "dtd", 1, seed) for seed in rang
 def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")  # otherwise the other tests keep the processor from them
-        with connected(num_cpus=2):
-            yield
+        import_ray().init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import os
 import socket
 import time
 import traceback
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -32,7 +31,7 @@ from dcp_zoo.features import (
 )
 from dcp_zoo.fields import Values
 from dcp_zoo.files import alone_in, sha256_of
-from dcp_zoo.heads.config import WEIGHTS_NAME, library_versions, without
+from dcp_zoo.heads.config import WEIGHTS_NAME
 from dcp_zoo.heads.head import Head
 from dcp_zoo.training.evaluation import (
     EVAL_BATCH,
@@ -48,6 +47,7 @@ from dcp_zoo.training.run import Run, RunOptions, Source, train_head
 from dcp_zoo.training.run import plan as plan_run
 from dcp_zoo.zoo.build import plain_clip, trained_head
 
+LOADERS = 4  # that are kept, for trials with the same training, validation and test images
 MEMORY = 8 * 2**30  # bytes, where the system does not report them
 if hasattr(os, "sysconf"):
     MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -63,8 +63,8 @@ class Event(NamedTuple):
 
 
 class TrialImages(Source):
-    """Images for one CLIP, shared by its trials. Decoded images, tokens after a frozen stem, and features
-    are each kept up to a quarter of the machine's memory; the least recently used ones leave."""
+    """Images for one CLIP, shared by its trials. Features are kept up to a quarter of the machine's memory;
+    decoded images, and tokens after a frozen stem, in the loaders that were used last."""
 
     def __init__(self, model: str, settings: Settings) -> None:
         self.data_root = settings.data_root
@@ -74,7 +74,7 @@ class TrialImages(Source):
             self.clip, pick_precision(settings.precision, model, self.device), settings.progress
         )
         self.features = FeatureCache(limit=MEMORY // 4)
-        self._loaders: OrderedDict[tuple, ImageLoader] = OrderedDict()
+        self._loaders: dict[tuple, ImageLoader] = {}  # the one that was used last is the last
 
     def split(self, dataset: str, part: str = "all") -> Split:
         """The dataset, or only its "base" or "new" classes."""
@@ -88,19 +88,17 @@ class TrialImages(Source):
 
     def read(self, items: Sequence[Item], augment: str = "none", again: bool = True) -> ImageLoader:
         """These images, see `Source.read`; trials share what was read."""
-        # images in memory have no hash, and as the splits keep them, no other gets their id
-        content = tuple((item.label, item.path if item.is_file else id(item.path)) for item in items)
-        key = (content, augment, again)
-        if key not in self._loaders:
+        key = (tuple((item.name, item.label) for item in items), augment, again)
+        loader = self._loaders.pop(key, None)
+        if loader is None:
             photos = Photos(items, CACHE_BYTES if again else 0)
             loader = ImageLoader(photos, self.extract, augment, decoders(self.device, len(items)))
             if again:
                 loader = loader.after_stem(loader.with_flips)
-            self._loaders[key] = loader
-        self._loaders.move_to_end(key)
-        while len(self._loaders) > 3 and sum(known.nbytes for known in self._loaders.values()) > MEMORY / 4:
-            self._loaders.popitem(last=False)
-        return self._loaders[key]
+        self._loaders[key] = loader
+        if len(self._loaders) > LOADERS:
+            del self._loaders[next(iter(self._loaders))]
+        return loader
 
 
 shared_images = lru_cache(maxsize=1)(TrialImages)  # those for the previous model are freed
@@ -131,23 +129,18 @@ def run_trial(trial: Trial, settings: Settings, images: TrialImages | None = Non
         unfinished.keep()
     with kept_features(images.features):
         head = _trained(run, folder, images)
-        trained = time.perf_counter()
         _test(trial, head, images, unfinished)
-    test_seconds = time.perf_counter() - trained
-    known = run.info()
-    info = without(head.info, (*known, "train_seconds"))
+    info = head.info
     by_default = VALIDATION if METHODS[trial.method].chooses and subset.val else "none"
     result = unfinished.conditions | {
         "trial": asdict(trial),
         "device": str(images.device),
         "split_sha256": split.sha256,
-        "subset_sha256": known["subset_sha256"] if trial.shots else "",
+        "subset_sha256": info["subset_sha256"] if trial.shots else "",
         "info": info,
         "selection": info.get("text_probe", info).get("selection") or by_default,
         "results": unfinished.results,
-        "train_seconds": head.info["train_seconds"],
-        "test_seconds": round(test_seconds, 2),
-        "versions": library_versions(),
+        "train_seconds": info["train_seconds"],
     }
     # heads of this name are those of few-shot: other protocols train others
     if trial.method == settings.save_heads and trial.protocol == "few-shot":
@@ -206,10 +199,7 @@ def execute(trial: Trial, settings: Settings, images: TrialImages | None = None)
         store.save_failure(settings.output, trial, message, traceback.format_exc())
         return Event(trial, "failed", message, seconds=time.perf_counter() - started)
     store.save_result(settings.output, result)
-    accuracies = []
-    for entry in result["results"]:
-        classes = entry["classes"].replace("all", "")
-        accuracies.append(" ".join(filter(None, (entry["target"], classes, entry["stats"], f"{entry['top1']:.2f} %"))))
+    accuracies = [f"{each['target']} {each['classes']} {each['top1']} % {each['stats']}" for each in result["results"]]
     return Event(trial, "done", ", ".join(accuracies), seconds=time.perf_counter() - started)
 
 
@@ -234,21 +224,17 @@ def import_ray() -> Any:
 
 
 @contextmanager
-def connected(address: str = LOCAL, **local: object) -> Iterator[Any]:
-    """The ray module while it is connected. `address`: "10.0.0.1:6379", "auto", or "local", started
-    with `local`."""
+def connected(address: str = LOCAL) -> Iterator[Any]:
+    """The ray module while it is connected, as it was or to this address: "10.0.0.1:6379", "auto" or "local"."""
     ray = import_ray()
     if ray.is_initialized():
         yield ray
         return
-    options: Values = {}
-    if address == LOCAL:
-        options = {"include_dashboard": False, **local}
     try:
         host, colon, port = address.removeprefix("ray://").rpartition(":")
         if colon and port.isdecimal():  # Ray itself would retry for minutes and then exit the process
             socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
+        ray.init(address, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # Ray raises many types, including plain Exception
         raise ZooError(f"No Ray cluster at {address!r}: {error}. To start one: --ray local.") from error
     try:

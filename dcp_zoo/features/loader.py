@@ -116,12 +116,6 @@ class ImageLoader(LabelledItems):
         assert self.precomputed is not None
         return self.form(self.precomputed.views[view][list(positions)])
 
-    @property
-    def nbytes(self) -> int:
-        """Of what is kept in memory."""
-        known = {} if self.precomputed is None else self.precomputed.views
-        return self.photos.nbytes + sum(rows.nbytes for rows in known.values())
-
     def after_stem(self, views: Views) -> "ImageLoader":
         """The same as tokens that are computed once, in these views, where that saves work: a hybrid
         CLIP spends most of its time in a frozen stem, and without crops an image has at most two

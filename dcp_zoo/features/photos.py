@@ -56,11 +56,6 @@ class Photos:
     def __len__(self) -> int:
         return len(self.items)
 
-    @property
-    def nbytes(self) -> int:
-        """Of the decoded images that are kept."""
-        return sum(3 * image.width * image.height for _, image in self._decoded.values())
-
     @cached_property
     def keys(self) -> list[str]:
         """Of each image, see `image_key`."""
