@@ -31,7 +31,7 @@ from dcp_zoo.benchmark.plan import made_by
 from dcp_zoo.benchmark.sweep import Event, execute, sweep
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.benchmark import numbers, show_events, show_results, split_commas
+from dcp_zoo.cli.benchmark import check_succeeded, numbers, show_event, show_results, split_commas
 from dcp_zoo.data import Item, Split
 from dcp_zoo.data.packaged import DATASETS
 from dcp_zoo.errors import ZooError
@@ -223,10 +223,9 @@ def given(
     grid |= {"shots": numbers(shots, "--shots"), "options": opt.parse_changes(changes)}
     trials = plan_given(features, model, **grid)
     check_writable(output_dir)
-    failed = sweep(trials, GivenSettings(output_dir, features=features), run=run_given, show=show_events)
-    show_results(trials, output_dir, failed)
-    if failed:
-        raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
+    failed = sweep(trials, GivenSettings(output_dir, features=features), run=run_given, show=show_event)
+    show_results(trials, output_dir)
+    check_succeeded(failed, trials)
 
 
 if __name__ == "__main__":

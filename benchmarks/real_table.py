@@ -22,7 +22,7 @@ from dcp_zoo.benchmark import Settings, pace, plan_trials, store
 from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.cli import main
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.benchmark import download_all, numbers, show_events, split_commas
+from dcp_zoo.cli.benchmark import check_succeeded, download_all, numbers, show_event, split_commas
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.data import download as downloads
 from dcp_zoo.data import list_datasets
@@ -113,14 +113,13 @@ def real_table(
     absent = download_all(missing, data_root, agree)
     if absent:
         raise ZooError(f"Not complete: {', '.join(absent)}. Repeat the command to resume.")
-    failed = sweep(trials, settings, show=show_events)
+    failed = sweep(trials, settings, show=show_event)
     results = store.results(output_dir)
     table = measured(results[trial.key] for trial in trials if trial.key in results)
     shown = table.pivot_table("top1", ["shots", "method"], "dataset", sort=False).round(1)
     output.print(shown.to_string(na_rep=""), markup=False)
     write_csv(output_dir / "submission.csv", table)
-    if failed:
-        raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
+    check_succeeded(failed, trials)
 
 
 def measured(results: Iterable[Values]) -> pd.DataFrame:

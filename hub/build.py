@@ -36,7 +36,7 @@ from dcp_zoo.cli.benchmark import (
     grid_table,
     numbers,
     several,
-    show_events,
+    show_event,
     split_commas,
 )
 from dcp_zoo.cli.console import log, output, progress_bar
@@ -119,7 +119,7 @@ def build_heads(
     *,
     log: Callable[[str], object],
     run: Callable[..., Iterable[Event]],
-    show: Callable[..., Iterable[Event]],
+    show: Callable[[Event, int, int], object],
 ) -> None:
     """Train, check and, with `org` on the Hub, publish the heads of the trials that are not published yet:
     each as soon as all that its card says is measured. `log` receives a line for every head; `run` and `show`
@@ -288,7 +288,7 @@ def build(
     use_threads()
     absent = download_all(missing, data_root, agree)
     ready = [trial for trial in left if trial.dataset not in absent]
-    build_heads(ready, settings, org, state_repo, log=log, run=run, show=show_events)
+    build_heads(ready, settings, org, state_repo, log=log, run=run, show=show_event)
     heads = states(settings.output, trials)
     entries = {head.name: head.entry for head in heads if head.entry}
     if entries and pin(entries):

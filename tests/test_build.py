@@ -112,7 +112,7 @@ def test_a_dry_run_says_what_a_build_takes(small, uploads, run, monkeypatch):
     out = run.ok(*arguments(small, "--dry-run"))
     assert uploads.requests == []
     assert not (small / "BUILD").exists()
-    assert "Downloads: none, all datasets are here." in out
+    assert "Downloads: no datasets, 0.0 GB." in out
     assert "The 4 heads take 0.0" in out
     assert "Time of dcp_mini: about 0.0 hours for 8 trials" in out
     assert "a training step with 100 classes takes 2.1 s here, and an image 0.01 s" in out
@@ -134,7 +134,8 @@ def test_the_smoke_preset_is_small(run, monkeypatch):
     monkeypatch.setattr(pace, "gigabytes", lambda specs: 0.2)
     out = run.ok("--preset", "smoke", "--dry-run")
     assert "Disk: 1.0 GB at most, as archives stay until they are unpacked" in out
-    assert "Downloads: caltech101, eurosat, 0.2 GB; weights of CLIP: dcp_vitb32 0.6 GB" in out
+    assert "Downloads: caltech101, eurosat, 0.2 GB." in out
+    assert "Weights of CLIP: dcp_vitb32 0.6 GB" in out
     others = ("--models", "dcp_vitb32,dcp_mini", "--datasets", "eurosat", "--shots", 4, "--protocols", "base-to-new")
     out = run.ok("--preset", "smoke", *others, "--dry-run")
     assert "Time of dcp_mini: not measured. no tokenizer" in out

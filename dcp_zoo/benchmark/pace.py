@@ -105,17 +105,16 @@ def costs(trials: Sequence[Trial], missing: Sequence[DatasetSpec], settings: Set
     """What trials take, in lines: disk space, downloads of the missing datasets and of CLIP, and hours by a
     step that is measured now."""
     specs = [get_spec(name) for name in dict.fromkeys(trial.model for trial in trials)]
+    size = "of unknown size"
     downloaded = gigabytes(missing)
-    weights = sum(4 * (spec.parameters or 0) / 1e3 for spec in specs if spec.clip)
-    size = disk = "an unknown size"
     if downloaded is not None:
         size = f"{downloaded:.1f} GB"
-        disk = f"{2 * downloaded + weights:.1f} GB at most, as archives stay until they are unpacked"
-    if missing or weights:
-        yield f"Disk: {disk}."
-    images = f"{', '.join(spec.name for spec in missing)}, {size}" if missing else "none, all datasets are here"
+        weights = sum(4 * (spec.parameters or 0) / 1e3 for spec in specs if spec.clip)
+        yield f"Disk: {2 * downloaded + weights:.1f} GB at most, as archives stay until they are unpacked."
+    yield f"Downloads: {', '.join(spec.name for spec in missing) or 'no datasets'}, {size}."
     clips = ", ".join(f"{spec.name} {spec.download}" for spec in specs if spec.clip)
-    yield f"Downloads: {images}{f'; weights of CLIP: {clips}, if not in the cache' if clips else ''}."
+    if clips:
+        yield f"Weights of CLIP: {clips}, if not in the cache."
     for spec in specs:
         yield hours_text(spec.name, [trial for trial in trials if trial.model == spec.name], settings)
 

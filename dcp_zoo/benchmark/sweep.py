@@ -305,14 +305,19 @@ def sweep(
     settings: Settings,
     *,
     run: Callable[[Sequence[Trial], Settings], Iterable[Event]] = run_in_process,
-    show: Callable[[Iterable[Event], int], Iterable[Event]] = lambda events, total: events,
+    show: Callable[[Event, int, int], object] | None = None,
 ) -> dict[Trial, str]:
-    """Run all trials that have not finished yet, by `run_in_process` or `sweep_on_ray`. `show` wraps
-    the events to display them, given their number. Returns the trials that failed, with their error
-    messages. ZooError for a folder in which another process sweeps, or of other settings."""
+    """Run all trials that have not finished yet, by `run_in_process` or `sweep_on_ray`. `show` is called with
+    each event, its number and that of all. Returns the trials that failed, with their error messages. ZooError
+    for a folder in which another process sweeps, or of other settings."""
     plan.forget_images()
     shared_images.cache_clear()
     with alone_in(settings.output):
         todo = [trial for trial in trials if not store.finished(trial, settings)]
-        events = show(run(todo, settings), len(todo))
-        return {event.trial: event.message for event in events if event.state == "failed"}
+        failed = {}
+        for number, event in enumerate(run(todo, settings), 1):
+            if show:
+                show(event, number, len(todo))
+            if event.state == "failed":
+                failed[event.trial] = event.message
+    return failed

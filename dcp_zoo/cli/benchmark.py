@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -106,14 +106,7 @@ def benchmark(
     if dry_run:
         output.print(grid_table(trials, done))
         output.print(f"{len(trials)} trials, {len(todo)} to run.")
-        from dcp_zoo.benchmark.pace import costs
-
-        known = downloads.downloadable()
-        names = dict.fromkeys(name for trial in todo for name in (trial.dataset, *trial.targets) if name in known)
-        for line in costs(todo, downloads.missing([*names], data_root or Path(os.devnull)), settings):
-            output.print(line, soft_wrap=True, markup=False)
-        if data_root:
-            check_data(todo, data_root)
+        show_costs(todo, settings)
         return
     from dcp_zoo.benchmark.sweep import sweep
 
@@ -124,36 +117,49 @@ def benchmark(
     check_writable(output_dir)
     check_data(todo, data_root)
     with resumable():
-        failed = sweep(trials, settings, run=run, show=show_events)
-    show_results(trials, output_dir, failed)
-    if failed:
-        raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
+        failed = sweep(trials, settings, run=run, show=show_event)
+    show_results(trials, output_dir)
+    check_succeeded(failed, trials)
 
 
-def show_events(events: "Iterable[Event]", total: int) -> "Iterator[Event]":
-    """Print each event; then it goes on to the caller."""
-    for finished, event in enumerate(events, 1):
-        color = "green" if event.state == "done" else "red"
-        errors.print(f"[{color}]{event.state}[/] {finished}/{total} {event.trial.key} ({event.seconds:.0f} s)")
-        log(f"  {event.message}")
-        yield event
+def show_costs(trials: Sequence[Trial], settings: Settings) -> None:
+    """Print what trials take: hours, downloads and disk space; ZooError for data that cannot be read."""
+    from dcp_zoo.benchmark.pace import costs
+
+    known = downloads.downloadable()
+    names = dict.fromkeys(name for trial in trials for name in (trial.dataset, *trial.targets) if name in known)
+    for line in costs(trials, downloads.missing([*names], settings.data_root or Path(os.devnull)), settings):
+        output.print(line, soft_wrap=True, markup=False)
+    if settings.data_root:
+        check_data(trials, settings.data_root)
 
 
-def show_results(trials: list[Trial], output_dir: Path, failed: dict[Trial, str]) -> None:
+def show_event(event: "Event", number: int, total: int) -> None:
+    """Print what has become of a trial."""
+    color = "green" if event.state == "done" else "red"
+    errors.print(f"[{color}]{event.state}[/] {number}/{total} {event.trial.key} ({event.seconds:.0f} s)")
+    log(f"  {event.message}")
+
+
+def show_results(trials: Sequence[Trial], output_dir: Path) -> None:
     """Print the protocol's tables of all results in the folder, and write them to its CSV file."""
     results = store.gather(output_dir)
-    if not results.empty:
-        path = output_dir / "results.csv"
-        write_file(path, results.to_csv(index=False), "run the same command again")
-        _, make_tables = SECTIONS[trials[0].protocol]
-        for (model, _), group in with_labels(results).groupby(["model", "weights"]):
-            for table in make_tables(group):
-                output.print(f"[bold]{model}: {table.caption}[/]", plain_table(table.header, table.rows), sep="\n")
-                output.print(table.note, "", sep="\n", style="dim")
-        output.print(f"All results: {path}. Tables: dcp-zoo report {output_dir}", soft_wrap=True)
-    for trial, message in failed.items():
-        errors.print("[red]failed[/]", end=" ")
-        log(f"{trial.key}: {message}")
+    if results.empty:
+        return
+    path = output_dir / "results.csv"
+    write_file(path, results.to_csv(index=False), "run the same command again")
+    _, make_tables = SECTIONS[trials[0].protocol]
+    for (model, _), group in with_labels(results).groupby(["model", "weights"]):
+        for table in make_tables(group):
+            output.print(f"[bold]{model}: {table.caption}[/]", plain_table(table.header, table.rows), sep="\n")
+            output.print(table.note, "", sep="\n", style="dim")
+    output.print(f"All results: {path}. Tables: dcp-zoo report {output_dir}", soft_wrap=True)
+
+
+def check_succeeded(failed: Mapping[Trial, str], trials: Sequence[Trial]) -> None:
+    """ZooError if trials failed."""
+    if failed:
+        raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
 
 
 def grid_table(trials: Sequence[Trial], done: Set[str]) -> Table:
