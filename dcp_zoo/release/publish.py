@@ -37,7 +37,7 @@ from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import HeadEntry, IndexRow, find_head
 from dcp_zoo.zoo.resolve import resolve
 
-WAITS = (2, 10, 30, 120)  # seconds before another attempt
+WAITS = (2, 10, 60, 300)  # seconds before another attempt; the Hub counts requests in five minutes
 PASSING = (408, 412, 429, 500, 502, 503, 504)  # a rate limit, a server in trouble, or another commit
 T = TypeVar("T")
 CARD_INFO = ("dataset", "shots", "seed", "recipe", "split_sha256", "subset_sha256")  # what no card may lack
@@ -210,20 +210,20 @@ def retried(call: Callable[[], T]) -> T:
         try:
             return call()
         except ZooError as told:
-            error = told.__cause__
-            response = getattr(error, "response", None)
-            if response is not None:
-                passes = response.status_code in PASSING
-            else:
-                is_lost = isinstance(error, (OSError, *HTTP_ERRORS)) and getattr(error, "errno", None) is None
-                passes = is_lost and not is_offline(error)
-            if not passes:
+            if not passes(told.__cause__):
                 raise
-            after = getattr(response, "headers", {}).get("Retry-After", "")
-            wait = max(wait, int(after) if after.isdecimal() else 0)
             warn(f"{told} Attempt {attempt} of {len(WAITS) + 1} follows in {wait} s.")
             time.sleep(wait)
     return call()
+
+
+def passes(error: BaseException | None) -> bool:
+    """Whether a failure of the client may be gone at the next attempt."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return response.status_code in PASSING
+    is_lost = isinstance(error, (OSError, *HTTP_ERRORS)) and getattr(error, "errno", None) is None
+    return is_lost and not is_offline(error)
 
 
 def add_to_index(org: str, rows: Mapping[str, IndexRow]) -> None:

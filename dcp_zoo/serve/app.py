@@ -14,6 +14,7 @@ from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
+from pydantic import BaseModel, Field
 from python_multipart.exceptions import MultipartParseError
 from starlette.datastructures import UploadFile
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -32,6 +33,13 @@ BYTES = 64_000_000  # of the bodies of all requests in progress
 BATCH = 16  # images
 WAITING = 256  # images that may wait; further ones get status 503
 DISCARDED = 10  # times the most bytes, which are read of a request that is too large
+
+
+class Asked(BaseModel, extra="forbid"):
+    """The parameters of a request."""
+
+    top_k: int = Field(5, ge=1)
+    sets: float | None = None
 
 
 class Service:
@@ -54,16 +62,15 @@ class Service:
 
     async def answer(self, request: Request, top_k: int, promises: Promises) -> Response:
         """The images of a request with their most probable classes; of a form also why an image cannot be
-        read, unless that holds for all: HTTPException, 415 for no image, 422 for a damaged one or one of
-        too many pixels."""
+        read, unless that holds for all, which is a ZooError."""
         request.state.held = 0  # bytes of the body
         try:
             body = await asyncio.wait_for(self._body(request), self.limits.timeout)
             images = await images_of(request, body, self.limits.max_images)
             answers = await asyncio.gather(*(self._answer_one(image, top_k, promises) for image in images))
-            if all(isinstance(answer, ZooError) for answer in answers):
-                error = answers[0]  # not an image, or a damaged one, or with too many pixels
-                raise HTTPException(415 if isinstance(error, UnsupportedImage) else 422, str(error))
+            refused = [answer for answer in answers if isinstance(answer, ZooError)]
+            if len(refused) == len(answers):
+                raise refused[0]
             rows = []
             for image, answer in zip(images, answers, strict=True):
                 rows.append(
@@ -167,23 +174,20 @@ def application(
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
 
     @app.post("/predict", **yaml.safe_load((Path(__file__).parent / "predict.yaml").read_text()))
-    async def predict(request: Request, top_k: Annotated[int, Query(ge=1)] = 5, sets: float | None = None) -> Response:
+    async def predict(request: Request, asked: Annotated[Asked, Query()]) -> Response:
         """Classify the image in the body (`curl --data-binary @photo.jpg`) or the files of a form (`curl
         -F`)."""
-        unknown = [name for name in request.query_params if name not in ("top_k", "sets")]
-        if unknown:
-            raise HTTPException(422, f"There is no parameter {', '.join(unknown)}: there are top_k and sets.")
-        promises = attempted(Promises.of, classifier.promises, sets)
-        if isinstance(promises, ZooError):
-            raise HTTPException(422, str(promises))
-        return await service.answer(request, top_k, promises)
+        return await service.answer(request, asked.top_k, Promises.of(classifier.promises, asked.sets))
 
     @app.exception_handler(RequestValidationError)
-    async def refuse(request: Request, error: RequestValidationError) -> Response:
-        """Of a parameter."""
-        name = error.errors()[0]["loc"][-1]
-        wanted = {"top_k": "an integer of at least 1", "sets": "a number"}[name]
-        return JSONResponse({"detail": f"{name} must be {wanted}, not {request.query_params[name]!r}."}, 422)
+    async def refuse_parameter(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return JSONResponse({"detail": f"{first['loc'][-1]}: {first['msg']}."}, 422)
+
+    @app.exception_handler(ZooError)
+    async def refuse_image(request: Request, error: ZooError) -> Response:
+        """No image, a damaged one or one of too many pixels; or sets that the head does not promise."""
+        return JSONResponse({"detail": str(error)}, 415 if isinstance(error, UnsupportedImage) else 422)
 
     @app.get("/health", responses={503: {"description": "the model no longer runs"}})
     async def health() -> Values:

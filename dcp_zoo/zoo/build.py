@@ -4,7 +4,6 @@ file, of which repository and revision, the weights of a head and of its CLIP co
 
 import logging
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +31,7 @@ from dcp_zoo.heads.kinds import AdapterHead, CacheHead, ConditionalHead, LinearH
 from dcp_zoo.hub import DOWNLOADS, fetch_clip, origin
 from dcp_zoo.zoo.registry import clip_cfg
 from dcp_zoo.zoo.resolve import Resolved
-from dcp_zoo.zoo.specs import OPEN_CLIP, ModelSpec, described, get_spec
+from dcp_zoo.zoo.specs import ModelSpec, described, get_spec
 
 logger = logging.getLogger(__name__)
 KINDS: Values = {kind.kind: kind for kind in (LinearHead, AdapterHead, PromptHead, ConditionalHead, CacheHead, DCP)}
@@ -50,7 +49,8 @@ def build_head(
 ) -> Head:
     """The head that a resolved name stands for, on its CLIP; a fresh DCP, for these classes, if it stands for none.
     For the arguments see `create_model`; ZooError for options of a DCP that the checkpoint does not have."""
-    config = _dcp_config(resolved, {name: value for name, value in options.items() if value is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    config = _dcp_config(resolved, given)
     clip = load_clip(resolved.spec, resolved.pretrained is not False, tokenizer)
     clip.pretrained_cfg = resolved.data_cfg
     if resolved.folder and resolved.is_trained:
@@ -93,11 +93,10 @@ def _dcp_config(resolved: Resolved, options: Values) -> DCPConfig | None:
             raise ZooError(f"A head of {method} has no options: omit {', '.join(options)}.")
         return None
     trained = DCPConfig.from_options(resolved.config["model_args"])
-    asked = DCPConfig.from_options(resolved.config["model_args"] | options).as_dict()
-    differ = [f"{name}={own!r}, not {asked[name]!r}" for name, own in trained.as_dict().items() if own != asked[name]]
-    if differ:
-        name = Path(resolved.folder or "").name
-        raise ZooError(f"The head {name} was trained with {'; '.join(differ)}. Omit these options.")
+    if trained != DCPConfig.from_options(resolved.config["model_args"] | options):
+        raise ZooError(
+            f"The head in {resolved.folder} was trained with other options, {trained}: omit {', '.join(options)}."
+        )
     return trained
 
 
@@ -155,12 +154,11 @@ def build_clip(spec: ModelSpec, with_weights: bool) -> tuple[nn.Module, str]:
     repo = weights.get("hf_hub", "").rpartition("/")[0]
     remedy = f"hf cache rm model/{repo}" if repo else "replace them"
     failed = (
-        f"open_clip cannot load the {spec.clip_pretrained} weights of {spec.clip}: {{}}. If they are damaged, {remedy}"
-        ", and try again. Other weights are other models: open_clip:ARCH/TAG."
+        f"open_clip cannot load {spec.clip}, {spec.clip_pretrained}, or it is not a CLIP of images and texts: {{}}. If "
+        f"its weights are damaged, {remedy}, and try again. Others are other models: open_clip:ARCH/TAG."
     )
-    other = f"{spec.clip} is not a CLIP of images and texts that dcp_zoo can build: {{}}. Choose another."
-    with as_zoo_error(failed, RuntimeError, SafetensorError, FileNotFoundError):
-        with as_zoo_error(other, TypeError, ValueError), skip_init(with_weights):
+    with as_zoo_error(failed, RuntimeError, SafetensorError, FileNotFoundError, TypeError, ValueError):
+        with skip_init(with_weights):
             quick_gelu = weights.get("quick_gelu", config.get("quick_gelu", False))
             clip = build_open_clip(config, quick_gelu=bool(quick_gelu))
         if with_weights:
@@ -176,19 +174,11 @@ def build_clip(spec: ModelSpec, with_weights: bool) -> tuple[nn.Module, str]:
 
 def _weights_file(spec: ModelSpec, weights: Values) -> str | Path:
     """The file with CLIP's weights, downloaded if needed, of the row's pinned revision if it has one, see
-    `fetch_clip`; `weights` is open_clip's description of it. ZooError if open_clip has moved the weights to
-    another repo."""
+    `fetch_clip`; `weights` is open_clip's description of it."""
     place = weights.get("hf_hub")
-    if not place:
-        return open_clip.download_pretrained(weights, cache_dir=DOWNLOADS.get())
-    repo = place.rpartition("/")[0]
-    if spec.clip_revision and repo != spec.clip_repo:
-        raise ZooError(
-            f"open_clip {version('open_clip_torch')} has the {spec.clip_pretrained} weights of {spec.clip} in {repo}, "
-            f"and {spec.name} has them from {spec.clip_repo}. Upgrade dcp_zoo, or take the weights as they are now: "
-            f"{OPEN_CLIP}{spec.clip}/{spec.clip_pretrained}."
-        )
-    return fetch_clip(place, spec.clip_revision)
+    if place:
+        return fetch_clip(place, spec.clip_revision)
+    return open_clip.download_pretrained(weights, cache_dir=DOWNLOADS.get())
 
 
 def build_open_clip(config: Values, quick_gelu: bool) -> nn.Module:
@@ -226,12 +216,10 @@ def build_tokenizer(spec: ModelSpec) -> Tokenizer | None:
     try:
         return open_clip.get_tokenizer(spec.clip, cache_dir=DOWNLOADS.get())
     except Exception as error:  # of `transformers`, which reports a missing file in many ways
-        text_cfg = described(spec.clip, spec.clip_pretrained)[1].get("text_cfg", {})
-        repo = text_cfg.get("hf_tokenizer_name", spec.clip)
         import_extra("transformers", "tokenizers")
         raise ZooError(
-            f"The tokenizer of {spec.clip} cannot be loaded from the Hub repo {repo!r}: {error}. "
-            "Check the connection, or pass your own: create_model(..., tokenizer=...)."
+            f"The tokenizer of {spec.clip} cannot be loaded: {error}. Check the connection, or pass your own: "
+            "create_model(..., tokenizer=...)."
         ) from error
 
 
