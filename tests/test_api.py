@@ -406,9 +406,12 @@ def test_a_dataset_trains_as_its_images_do(small_model, tmp_path, monkeypatch):
     plain = table.cast_column("label", datasets.Value("int64"))
     assert dcp_zoo.train(small_model, plain, method="gda", classnames=names, validation=table).classnames == names
     for wrong, message in (
-        (datasets.DatasetDict(train=table), r"Pass one part of a dataset, and no stream, such as dataset\['train'\]"),
+        (datasets.DatasetDict(train=table), r"Pass one part of a dataset, and no stream: dataset\['train'\]"),
         (table.to_iterable_dataset(), "no stream"),
-        (table.rename_column("label", "kind"), "has the columns image, kind, not label: pass dataset.rename_column"),
+        (
+            table.rename_column("label", "kind"),
+            "has the columns image, kind, not image and label: pass dataset.rename_column",
+        ),
         (f"{file}x.parquet", "Cannot read .*images.parquetx.parquet: "),
     ):
         with pytest.raises(ZooError, match=message):

@@ -111,7 +111,7 @@ BREAKS: dict[str, list[tuple[list[str], Callable[[Path, str], object], str]]] = 
     "label and name disagree": [
         (LISTED, other_row, "pairs of a label and a name, not"),
         (AIRCRAFT, other_row, "is not an image number and a name"),
-        (IMAGENETS, rename_class, "class folders"),
+        (IMAGENETS, rename_class, "folders of its classes, among"),
     ],
     "no image": [
         ([*LISTED, *AIRCRAFT], lambda root, name: first_image(root, name).unlink(), r"1 images \(.*\) are missing")

@@ -104,13 +104,14 @@ def test_folders_patterns_and_lists(photos):
     assert find_images(["photos/a[1].jpg"]) == ["photos/a[1].jpg"]
 
 
+@pytest.mark.filterwarnings("ignore:Ignored in videos")
 def test_a_source_without_images_is_explained(photos):
     for file in ("videos/1.mp4", "videos/day/2.MP4", "videos/a.txt"):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).touch()
     for source, message in (
-        ("videos", "No image in videos .*, but 2 .mp4, 1 .txt"),
-        ("photos/*.png", r"No image matches photos/\*.png"),
+        ("videos", "There is no image in videos "),
+        ("photos/*.png", r"There is no image in photos/\*.png"),
         ("s3://bucket/photos", "There is no file or folder s3://bucket/photos: check the path"),
     ):
         with pytest.raises(ZooError, match=message):

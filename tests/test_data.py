@@ -66,7 +66,6 @@ def test_a_tree_in_the_real_layout(tmp_path, name):
     assert [item.label for item in split.test] == list(range(len(split.classnames)))
     assert (split.val == []) == (name == "imagenet")
     assert all(Path(item.path).is_absolute() and Path(item.path).is_file() for item in split.items)
-    assert load_split(name, tmp_path / DATASETS[name].folder) == split  # the dataset's own folder as the root
 
 
 def test_sha256_depends_only_on_contents(tmp_path):
@@ -102,7 +101,7 @@ def test_pacs_trains_on_photos_and_tests_on_the_other_styles(tmp_path):
     assert (len(split.train), len(split.test)) == (14, 7)
     assert "split 50/20/30" in split.note
     for name in source.shifts:
-        style = load_split(name, tmp_path / "pacs")
+        style = load_split(name, tmp_path)
         assert style.classnames == split.classnames
         assert [item.key for item in style.test] == [f"{c}/{f}.jpg" for c in split.classnames for f in "abc"]
         assert (style.train, style.val, style.note) == ([], [], "")

@@ -28,30 +28,25 @@ def _images_of(source: str) -> list[str]:
     if os.path.isdir(source):  # noqa: PTH112  Path would change the names: ./a.jpg
         skipped = Counter[str]()
         images = list(images_in(source, skipped))
-        if not images:
-            instead = f", but {_counted(skipped)}" if skipped else ": it is empty"
-            raise ZooError(f"No image in {source} ({KNOWN}){instead}.")
         warn_of_skipped(source, skipped)
-        return images
-    if source.lower().endswith(LISTS) and Path(source).is_file():
-        return _in_list(Path(source))
-    if has_magic(source) and not Path(source).exists():
-        images = [path for path in sorted(glob(source, recursive=True)) if is_image(path)]  # noqa: PTH207
-        if not images:
-            raise ZooError(f"No image matches {source} ({KNOWN}).")
-        return [path for path in images if "__MACOSX" not in path]
-    if is_image(source) or os.path.lexists(source):
-        return [source]  # a missing one among many is an error in its row
-    raise ZooError(f"There is no file or folder {source}: check the path.")
+    elif source.lower().endswith(LISTS) and Path(source).is_file():
+        images = _in_list(Path(source))
+    elif has_magic(source) and not Path(source).exists():
+        found = sorted(glob(source, recursive=True))  # noqa: PTH207
+        images = [path for path in found if is_image(path) and "__MACOSX" not in path]
+    elif is_image(source) or os.path.lexists(source):
+        images = [source]  # a missing one among many is an error in its row
+    else:
+        raise ZooError(f"There is no file or folder {source}: check the path.")
+    if not images:
+        raise ZooError(f"There is no image in {source} ({KNOWN}).")
+    return images
 
 
 def _in_list(file: Path) -> list[str]:
     with as_zoo_error(f"Cannot read the list {file}: {{}}.", OSError):
         text = file.read_text("utf-8-sig", "surrogateescape")
-    images = [str(file.parent / line.strip()) for line in text.split("\n") if line.strip()]
-    if not images:
-        raise ZooError(f"The list {file} is empty: write one image path per line.")
-    return images
+    return [str(file.parent / line.strip()) for line in text.split("\n") if line.strip()]
 
 
 def images_in(folder: str | Path, skipped: Counter[str]) -> Iterator[str]:
@@ -89,11 +84,7 @@ def is_visible(name: str) -> bool:
     return not name.startswith(".") and name.lower() not in ("__macosx", "thumbs.db", "desktop.ini")
 
 
-def _counted(kinds: Counter[str]) -> str:
-    """Such as "3 .mov, 1 .txt"."""
-    return shorten([f"{count:,} {kind}" for kind, count in kinds.most_common()])
-
-
 def warn_of_skipped(folder: str | Path, kinds: Counter[str]) -> None:
+    """Such as "3 .mov, 1 .txt"."""
     if kinds:
-        warn(f"Ignored in {folder}: {_counted(kinds)}.")
+        warn(f"Ignored in {folder}: {shorten([f'{count:,} {kind}' for kind, count in kinds.most_common()])}.")

@@ -8,10 +8,10 @@ from typing import Any
 
 from dcp_zoo.data import packaged, readers
 from dcp_zoo.data.find import find_images
-from dcp_zoo.data.packaged import DATASETS, DatasetSpec, classnames, find_spec, is_user_data
+from dcp_zoo.data.packaged import DATASETS, DatasetSpec, find_spec, is_user_data
 from dcp_zoo.data.splits import Split, check_test_share, group_by, split_images, training_split
 from dcp_zoo.data.unreadable import damaged, without_unreadable
-from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, shorten, warn
+from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, shorten
 from dcp_zoo.progress import bar
 
 READERS: dict[str, Callable[[DatasetSpec, Path], Split]] = {  # by layout: (table entry, the dataset's folder)
@@ -34,9 +34,9 @@ def load_split(name: str, root: str | os.PathLike | None = None) -> Split:
 
 def load_labelled(name: str, root: str | os.PathLike | None = None, labels: LabelFiles = None) -> Split:
     """The dataset `name` (a key of `DATASETS`) from the data root, with a folder per dataset in CoOp's
-    layout, or from its own folder. `folder` reads `root` itself, one folder per class, or with `labels`
+    layout. `folder` reads `root` itself, one folder per class, or with `labels`
     the images that these files list; `digits` needs no root. ZooError for an unknown name, missing
-    files, or a malformed split; a warning if class names differ from `classnames(name)`."""
+    files, or a malformed split."""
     spec = find_spec(name)
     folder = _locate(spec, root)
     images = readers.read_labels(spec, folder, _files(labels)) if labels else READERS[spec.layout](spec, folder)
@@ -48,13 +48,6 @@ def load_labelled(name: str, root: str | os.PathLike | None = None, labels: Labe
         missing = [item.path for item in images.items if not Path(item.path).exists()]
         if missing:
             raise ZooError(f"{name}: {_and_first(missing)} are missing. {spec.where}")
-    if spec.names:
-        pairs = zip(images.classnames, classnames(name), strict=True)
-        for label, (here, in_zoo) in enumerate(pairs):
-            if here != in_zoo:
-                difference = f"label {label} is {here!r} here but {in_zoo!r} in the zoo's class names"
-                warn(f"{name}: {difference}, which its heads use.")
-                break
     return images
 
 
@@ -70,14 +63,10 @@ def table_columns(table: object) -> tuple[list[Any], list[Any]] | None:
         return None
     data: Any = table
     if isinstance(table, dict) or not hasattr(table, "__len__"):
-        part = "Dataset.from_list([*stream.take(500)])"
-        if isinstance(table, dict):
-            part = f"dataset[{next(iter(table))!r}]"
-        raise ZooError(f"Pass one part of a dataset, and no stream, such as {part}.")
-    missing = {"image", "label"}.difference(data.column_names)
-    if missing:
-        problem = f"This dataset has the columns {shorten(data.column_names)}, not {' and '.join(sorted(missing))}"
-        raise ZooError(f"{problem}: pass dataset.rename_column(...).")
+        raise ZooError("Pass one part of a dataset, and no stream: dataset['train'], Dataset.from_list([*stream]).")
+    if not {"image", "label"}.issubset(data.column_names):
+        given = shorten(data.column_names)
+        raise ZooError(f"This dataset has the columns {given}, not image and label: pass dataset.rename_column(...).")
     image = data.features["image"]
     names = getattr(data.features["label"], "names", None)
     data = data.with_format(None)
@@ -139,19 +128,13 @@ def _locate(spec: DatasetSpec, root: str | os.PathLike | None) -> Path:
         raise ZooError(f"{spec.name} needs a data root: pass --data-root DIR. {spec.where}")
     root = Path(root).expanduser().absolute()
     folder = root / spec.folder
-    if not folder.exists() and _is_own_folder(spec, root):
-        folder = root
-    needed = [root, folder]
+    needed = [root, folder, folder / spec.images]
     if spec.split_file and packaged.split_rows(spec.name) is None:
         needed.append(folder / spec.split_file)
-    for path in [*needed, folder / spec.images]:
+    for path in needed:
         if not path.exists():
             raise ZooError(f"{spec.name}: {path} does not exist. {spec.where}")
     return folder
-
-
-def _is_own_folder(spec: DatasetSpec, root: Path) -> bool:
-    return root.name == spec.folder or bool(spec.split_file and (root / spec.split_file).is_file())
 
 
 def _and_first(paths: list[str]) -> str:
@@ -182,8 +165,7 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None) -> CheckRow:
     try:
         split = training_split(load_labelled(spec.name, root))
     except ZooError as error:
-        data_root = Path(root or "").expanduser()
-        exists = spec.folder is None or (data_root / spec.folder).exists() or _is_own_folder(spec, data_root)
+        exists = spec.folder is None or Path(root or "", spec.folder).expanduser().exists()
         return CheckRow(spec.name, "broken" if exists else "missing", str(error))
     counts = (len(split.train), len(split.val), len(split.test))
     problems = []

@@ -111,9 +111,8 @@ def _known_classes(spec: DatasetSpec, base: Path, part: str, names: Mapping[str,
     folders = _class_folders(base / part)
     classes = [folder for folder in names if folder in folders]
     if len(folders) != spec.num_classes or len(classes) != len(folders):
-        unknown = sorted({*folders} - {*classes})
-        which = f"; no class of ImageNet: {shorten(unknown)}" if unknown else ""
-        raise ZooError(f"{base / part}: {len(folders)} class folders, not {spec.num_classes}{which}. {spec.where}")
+        known = f"{len(classes)} folders of its classes, among {len(folders)}, not {spec.num_classes}"
+        raise ZooError(f"{base / part} has {known}. {spec.where}")
     return [names[folder] for folder in classes], _listing(base, classes, Counter(), part)
 
 
@@ -137,21 +136,12 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
     parts: Values = {part or "train": _listing(folder, classes, skipped, part) for part in given}
     for entry in os.scandir(folder):
         if is_visible(entry.name) and is_image(entry.name):
-            skipped[f"{Path(entry.name).suffix.lower()} in no class folder"] += 1
+            skipped["images in no class folder"] += 1
     warn_of_skipped(folder, skipped)
     no_class: list[Item] = []
-    left_out = []
-    for part in given:
-        for name in filter(is_reserved, _folders(folder / part)):
-            key = Path(part, name).as_posix()
-            if is_none(name) and part == given[0]:
-                no_class += _images(folder, key, NO_CLASS, Counter())
-            else:
-                left_out.append(key)
-    note = ""
-    if left_out:
-        note = f"Left out: the images in {', '.join(left_out)}, as these names are reserved."
-    return Split(spec.name, classes, **parts, no_class=no_class, note=note, source=str(folder))
+    for name in filter(is_none, _folders(folder / given[0])):
+        no_class += _images(folder, Path(given[0], name).as_posix(), NO_CLASS, Counter())
+    return Split(spec.name, classes, **parts, no_class=no_class, source=str(folder))
 
 
 class LabelRow(NamedTuple):
@@ -219,7 +209,6 @@ def read_labels(spec: DatasetSpec, folder: Path, files: Sequence[Path]) -> Split
             problem = f"{file} lists {len(listed)} images, of which {len(missing)} are not in"
             where = f"{folder} or the current folder: {shorten(missing)}"
             raise ZooError(f"{problem} {where}. Pass the folder that their paths start from, or run the command there.")
-        before = len(rows)
         names: dict[str, str] = {}  # by the real path
         for row in listed:
             if not row.path:
@@ -233,8 +222,6 @@ def read_labels(spec: DatasetSpec, folder: Path, files: Sequence[Path]) -> Split
         left_out = [*names.values()].count("")
         if left_out:
             notes.append(f"Left out of {file}: {left_out:,} images without a class.")
-        if file != files[0]:
-            notes.append(f"{file}: {len(rows) - before:,} images added.")
         if any(row.is_prediction for row in listed):
             notes.append(f"{file} {PREDICTIONS}.")
     classes = sorted({row.name for row in rows.values()} - {NONE, ""})
@@ -323,17 +310,13 @@ CUPL = 'JSON as of CuPL, {"class name": ["sentence", "another sentence"]}'
 
 
 def read_classnames(path: str | Path) -> list[str]:
-    """Class names from a file: a JSON list, CoOp's ImageNet file (`n01440764 tench`), or one name per
-    line."""
+    """Class names from a file: a JSON list, or one name per line."""
     with as_zoo_error(f"Cannot read class names from {path} ({{}}). Use a text file, one name per line."):
         text = read_text(Path(path))
         names = json.loads(text) if text.lstrip().startswith("[") else re.split("\r?\n|\r", text)
     if not all(isinstance(name, str) for name in names) or not any(map(str.strip, names)):
         raise ZooError(f"{path} must be a list of class names: one name per line, or a JSON list of names.")
-    names = [name.strip() for name in names if name.strip()]
-    if all(re.match(r"n\d{8}\s", name) for name in names):
-        return [name.split(maxsplit=1)[1] for name in names]
-    return names
+    return [name.strip() for name in names if name.strip()]
 
 
 def read_descriptions(path: str | Path) -> dict[str, list[str]]:
@@ -343,7 +326,7 @@ def read_descriptions(path: str | Path) -> dict[str, list[str]]:
         descriptions = json.loads(read_plain(path).decode("utf-8-sig"))
     if not descriptions or mismatch(descriptions, dict[str, list[str]]):
         raise ZooError(f"{path} has no descriptions: use {CUPL}.")
-    bad = [repr(name) for name, texts in descriptions.items() if not texts or not all(map(str.strip, texts))]
-    if bad:
-        raise ZooError(f"{path} has an empty list or sentence for {shorten(bad, 5)}: write one or more.")
+    for name, texts in descriptions.items():
+        if not texts or not all(map(str.strip, texts)):
+            raise ZooError(f"{path} has an empty list or sentence for {name!r}: write one or more.")
     return descriptions
