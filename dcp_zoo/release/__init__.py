@@ -8,7 +8,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from dcp_zoo.data.packaged import DATASETS, classnames, is_user_data
 from dcp_zoo.data.splits import split_sha256
@@ -26,11 +26,7 @@ from dcp_zoo.zoo.resolve import parse_name
 from dcp_zoo.zoo.specs import MODELS
 
 CARD_NAME = "README.md"
-MODES = {  # of an accuracy, and their names in a card
-    "stored": "top-1, stored statistics",
-    "batch": "top-1, batch statistics",
-    NO_CLASSIFIER: "top-1, without the text probe",
-}
+MODES = ("stored", "batch", NO_CLASSIFIER)  # of an accuracy
 
 
 def accuracies(metrics: Values) -> dict[str, float]:
@@ -51,17 +47,16 @@ def make_card(
     dataset = None if problem or info.get("dataset") == "folder" else info.get("dataset")
     spec = MODELS.get(model.encoder.architecture)
     base = spec.clip_repo if spec and model.encoder.source == spec.clip_pretrained else None
-    options = model.model_args
-    top1 = accuracies(info.get("metrics") or {})
     return ModelCard.from_template(
-        _metadata(repo_id, license, base, dataset, top1),
+        ModelCardData(),  # the template has it
         template_path=str(Path(__file__).parent / "model_card.md"),
         model=model,
         info=info,
         spec=spec,
-        options=options,
         base=base,
         repo_id=repo_id,
+        license=license,
+        library=HUB_LIBRARY,
         size=size,
         onnx=onnx,
         others=others,
@@ -70,7 +65,7 @@ def make_card(
         dataset=dataset,
         data=DATASETS.get(dataset or ""),
         couplings=COUPLINGS,
-        top1=top1,
+        top1=accuracies(info.get("metrics") or {}),
     )
 
 
@@ -96,47 +91,6 @@ def not_of_dataset(model: Head) -> str:
     return (
         f"This head cannot be published as one of {name}: {reason}. Train it on {name} as it is, or on these images "
         "as a folder: dcp-zoo train FOLDER."
-    )
-
-
-def _metadata(
-    repo_id: str, license: str, base: str | None, dataset: str | None, measured: dict[str, float]
-) -> ModelCardData:
-    probed = ", with a text probe" if NO_CLASSIFIER in measured else ""
-    results = []
-    for mode, top1 in measured.items():
-        if dataset and mode != "batch":  # the loaded model, and the method alone; the text of the card has all modes
-            result = EvalResult(
-                task_type="image-classification",
-                dataset_type=dataset,
-                dataset_name=dataset,
-                dataset_split="test",
-                metric_type="accuracy",
-                metric_name=MODES[mode] + ("" if mode == NO_CLASSIFIER else probed),
-                metric_value=top1,
-                metric_args={"mode": mode},
-            )
-            results.append(result)
-    return ModelCardData(
-        library_name=HUB_LIBRARY,
-        license=license,
-        pipeline_tag="image-classification",
-        tags=[
-            "image-classification",
-            "few-shot",
-            "prompt-learning",
-            "clip",
-            "open_clip",
-            "timm",
-            "dcp",
-            HUB_LIBRARY,  # by which `search_heads` finds it
-        ],
-        base_model=base,
-        base_model_relation="adapter" if base else None,  # the Hub would guess otherwise
-        datasets=[dataset] if dataset else None,
-        metrics=["accuracy"] if results else None,
-        model_name=repo_id.split("/")[-1],
-        eval_results=results or None,
     )
 
 
