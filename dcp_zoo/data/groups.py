@@ -24,7 +24,6 @@ from dcp_zoo.data.splits import Item
 
 SECONDS = 3.0  # between two photographs of a burst
 NEAREST = 4  # pairs of each image that are looked at
-CELL = 2000  # images that are compared with each other, see `_cells`
 ROWS = 1024  # images or pairs that are computed at a time
 COARSE = 0.75  # least correlation of near copies: of 8 x 8 pixels,
 ALIKE = 0.85  # of grey copies,
@@ -162,53 +161,31 @@ def _nearest(features: Tensor) -> Tensor:
     """Pairs (m, 2) of each row (n, F) and the `NEAREST` rows by the cosine, each pair once."""
     x = F.normalize(features, dim=1)
     pairs = [torch.empty(0, 2, dtype=torch.long)]
-    for cell in _cells(x):
-        of_cell = x[cell]
-        for rows in torch.arange(len(cell)).split(ROWS):
-            cosine = of_cell[rows] @ of_cell.T
-            cosine[torch.arange(len(rows)), rows] = -2  # not the row itself
-            best = cosine.topk(min(NEAREST, len(cell) - 1)).indices
-            ends = torch.stack([rows[:, None].expand_as(best), best], -1).flatten(0, 1)
-            pairs.append(cell[ends].sort(1).values)
+    for rows in torch.arange(len(x)).split(ROWS):
+        cosine = x[rows] @ x.T
+        cosine[torch.arange(len(rows)), rows] = -2  # not the row itself
+        best = cosine.topk(min(NEAREST, len(x) - 1)).indices
+        ends = torch.stack([rows[:, None].expand_as(best), best], -1).flatten(0, 1)
+        pairs.append(ends.sort(1).values)
     return torch.cat(pairs).unique(dim=0)
-
-
-def _cells(x: Tensor) -> list[Tensor]:
-    """Positions of rows (n, F) among which the nearest ones are sought, so that this takes time in
-    proportion to n: all of a few; of many, each is in the cells of the two nearest of some rows, which
-    near copies share."""
-    if len(x) <= 2 * CELL:
-        return [torch.arange(len(x))]
-    drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    centres = x[drawn[: len(x) // CELL]]
-    cells = torch.cat([(rows @ centres.T).topk(2).indices for rows in x.split(ROWS)]).flatten()
-    sizes = torch.bincount(cells, minlength=len(centres)).tolist()
-    positions = cells.argsort(stable=True) // 2  # each row has two cells
-    return list(positions.split(sizes))
 
 
 def are_copies(a: Tensor, b: Tensor) -> Tensor:
     """Whether each of two grey copies (m, 1, 32, 32) shows the same picture (m,)."""
-    if not len(a):
-        return torch.ones(0, dtype=torch.bool)
     starts = torch.tensor([[scale, 0, x, 0, scale, y] for scale, x, y in STARTS])
     small_a = _shrunk(a, SMALL).repeat_interleave(len(starts), 0)
     small_b = _shrunk(b, SMALL).repeat_interleave(len(starts), 0)
     maps = align(small_a, small_b, starts.repeat(len(a), 1), FIRST_STEPS)
-    value = correlation(small_a, small_b, maps)[0]
-    best, start = value.view(-1, len(starts)).max(1)
+    best, start = Overlap(small_a, small_b, maps).correlation.view(len(a), len(starts)).max(1)
     same = best > COARSE
-    if not same.any():
-        return same
+    maps = maps.view(len(a), len(starts), 6)[torch.arange(len(a)), start][same]
     a = a[same]
     b = b[same]
-    maps = maps.view(-1, len(starts), 6)[torch.arange(len(same)), start][same]
     for side, steps in STEPS.items():
         maps = align(_shrunk(a, side), _shrunk(b, side), maps, steps)
-    value, part, weights = correlation(a, b, maps)
-    details, _ = _standard(_details(part), weights)
-    other_details, _ = _standard(_details(b), weights)
-    same[same.clone()] = (value > ALIKE) & ((weights * details * other_details).sum(1) > DETAILS)
+    overlap = Overlap(a, b, maps)
+    details = overlap.product(_details(overlap.part), _details(b))
+    same[same.clone()] = (overlap.correlation > ALIKE) & (details > DETAILS)
     return same
 
 
@@ -222,15 +199,15 @@ def align(a: Tensor, b: Tensor, maps: Tensor, steps: int) -> Tensor:
         steps: their number.
     """
     side = a.shape[-1]
-    axis = (torch.arange(side) * 2 + 1) / side - 1  # from -1 to 1
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    positions = _positions(side)
     for _ in range(steps):
-        part, weights = _laid_over(a, maps)
-        dy, dx = torch.gradient(part[:, 0], spacing=2 / side, dim=(1, 2))
-        slopes = torch.stack([dx * x, dx * y, dx, dy * x, dy * y, dy], 1).flatten(2)  # (m, 6, s s)
+        overlap = Overlap(a, b, maps)
+        weights = overlap.weights
+        dy, dx = torch.gradient(overlap.part[:, 0], spacing=2 / side, dim=(1, 2))
+        slopes = torch.cat([dx[:, None] * positions, dy[:, None] * positions], 1).flatten(2)  # (m, 6, s s)
         slopes = slopes - slopes @ weights[..., None]
-        image, spread = _standard(part.flatten(1), weights)
-        goal, _ = _standard(b.flatten(1), weights)
+        image, spread = overlap.standard(overlap.part)
+        goal, _ = overlap.standard(b)
         square = (slopes * weights[:, None]) @ slopes.mT
         damping = 1e-3 * square.diagonal(dim1=1, dim2=2).mean(1) + 1e-6
         square = square + damping[:, None, None] * torch.eye(6)
@@ -239,34 +216,48 @@ def align(a: Tensor, b: Tensor, maps: Tensor, steps: int) -> Tensor:
     return maps
 
 
-def correlation(a: Tensor, b: Tensor, maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The correlation (m,) of images a and b (m, 1, s, s) by the maps (m, 6), 0 where too little
-    overlaps; with the part of a that lies under b (m, 1, s, s), and the weights of its pixels (m, s s),
-    which sum to 1."""
-    part, weights = _laid_over(a, maps)
-    image, _ = _standard(part.flatten(1), weights)
-    other, _ = _standard(b.flatten(1), weights)
-    overlap = (weights > 0).float().mean(1)
-    return (weights * image * other).sum(1) * (overlap > OVERLAP), part, weights
+def _positions(side: int) -> Tensor:
+    """(x, y, 1) of each pixel of a square (3, s, s), from -1 to 1."""
+    axis = (torch.arange(side) * 2 + 1) / side - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack([x, y, torch.ones_like(x)])
 
 
-def _laid_over(a: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
-    """The part of a that lies under each pixel of b, and the weights of these pixels, see `correlation`."""
-    grid = F.affine_grid(maps.view(-1, 2, 3) + torch.eye(2, 3), list(a.shape), align_corners=False)
-    part = F.grid_sample(a, grid, padding_mode="border", align_corners=False)
-    inside = (grid.abs() <= 1).all(-1).flatten(1).float()
-    return part, inside / inside.sum(1, keepdim=True).clamp(min=1)
+class Overlap:
+    """Images a (m, 1, s, s) that are laid over b by maps (m, 6).
 
+    Attributes:
+        part: of a, that lies under each pixel of b (m, 1, s, s).
+        weights: of these pixels (m, s s), which sum to 1: 0 where a is not.
+    """
 
-def _standard(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (m, k) with a weighted mean of 0 and a standard deviation of 1, less if they are flat; and
-    the deviations (m, 1) that they had."""
-    centred = rows - (weights * rows).sum(1, keepdim=True)
-    spread = (weights * centred.square()).sum(1, keepdim=True).sqrt().clamp(min=FLAT)
-    return centred / spread, spread
+    def __init__(self, a: Tensor, b: Tensor, maps: Tensor) -> None:
+        self.b = b
+        affine = maps.view(-1, 2, 3) + torch.eye(2, 3)
+        grid = torch.tensordot(affine, _positions(a.shape[-1]), 1).permute(0, 2, 3, 1)  # (m, s, s, 2)
+        self.part = F.grid_sample(a, grid, padding_mode="border", align_corners=False)
+        self.inside = (grid.abs() <= 1).all(-1).flatten(1).float()
+        self.weights = self.inside / self.inside.sum(1, keepdim=True).clamp(min=1)
+
+    def standard(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (m, 1, s, s) with a weighted mean of 0 and a standard deviation of 1 (m, s s), less if they
+        are flat; and the deviations (m, 1) that they had."""
+        rows = images.flatten(1)
+        centred = rows - (self.weights * rows).sum(1, keepdim=True)
+        spread = (self.weights * centred.square()).sum(1, keepdim=True).sqrt().clamp(min=FLAT)
+        return centred / spread, spread
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """The correlation (m,) of images where they overlap."""
+        return (self.weights * self.standard(a)[0] * self.standard(b)[0]).sum(1)
+
+    @property
+    def correlation(self) -> Tensor:
+        """Of a and b (m,), 0 where too little overlaps."""
+        return self.product(self.part, self.b) * (self.inside.mean(1) > OVERLAP)
 
 
 def _details(images: Tensor) -> Tensor:
-    """Images (m, 1, s, s) minus themselves blurred -> (m, s s)."""
+    """Images (m, 1, s, s) minus themselves blurred."""
     padded = F.pad(images, (BLUR // 2,) * 4, mode="replicate")
-    return (images - F.avg_pool2d(padded, BLUR, 1)).flatten(1)
+    return images - F.avg_pool2d(padded, BLUR, 1)
