@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import dcp_zoo
 from dcp_zoo import ZooError
-from dcp_zoo.data import groups, load_image, load_labelled
+from dcp_zoo.data import load_image, load_labelled
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.heads.config import read_config
 from dcp_zoo.inspection.inspection import learning_curve, of_no_class, out_of_fold, suspected
@@ -230,17 +230,6 @@ def test_groups_are_near_copies_and_bursts_of_one_camera(tmp_path, cache):
     assert dcp_zoo.inspect([sky, lighter, other], ["a", "a", "b"]).copies == [[0, 1]]
     tiny = [photo.resize((24, 24)), photo.resize((24, 24)), other]
     assert dcp_zoo.inspect(tiny, ["a", "a", "b"]).together == []
-
-
-def test_the_nearest_of_many_are_found_among_few(monkeypatch):
-    """In cells, in time in proportion to their number."""
-    x = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
-    features = torch.cat([x, x + 0.2 * torch.randn(300, 32, generator=torch.Generator().manual_seed(1))])
-    whole = groups._nearest(features)
-    monkeypatch.setattr(groups, "CELL", 50)
-    pairs = groups._nearest(features)
-    twins = [{(i, j) for i, j in each.tolist() if j - i == 300} for each in (whole, pairs)]
-    assert len(twins[0]) == 300 >= len(twins[1]) > 285
 
 
 def test_search_finds_by_text_and_by_photo(folder, cache, tmp_path, run, image_work):
