@@ -356,15 +356,15 @@ def test_results_under_other_conditions_are_rejected(tables, small_model, tmp_pa
     whole = path.read_text()
     result = json.loads(whole)
     for text, message in (
-        (json.dumps(result | {"weights": "other"}), r"made with weights other, not \w+"),
-        (json.dumps(result | {"made_by": result["made_by"] | {"timm": "0.1"}}), r"made with timm 0.1, not \d"),
+        (json.dumps(result | {"weights": "other"}), "made with other weights: choose another --output"),
+        (json.dumps(result | {"made_by": result["made_by"] | {"timm": "0.1"}}), "made with other timm"),
         (whole[:100], "json cannot be read .* Delete it"),
     ):
         path.write_text(text)
         with pytest.raises(ZooError, match=message):
             sweep.sweep(few, settings)
     path.write_text(whole)
-    with pytest.raises(ZooError, match="made with precision float32, not bfloat16: choose another --output"):
+    with pytest.raises(ZooError, match="made with other precision: choose another --output"):
         sweep.sweep(few, replace(settings, precision="bfloat16"))
     with pytest.raises(ZooError, match="has no test on eurosat: choose another --output"):
         sweep.sweep(more, settings)

@@ -48,7 +48,7 @@ def head(folder, tmp_path_factory):
 def test_list(run):
     shown = " ".join(run.ok("list").split())
     for text in ("dcp_datacomp_b32_256 mit 0.6 GB 74.7 72.8", "as published by others; not measured here",
-                 "1, 2, 4, 8, 16", "head status method alone with text probe",
+                 "head status method alone with text probe",
                  "dcp_mini.caltech101-16shot bundled 77.2 % 89.6 %",
                  "oxford_flowers50 is a part of oxford_flowers: 50 of 102 classes"):  # fmt: skip
         assert text in shown
@@ -56,7 +56,7 @@ def test_list(run):
     out = run.ok("list", "*.caltech101-16shot")
     assert ("dcp_mini.caltech101-16shot" in out, "dcp_mini.caltech101-1shot" in out) == (True, False)
     told = " ".join(run.ok("list", "*vitb32.ucf101*").split())
-    assert "5 heads for 1, 2, 4, 8, 16 images per class are planned" in told
+    assert "5 heads are planned" in told
     assert "dcp_vitb32.ucf101-1shot planned" in told  # a filter with a dot asks for heads
     assert told.endswith("How to train one: dcp-zoo info dcp_vitb32.ucf101-1shot")
 

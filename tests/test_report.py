@@ -71,7 +71,7 @@ def test_differences_are_paired_and_have_intervals(sweep):
     """DCP is 4 points ahead at 1 shot, always, and at 16 shots 64 on the only dataset with a linear
     probe."""
     (table,) = report.against(report.with_labels(store.gather(sweep)))
-    assert table.header == ["method", "pairs", "1 shot", "16 shots", "all"]
+    assert table.header == ["method", "pairs", "1-shot", "16-shot", "all"]
     found = rows(table)["Linear probe"]
     assert found[:3] == ["9", "-4.0 (-4.0 to -4.0) *", "-64.0"]
     differences = [-34.0, -4.0]  # of two datasets, not of nine pairs
@@ -102,10 +102,10 @@ def test_base_to_new_has_the_harmonic_mean_and_domain_shift_the_mean_of_the_targ
     found = report.with_labels(store.gather(sweep))
     (table,) = report.base_to_new_tables(found)
     assert table.header == ["method", "base", "new", "H"]
-    assert rows(table) == {ZERO: ["60.0", "40.0", "48.0"], "DCP, 16 shots": ["80.0", "20.0", "32.0"]}
+    assert rows(table) == {ZERO: ["60.0", "40.0", "48.0"], "DCP, 16-shot": ["80.0", "20.0", "32.0"]}
     (table,) = report.target_tables(found, "domain-shift")
     assert table.header == ["method", "imagenet", "imagenetv2", "imagenet_a", "average of targets"]
-    assert rows(table) == {"DCP, 16 shots": ["70.0", "60.0", "40.0", "50.0"]}
+    assert rows(table) == {"DCP, 16-shot": ["70.0", "60.0", "40.0", "50.0"]}
 
 
 def test_published_figures_stand_in_rows_of_their_own(tmp_path, run):
@@ -125,8 +125,8 @@ def test_published_figures_stand_in_rows_of_their_own(tmp_path, run):
     assert f"| {gda} | published | 71.3 ± 0.0 |" in page  # DTD, by three draws
     assert "| PLOT++, published in CHENGY12/PLOT | published | 71.4 |" in page
     assert f"| {gda} | published | 80.2 ± " in page  # DTD and EuroSAT
-    assert f"| {gda}, 16 shots | 80.6 ± 0.4 | 59.8 ± 1.2 | 68.7 |" in page
-    assert "| MaPLe, published in jameelhassan/PromptAlign, 16 shots | - | 64.1 | 49.1 | 50.9 | 77.0 | 60.3 |" in page
+    assert f"| {gda}, 16-shot | 80.6 ± 0.4 | 59.8 ± 1.2 | 68.7 |" in page
+    assert "| MaPLe, published in jameelhassan/PromptAlign, 16-shot | - | 64.1 | 49.1 | 50.9 | 77.0 | 60.3 |" in page
     assert "| 560fe211700964c915442ff98dbe47dd09656a35 | logs/base2new.log |" in page.partition("Published figures")[2]
     assert "Differences from DCP" not in page  # nothing else was measured
     assert "caltech101" not in page

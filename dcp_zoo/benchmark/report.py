@@ -17,7 +17,6 @@ from dcp_zoo.heads.config import NO_CLASSIFIER
 from dcp_zoo.pages import templates
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.methods.table import DCP_METHOD
-from dcp_zoo.training.recipes import TEXT_PROBE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +51,7 @@ def with_labels(results: "pd.DataFrame") -> "pd.DataFrame":
         if options:
             text += f" ({options})"
         if (method, options) in with_probe and stats != NO_CLASSIFIER:
-            text += f" + {title(TEXT_PROBE).lower()}s"
+            text += " + text probes"
         if stats == "batch" and method in with_stored:
             text += ", batch"
         return text
@@ -194,12 +193,8 @@ def target_tables(results: "pd.DataFrame", protocol: str) -> list[Table]:
 
 def with_shots(results: "pd.DataFrame") -> "pd.DataFrame":
     """Adds the number of shots to the label, for tables without a column for it."""
-    shots = [f", {shots_text(k)}" if k else "" for k in results.shots]
+    shots = [f", {k}-shot" if k else "" for k in results.shots]
     return results.assign(label=results.label.str.cat(shots))
-
-
-def shots_text(shots: int) -> str:
-    return "1 shot" if shots == 1 else f"{shots} shots"
 
 
 def interval(differences: "pd.Series") -> tuple[float, float] | None:
@@ -271,7 +266,7 @@ def against(results: "pd.DataFrame") -> list[Table]:
         f"Top-1 minus that of {reference}, in percentage points: mean over pairs with the same dataset, shots and "
         f"seed, with its 95 % confidence interval over {unit} (Student's t). * the interval excludes 0."
     )
-    header = ["method", "pairs", *map(shots_text, shots), "all"]
+    header = ["method", "pairs", *[f"{k}-shot" for k in shots], "all"]
     return [Table(f"Differences from {reference}", header, rows, note)]
 
 
@@ -299,37 +294,27 @@ def write_report(folders: Sequence[Path], path: Path) -> list[Path]:
     results = store.gather(folders)
     if results.empty:
         raise ZooError(f"No result in {', '.join(map(str, folders))}: pass the --output folder of `dcp-zoo benchmark`.")
-    done = set[str]()
     failed: dict[str, str] = {}
     for folder in folders:
-        done |= store.done(folder)
         failed |= store.failures(folder)
     sections: list[Values] = []
-    figures: list[Path] = []
+    files = [path, path.with_suffix(".tex")]
     for (model, weights), rows in with_labels(results).groupby(["model", "weights"]):
         both = pd.concat([rows, published(rows)])
         tables = {heading: make(both) for heading, make in SECTIONS.values()}
-        names = []
-        for kind, figure in figures_of(rows).items():
-            name = f"{kind}{len(sections) + 1}"
-            names.append(name)
+        figures = {f"{kind}{len(sections) + 1}": figure for kind, figure in figures_of(rows).items()}
+        for name, figure in figures.items():
             for suffix in ("png", "pdf"):
                 file = path.with_name(f"{name}.{suffix}")
                 write_file(file, partial(figure.savefig, dpi=150, format=suffix))
-                figures.append(file)
-        sections.append({"model": model, "weights": weights, "tables": tables, "figures": names})
+                files.append(file)
+        sections.append({"model": model, "weights": weights, "tables": tables, "figures": list(figures)})
     pages = templates(__package__)
-    pages.filters |= {"cell": lambda text: str(text).replace("|", "\\|"), "tex": tex}
-    content = {
-        "folders": folders,
-        "accuracies": len(results),
-        "failed": {key: reason for key, reason in failed.items() if key not in done},
-        "sections": sections,
-    }
-    latex_path = path.with_suffix(".tex")
-    write_file(latex_path, pages.get_template("report.tex.jinja").render(content))
-    write_file(path, pages.get_template("report.md.jinja").render(content))
-    return [path, latex_path, *figures]
+    pages.filters["tex"] = tex
+    content = {"folders": folders, "accuracies": len(results), "failed": failed, "sections": sections}
+    for file in files[:2]:
+        write_file(file, pages.get_template(f"report{file.suffix}.jinja").render(content))
+    return files
 
 
 def figures_of(results: "pd.DataFrame") -> Values:

@@ -15,7 +15,6 @@ from dcp_zoo.files import read_plain, write_file
 if TYPE_CHECKING:
     import pandas as pd
 
-FILE_FORMAT = 1
 IDENTITY = "protocol,model,weights,method,options,dataset,shots,seed,target,classes,stats".split(",")  # of an accuracy
 COLUMNS = [*IDENTITY, "top1", "ece", "nll", "images", "train_seconds", "selection"]
 
@@ -35,8 +34,7 @@ def save_failure(output: Path, trial: Trial, message: str, traceback: str) -> No
 
 
 def write_json(path: Path, content: Values) -> None:
-    text = json.dumps({"format": FILE_FORMAT} | content, indent=1) + "\n"
-    write_file(path, text, "choose another --output; finished trials are kept")
+    write_file(path, json.dumps(content, indent=1) + "\n", "choose another --output; finished trials are kept")
 
 
 def results(output: Path) -> dict[str, Values]:
@@ -70,20 +68,18 @@ def finished(trial: Trial, settings: Settings) -> bool:
 def _read_checked(path: Path, conditions: Values) -> Values:
     """The content of a trial's file; ZooError if it was made under other conditions."""
     content = _read_json(path)
-    before = content | content["made_by"]
-    now = conditions | conditions["made_by"]
-    differ = []
-    for name in ("weights", "precision", *conditions["made_by"]):
-        if before.get(name) != now[name]:
-            differ.append(f"{name} {before.get(name)}, not {now[name]}")
-    if before["recipe"] != now["recipe"]:
-        differ.append("another recipe")
-    for dataset, images in now["images"].items():
-        if before["images"].get(dataset, images) != images:  # a target without a result may still come
-            differ.append(f"other images of {dataset}")
+    before = _by_name(content)
+    now = _by_name(conditions)
+    differ = [name for name in now if before.get(name, now[name]) != now[name]]  # a target may still come
     if differ:
-        raise ZooError(f"{path} was made with {' and '.join(differ)}: choose another --output.")
+        raise ZooError(f"{path} was made with other {', '.join(differ)}: choose another --output.")
     return content
+
+
+def _by_name(conditions: Values) -> Values:
+    """Each of `Settings.conditions`, by what it is called."""
+    images = {f"images of {name}": content for name, content in conditions["images"].items()}
+    return images | conditions["made_by"] | {name: conditions[name] for name in ("weights", "precision", "recipe")}
 
 
 class Unfinished:
@@ -116,9 +112,7 @@ def read_folder(folder: Path) -> Values:
 
 def _read_json(path: Path) -> Values:
     with as_zoo_error(f"{path} cannot be read ({{}}). Delete it and run the trial again."):
-        content = json.loads(read_plain(path))
-        if content["format"] != FILE_FORMAT:
-            raise ValueError(f"format {content['format']}, not {FILE_FORMAT}")
+        content: Values = json.loads(read_plain(path))
     return content
 
 

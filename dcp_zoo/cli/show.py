@@ -1,6 +1,7 @@
 """`dcp-zoo list` and `dcp-zoo info`."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,10 +54,20 @@ def list_(
     if not models:
         hint = nearest_hint(filter.strip("*"), [*MODELS, *registry.all_heads()])
         raise ZooError(f"No model or head matches {filter!r}.{hint} All: dcp-zoo list.")
-    rows = []
-    for spec in MODELS.values():
-        if spec.name in models:
-            rows.append((spec.name, spec.license or "see Hub", spec.download or "bundled", *spec.accuracies))
+    show_models([spec for spec in MODELS.values() if spec.name in models])
+    planned = [head for head in found if head.status == "planned"]
+    show_heads([head for head in found if "." in filter or head.status != "planned"])
+    if planned:
+        output.print(
+            f"{len(planned):,} heads are planned and not trained yet. How to train one: dcp-zoo info {planned[0].name}",
+            style="dim",
+            markup=False,
+        )
+
+
+def show_models(specs: Sequence[ModelSpec]) -> None:
+    """Print a table of models."""
+    rows = [(spec.name, spec.license or "see Hub", spec.download or "bundled", *spec.accuracies) for spec in specs]
     output.print(plain_table(("model", "licence", "size", "10 sets", "ImageNet"), rows))
     sizes = ", ".join(f"--model {size} is {name}" for size, name in SIZES.items())
     output.print(
@@ -66,33 +77,26 @@ def list_(
         "",
         style="dim",
     )
-    planned = [head for head in found if head.status == "planned"]
-    heads = [head for head in found if "." in filter or head.status != "planned"]
-    if heads:
-        order = list(MODELS)
-        heads.sort(key=lambda head: (order.index(head.model), head.dataset, head.shots, head.seed))
-        rows = []
-        for head in heads:
-            top1 = ["" if value is None else f"{value:5.1f} %" for value in alone_and_probed(head.metrics)]
-            rows.append((head.name, head.status, *top1))
-        output.print(plain_table(("head", "status", "method alone", "with text probe"), rows))
-        notes = dict.fromkeys(DATASETS[head.dataset].part_note for head in heads if head.dataset in DATASETS)
-        output.print(
-            "Top-1 on the test images: of the method alone, and of the head as it is loaded, with the text probe "
-            "that this package adds.",
-            *[note for note in notes if note],
-            "",
-            sep="\n",
-            style="dim",
-        )
-    if planned:
-        shots = ", ".join(map(str, sorted({head.shots for head in planned})))
-        output.print(
-            f"{len(planned):,} heads for {shots} images per class are planned and not trained yet. How to train one: "
-            f"dcp-zoo info {planned[0].name}",
-            style="dim",
-            markup=False,
-        )
+
+
+def show_heads(heads: Sequence[registry.HeadEntry]) -> None:
+    """Print a table of heads, if there are any."""
+    if not heads:
+        return
+    rows = []
+    for head in heads:
+        top1 = ["" if value is None else f"{value:5.1f} %" for value in alone_and_probed(head.metrics)]
+        rows.append((head.name, head.status, *top1))
+    output.print(plain_table(("head", "status", "method alone", "with text probe"), rows))
+    notes = dict.fromkeys(DATASETS[head.dataset].part_note for head in heads if head.dataset in DATASETS)
+    output.print(
+        "Top-1 on the test images: of the method alone, and of the head as it is loaded, with the text probe "
+        "that this package adds.",
+        *filter(None, notes),
+        "",
+        sep="\n",
+        style="dim",
+    )
 
 
 def list_found(filter: str) -> None:
@@ -176,41 +180,34 @@ def describe_checkpoint(name: str, folder: Path) -> Values:
 
 
 def describe_model(spec: ModelSpec) -> Values:
-    details: Values = {"model": spec.name}
     if spec.clip:
-        details["CLIP"] = f"open_clip {spec.clip}"
-        details["weights"] = f"{spec.clip_pretrained} ({spec.clip_repo or spec.clip})"
-        details["size"] = spec.download and f"{spec.download} in float32"  # its file may be smaller
+        clip = f"open_clip {spec.clip}"
+        weights = f"{spec.clip_pretrained} ({spec.clip_repo or spec.clip})"
+        size = spec.download and f"{spec.download} in float32"  # its file may be smaller
     else:
-        details["CLIP"] = "miniature, for trying things out"
-        details["weights"] = "bundled"
-        details["size"] = f"{MINI_WEIGHTS.stat().st_size / 1e6:.0f} MB on disk"
-    page = f"https://huggingface.co/{spec.clip_repo}" if spec.clip_repo else "its source"
-    mean, imagenet = spec.accuracies
-    published = [f"{mean} % (mean of ten datasets)"] if mean else []
-    published += [f"{imagenet} % (ImageNet)"] if imagenet else []
-    trained = registry.list_pretrained(spec.name, f"*.{registry.CLIP_TAG}")
-    details |= {
-        "licence": spec.license or f"see {page}",
+        clip = "miniature, for trying things out"
+        weights = "bundled"
+        size = f"{MINI_WEIGHTS.stat().st_size / 1e6:.0f} MB on disk"
+    measures = zip(spec.accuracies, ("mean of ten datasets", "ImageNet"), strict=True)
+    published = [f"{percent} % ({what})" for percent, what in measures if percent]
+    return {
+        "model": spec.name,
+        "CLIP": clip,
+        "weights": weights,
+        "size": size,
+        "licence": spec.license or f"see {spec.clip_repo or 'its source'}",
         "input": f"{spec.image_size} x {spec.image_size} px",
         "parameters": spec.parameters and f"{spec.parameters} million",
         "image tower": spec.gflops and f"{spec.gflops:.0f} GFLOPs per image",
-        "zero-shot": f"{', '.join(published)}, published: {spec.accuracy_source}"
-        if published
-        else "no published figure",
+        "zero-shot": published and f"{', '.join(published)}, published: {spec.accuracy_source}",
         "default head": spec.default_tag,
         "recipe": default_recipe(spec.name).as_dict(),
-        "trained heads": ", ".join(trained) or "none yet",
+        "trained heads": registry.list_pretrained(spec.name, f"*.{registry.CLIP_TAG}"),
     }
-    return {name: value for name, value in details.items() if value}
 
 
 def describe_head(head: registry.HeadEntry) -> Values:
-    details: Values = {
-        "status": head.status,
-        "licence": head.license or "none yet: not trained",
-        "train it": head.train_command,
-    }
+    details: Values = {"status": head.status, "licence": head.license, "train it": head.train_command}
     if head.status == "bundled":
         return describe_checkpoint(head.name, head.bundled_dir) | details
     repo_id, revision, _ = head.place
@@ -221,8 +218,8 @@ def describe_head(head: registry.HeadEntry) -> Values:
         "seed": head.seed,
         "size": f"about {get_spec(head.model).head_mb:.0f} MB",
         "Hub repo": repo_id,
-        "revision": revision or "not pinned: not published yet",
-        "metrics": head.metrics or "none: not measured",
+        "revision": revision,
+        "metrics": head.metrics,
     }
     spec = DATASETS.get(head.dataset)  # a later release may have more
     if spec:

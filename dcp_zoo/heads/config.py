@@ -217,8 +217,8 @@ def accuracy_text(info: Mapping[str, Any]) -> str:
     """Such as "at least 59 % (97.5 % sure); estimate 90.0 % (9 of 10; 95 % interval 59 to 99) with the text
     probe; 85.0 % without", and whether it was trained on the tested images afterwards."""
     metrics = info.get("metrics")
-    if not isinstance(metrics, dict):
-        return metrics or ""
+    if not metrics:
+        return ""
     top1 = metrics.get("top1_stored", next(iter(metrics.values())))
     images = info.get("test_images")
     text = f"{top1:.1f} %"
