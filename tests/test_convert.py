@@ -38,7 +38,7 @@ def test_the_golden_checkpoint_gives_its_logits(golden, tiny_clip, tmp_path):
         torch.testing.assert_close(model(images[:1]), case["logits_first_alone"], rtol=1e-5, atol=1e-4)
 
     model.store_stats(images)  # and once saved and loaded it still does
-    model.save_pretrained(tmp_path, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
     again = dcp_zoo.DCP(tiny_clip, golden["classnames"], coupling="text_to_vision", depth=3)
     dcp_zoo.load_head(again, tmp_path).eval()
     with torch.inference_mode():

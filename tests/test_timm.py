@@ -204,7 +204,6 @@ def test_features_the_head_and_another_classifier():
     layer.gate.zero_()
     torch.testing.assert_close(head(IMAGES), logits)
     assert head.get_classifier() is not head.get_classifier()  # computed from the names and the text probe
-    assert (head.embed_dim, head.num_prefix_tokens) == (256, 1)
     with pytest.raises(ZooError, match="num_classes=3, but there are 2 class names"):
         dcp_zoo.create_model(DEFAULT, True, num_classes=3, classnames=["cat", "dog"])
     head.reset_classifier(0)

@@ -114,7 +114,6 @@ class HeadInfo(_Identity, total=False):
 
     clip_fingerprint: str  # of all of CLIP's weights, see `Frozen.fingerprint`; none where they were not in float32
     encoders: list[dict[str, str]]  # beside CLIP: "name", timm's, and "fingerprint"
-    reads: list[list[str]]  # of each reading of its text probe, see `Reading.parts`
     rest: str  # of a phrase, see `PromptHead`
     named: list[str]  # classes of the method's own classifier, where a layer of `reset_classifier` has others
     dataset: str | None
@@ -134,7 +133,7 @@ class HeadInfo(_Identity, total=False):
 
 
 # of the `dcp` block, what describes the head itself, and not how it was made
-OWN = {*_Identity.__annotations__, "clip_fingerprint", "encoders", "named", "reads", "rest", "versions"}
+OWN = {*_Identity.__annotations__, "clip_fingerprint", "encoders", "named", "rest", "versions"}
 
 
 class HeadConfig(TypedDict):

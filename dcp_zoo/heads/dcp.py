@@ -187,7 +187,6 @@ class DCP(Head):
     """
 
     kind = "dcp"
-    trained = ("prompts.", "cmpa.", "stored_stats")
     name_tokens: TextChunks
 
     def __init__(
@@ -208,9 +207,6 @@ class DCP(Head):
         vision = self.encoder.vision_tower
         text = self.encoder.text_tower
         n_ctx = config.n_ctx
-        longest = text.length - 4  # start, a name's token, full stop, end
-        if n_ctx > longest:
-            raise ZooError(f"n_ctx must be at most {longest} for this CLIP, not {n_ctx}: no class name would fit.")
         initial = {"text": 0.02 * torch.randn(n_ctx, text.width), "vision": 0.02 * torch.randn(n_ctx, vision.width)}
         self.template = NAME  # follows the text prompts
         if config.ctx_init and n_ctx <= 4:

@@ -37,7 +37,6 @@ def write(
     directory: Path,
     config: Values,
     tensors: Mapping[str, Tensor],
-    dtype: torch.dtype | None = None,
     *,
     overwrite: bool = False,
     known: Set[str] = frozenset(),
@@ -47,11 +46,10 @@ def write(
     `config.json` names them, and are read there until they are in their place.
 
     Args:
-        dtype: of the tensors, see `Head.save_pretrained`.
         overwrite: whether another head may be replaced; the same one is where weights have had one of the
             hashes `known`, and the classes are the same.
     """
-    stored = {renamed(name, IN_FILE): _stored(name, tensor, dtype) for name, tensor in tensors.items()}
+    stored = {renamed(name, IN_FILE): _stored(name, tensor) for name, tensor in tensors.items()}
     check_finite(stored, "Not saved")
     weights = safetensors.save(stored, metadata={"format": "pt"})
     weights_sha256 = sha256(weights).hexdigest()
@@ -85,14 +83,10 @@ def _check_same(directory: Path, config: Values, known: Set[str]) -> None:
     raise ZooError(f"{directory} already holds another head, {description}: {advice}.")
 
 
-def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor as it is stored: as asked for, or in float16 if logits then stay the same, else in
-    float32."""
-    if name in EXACT:
-        dtype = torch.float32
-    elif dtype is None:
-        is_exact = name.startswith(PREFIX) or torch.equal(tensor.half().float(), tensor.float())
-        dtype = torch.float16 if is_exact else torch.float32
+def _stored(name: str, tensor: Tensor) -> Tensor:
+    """A tensor as it is stored: in float16 if logits then stay the same, else in float32."""
+    is_exact = name.startswith(PREFIX) or torch.equal(tensor.half().float(), tensor.float())
+    dtype = torch.float16 if is_exact and name not in EXACT else torch.float32
     return tensor.to("cpu", dtype).contiguous()
 
 

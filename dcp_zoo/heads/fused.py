@@ -1,8 +1,7 @@
 """A trained head fused for deployment: CLIP's image tower with constant prompts, and one classifier matrix.
 
 With the stored statistics neither the text features nor the prompts that enter a coupled block depend on the
-images: the keys and values of these prompts are constants. Outputs that the next block's prompts replace are
-not computed.
+images. Outputs that the next block's prompts replace are not computed.
 """
 
 import copy
@@ -21,8 +20,7 @@ from dcp_zoo.probe.model import Distance, gated
 
 
 class ImageTower(nn.Module):
-    """images (B, 3, H, W) -> the features of a `Reading` without prompts (B, ..), see `VisionTower.read`;
-    what multiplies whole layers is folded into their weights."""
+    """images (B, 3, H, W) -> the features of a `Reading` without prompts (B, ..), see `VisionTower.read`."""
 
     def __init__(self, reading: Reading) -> None:
         super().__init__()
@@ -80,8 +78,7 @@ class FusedHead(ImageTower):
             and the head's promises, as plain JSON.
     """
 
-    prompts: Tensor  # (M, Dv), those that stay in the sequence
-    constants: Tensor  # (K, 2, H, M, d), keys and values of those that only enter the first K blocks
+    prompts: Tensor  # (K + 1, M, Dv), that enter the first blocks; (0,) without
 
     @torch.no_grad()
     def __init__(self, reads: Sequence[Reading], classifier: FusedClassifier, info: Values) -> None:
@@ -101,16 +98,14 @@ class FusedHead(ImageTower):
                 self.others.append(ImageTower(reading))
             else:
                 self.others.append(_shared(reading.encoder))
-        prompts, constants = _constants(own)
-        self.register_buffer("prompts", prompts.detach())
-        self.register_buffer("constants", constants.detach())
+        prompts = [prompt.to(self.tower.dtype) for prompt in own.prompts()] if own.prompts else []
+        self.register_buffer("prompts", torch.stack(prompts) if prompts else torch.empty(0))
         self.eval()
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> the normalised features (B, F) that the classifier reads."""
         entering = self.tower.embed(images)
-        constants = [tuple(key_value) for key_value in self.constants]
-        features = [self.tower.read(entering, [*constants, self.prompts], self.parts)]
+        features = [self.tower.read(entering, [*self.prompts], self.parts)]
         if self.plain_parts:
             features.append(self.tower.read(entering, (), self.plain_parts))
         for encoder in self.others:
@@ -140,29 +135,17 @@ class FusedHead(ImageTower):
 
 @torch.no_grad()
 def fold(tower: VisionTower) -> None:
-    """Fold what multiplies a whole layer of open_clip's blocks into its weights: the layer scales, and the
-    factors of QuickGELU, h * sigmoid(1.702 h) = silu(1.702 h) / 1.702. The tower gets new layers; none of
-    its tensors changes."""
+    """Fold the factors of QuickGELU, h * sigmoid(1.702 h) = silu(1.702 h) / 1.702, into the layers of
+    open_clip's blocks. The tower gets new layers; none of its tensors changes."""
     if not isinstance(tower, OpenClipViT):
         return
     for block in tower.visual.transformer.resblocks:
         mlp = block.mlp
-        one = mlp.c_fc.bias.new_ones(1)
-        quick = one
         if type(mlp.gelu).__name__ == "QuickGELU":
+            mlp.c_fc = layer_of(1.702 * mlp.c_fc.weight, 1.702 * mlp.c_fc.bias)
             mlp.gelu = nn.SiLU()
-            quick = 1.702 * one
-        block.attn.out_proj = scaled_layer(block.attn.out_proj, getattr(block.ls_1, "gamma", one))
-        mlp.c_fc = scaled_layer(mlp.c_fc, quick)
-        mlp.c_proj = scaled_layer(mlp.c_proj, getattr(block.ls_2, "gamma", one), 1 / quick)
-        block.ls_1 = nn.Identity()
-        block.ls_2 = nn.Identity()
-
-
-def scaled_layer(layer: nn.Linear, outputs: Tensor, inputs: Tensor | float = 1.0) -> nn.Linear:
-    """A layer whose outputs are multiplied by (D,) or (1,) numbers, and its inputs by one."""
-    weight = layer.weight * (outputs[:, None] * inputs)
-    return layer_of(weight, layer.bias * outputs).requires_grad_(False)
+            mlp.c_proj = layer_of(mlp.c_proj.weight / 1.702, mlp.c_proj.bias)
+    tower.visual.requires_grad_(False)
 
 
 def _shared(module: nn.Module) -> nn.Module:
@@ -173,15 +156,3 @@ def _shared(module: nn.Module) -> nn.Module:
     for buffer in module.buffers():
         copies[id(buffer)] = buffer.detach()
     return copy.deepcopy(module, copies)
-
-
-def _constants(reading: Reading) -> tuple[Tensor, Tensor]:
-    """The prompts (M, Dv) that stay in the sequence, and keys and values (K, 2, H, M, d) of those before,
-    which only enter one block. Without prompts, M = 0."""
-    assert isinstance(reading.encoder, FrozenCLIP)
-    tower = reading.encoder.vision_tower
-    none = torch.zeros(0, tower.width, dtype=tower.dtype, device=reading.encoder.device)
-    prompts = reading.prompts() if reading.prompts else [none]
-    pairs = zip(tower.blocks, prompts, strict=False)
-    entering = torch.stack([torch.stack(block.prompts(p.to(tower.dtype))) for block, p in pairs])
-    return prompts[-1], entering[:-1]

@@ -94,7 +94,6 @@ class Head(nn.Module, ABC):
     kind: ClassVar[str]  # as `config.json` calls it
     model_args: Values = {}  # options, as `config.json` has them
     rest = ""  # of a phrase, see `PromptHead`
-    trained: ClassVar[tuple[str, ...]]  # how the names of the tensors begin that a method trains
 
     def __init__(self, clip: FrozenCLIP, original: FrozenCLIP | None = None) -> None:
         super().__init__()
@@ -158,9 +157,10 @@ class Head(nn.Module, ABC):
             check_choice("stats", stats, self.stats_modes)
 
     def _trained_state(self) -> dict[str, Tensor]:
-        """The tensors that the method trained, by name: those of a checkpoint, besides the text probe's."""
-        tensors = [*self.named_parameters(), *self.named_buffers()]
-        return {name: tensor.detach() for name, tensor in tensors if name.startswith(self.trained)}
+        """The tensors that the method trained, by name: those of a checkpoint, besides the text probe's and
+        the layer's."""
+        others = ("encoder.", "image_encoders.", "_original.", PREFIX, "fc.")
+        return {name: tensor for name, tensor in super().state_dict().items() if not name.startswith(others)}
 
     def _load_trained(self, state: dict[str, Tensor]) -> None:
         """Load the tensors of a checkpoint, which have been checked."""
@@ -289,11 +289,9 @@ class Head(nn.Module, ABC):
             problem = f"Expected images (n, 3, H, W), stacked from what create_transform returns, not {kind}"
             raise ZooError(f"{problem}. For image files and PIL images: dcp_zoo.predict(model, images).")
         images = images.to(self.device)
-        is_stored = self.stats == "stored"
         with in_eval_mode(self):
-            if is_stored or threshold is not None:
-                features = self.encode_image(images)
-            outputs = self.classify(features) if is_stored else self(images)
+            features = self.encode_image(images)
+            outputs = self.classify(features) if self.stats == "stored" else self(images)
             logits = outputs.float().cpu().numpy()
             names: list[str | None] = [self.classes[label] for label in logits.argmax(-1)]
             if threshold is None:
@@ -312,9 +310,7 @@ class Head(nn.Module, ABC):
             info["threshold"] = self.rejection_threshold()
             info["promises"] = self.promises
         info["classnames"] = self.classnames
-        info["preprocessing"] = {  # as JSON has it
-            name: list(value) if isinstance(value, tuple) else value for name, value in preprocessing_in(cfg).items()
-        }
+        info["preprocessing"] = preprocessing_in(cfg)
         with in_eval_mode(self):  # do not pool over a batch
             view = copy.copy(self)  # with the same tensors: other threads may use this one
             view.stats = "stored"
@@ -347,11 +343,12 @@ class Head(nn.Module, ABC):
         if reject is True or reject == REFUSED:
             return self.text_probe.threshold.item()
         thresholds = self.info.get("text_probe", {}).get("thresholds", {})
-        rate = f"{reject:g}" if isinstance(reject, (int, float)) else str(reject)
+        rate = str(reject)
         if rate not in thresholds:
-            problem = f"This head has no threshold that refuses {rate} of the images of its classes"
             known = ", ".join(thresholds or [str(REFUSED)])
-            raise ZooError(f"{problem}: choose from {known}, or train a head on more images.")
+            raise ZooError(
+                f"This head has no threshold for reject={rate}: choose from {known}, or train on more images."
+            )
         return float(thresholds[rate])
 
     @property
@@ -516,7 +513,6 @@ class Head(nn.Module, ABC):
         if fingerprint:
             block["clip_fingerprint"] = fingerprint
         if self.text_probe is not None:
-            block["reads"] = [list(reading.parts) for reading in self.readings]
             block["encoders"] = [{"name": e.source, "fingerprint": e.fingerprint()} for e in self.image_encoders]
         if self.fc is not None:
             block["named"] = self.method_classes
@@ -565,10 +561,6 @@ class Head(nn.Module, ABC):
         checkpoint's layer. ZooError, before any change, for tensors that do not fit, another CLIP than it
         was trained on, or a class without sentences."""
         block = config["dcp"]
-        read = [list(reading.parts) for reading in self.available_readings]
-        if block.get("reads", read) != read:
-            problem = f"This head reads {block['reads']} of its encoders, and this version of dcp_zoo {read}"
-            raise ZooError(f"{problem}: use the version that it was made with, or train it again.")
         self.check_fits(state, Path(directory) / WEIGHTS_NAME, config)
         _check_clip(self.frozen, block.get("clip_fingerprint"), directory)
         classes = self.method_classes
@@ -589,18 +581,14 @@ class Head(nn.Module, ABC):
         self.pretrained_cfg = preprocessing_in(config["pretrained_cfg"])
         self.saved_as |= {config["weights_sha256"]}
 
-    def save_pretrained(
-        self, directory: str | Path, dtype: torch.dtype | None = None, *, overwrite: bool = False, **info: object
-    ) -> Path:
+    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False, **info: object) -> Path:
         """Write the head, never CLIP itself, into a checkpoint folder, and return it; see
-        `dcp_zoo.heads.file`. ZooError without classes, if a trained tensor is not finite, or if the
+        `dcp_zoo.heads.file`. Tensors are in float16 where it holds them exactly, as a DCP's after training,
+        and in float32 otherwise. ZooError without classes, if a trained tensor is not finite, or if the
         directory is not writable or another process's, or has another head.
 
         Args:
             directory: created if needed; an earlier state of this head is replaced as a whole.
-            dtype: of the tensors; by default float16 for those that it holds exactly, as a DCP's after
-                training, and float32 for others. Those of the text probe that logits depend on stay in
-                float32.
             overwrite: whether to replace another head, or this one with other classes.
             **info: values for the `dcp` block of config.json, such as dataset, shots, metrics, in addition
                 to `info`.
@@ -613,7 +601,7 @@ class Head(nn.Module, ABC):
             raise ZooError(f"Not saved: config.json says {', '.join(taken)} of the head itself. Choose other names.")
         folder = Path(directory)
         config = self.to_config(values)
-        sha256 = file.write(folder, config, self.to_state(), dtype, overwrite=overwrite, known=self.saved_as)
+        sha256 = file.write(folder, config, self.to_state(), overwrite=overwrite, known=self.saved_as)
         self.saved_as |= {sha256}
         return folder
 
@@ -677,16 +665,6 @@ class Head(nn.Module, ABC):
         return self.encoder.device
 
     head_hidden_size = num_features
-
-    @property
-    def embed_dim(self) -> int:
-        """Dv, the width of the image tower's tokens."""
-        return self.encoder.vision_tower.width
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """The image tower's tokens before its patches: a class token, and registers."""
-        return self.encoder.vision_tower.num_prefix
 
     @property
     def pretrained_cfg(self) -> "PretrainedCfg":

@@ -33,7 +33,7 @@ f (E,), so that its names are encoded anew for every image:
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count, takewhile
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,6 @@ class LinearHead(Head):
     """
 
     kind = "linear"
-    trained: ClassVar[tuple[str, ...]] = ("weight", "bias")
     weight: Tensor
     bias: Tensor
 
@@ -89,11 +88,10 @@ class LinearHead(Head):
         super().__init__(clip, original)
         self._set_classes(check_classnames(classnames), texts)
         self.changed = list(changed)
-        classes = self.num_classes
-        width = clip.num_features
-        if weight.shape != (classes, width) or bias.shape != (classes,):
-            problem = f"The classifier has the shapes {tuple(weight.shape)} and {tuple(bias.shape)}"
-            raise ZooError(f"{problem}, which do not fit {classes} classes and {width} features.")
+        expected = (self.num_classes, clip.num_features)
+        if (*weight.shape, *bias.shape) != (*expected, self.num_classes):
+            found = f"{tuple(weight.shape)} with a bias {tuple(bias.shape)}"
+            raise ZooError(f"The classifier must be {expected}, classes by features, not {found}.")
         self.register_buffer("weight", weight.detach().contiguous())
         self.register_buffer("bias", bias.detach())
         self.eval()
@@ -173,7 +171,6 @@ class AdapterHead(LinearHead):
     gradients, in training."""
 
     kind = "adapter"
-    trained = ("weight", "bias", "adapter.")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -197,7 +194,6 @@ class CacheHead(LinearHead):
     whose tensors are at first 0. Only the keys require gradients, in training."""
 
     kind = "cache"
-    trained = ("weight", *CACHED)
     keys: Tensor
     values: Tensor
     alpha: Tensor
@@ -205,6 +201,7 @@ class CacheHead(LinearHead):
 
     def __init__(self, clip: FrozenCLIP, classnames: Sequence[str], weight: Tensor, images: int) -> None:
         super().__init__(clip, classnames, weight, torch.zeros_like(weight[:, 0]))
+        self.register_buffer("bias", self.bias, persistent=False)  # always 0
         classes, width = weight.shape
         for name, shape in zip(CACHED, ((images, width), (images, classes), (), ()), strict=True):
             self.register_buffer(name, weight.new_zeros(shape))
@@ -245,7 +242,6 @@ class PromptHead(Head):
     """
 
     kind = "prompts"
-    trained: ClassVar[tuple[str, ...]] = ("text_prompts.", "vision_prompts.")
     name_tokens: TextChunks | None
 
     def __init__(
@@ -320,7 +316,6 @@ class ConditionalHead(PromptHead):
     """See the module; its arguments are those of `PromptHead`, with one set of prompts, in the text."""
 
     kind = "conditional"
-    trained = (*PromptHead.trained, "shift.")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

@@ -219,7 +219,7 @@ class VisionTower:
             extra[LAST] = self.width
         return extra
 
-    def read(self, entering: Tokens, prompts: Sequence[Any] = (), parts: int | None = None) -> Tensor:
+    def read(self, entering: Tokens, prompts: Sequence[Tensor] = (), parts: int | None = None) -> Tensor:
         """Tokens -> the first `parts` kinds of features (B, ..), by default all, each normalised: CLIP's
         embedding (`EMBEDDING`) and, of `extra`, what enters CLIP's projection (`HIDDEN`), means over
         positions of a stem's last maps (`STEM`) and of earlier ones (`STAGE`), class token and mean patch as
@@ -250,18 +250,17 @@ class VisionTower:
         features = [self.project(by_name[HIDDEN]), *(by_name[name] for name in names)]
         return torch.cat([F.normalize(part, dim=-1) for part in features], -1)
 
-    def block(self, i: int, x: Tensor, prompts: Tensor | KeyValue | None = None, last: bool = False) -> Tensor:
+    def block(self, i: int, x: Tensor, prompts: Tensor | None = None, last: bool = False) -> Tensor:
         """Block i: x (B, L, Dv) -> (B, L, Dv), or with `last` only the pooled tokens (B, 1 or N, Dv). They
-        also attend to `prompts` (M, Dv), or their keys and values, whose outputs are not computed: the next
-        block has new ones."""
+        also attend to `prompts` (M, Dv), whose outputs are not computed: the next block has new ones."""
         block = self.blocks[i]
-        given = block.prompts(prompts.to(x.dtype)) if isinstance(prompts, Tensor) else prompts
+        given = None if prompts is None else block.prompts(prompts.to(x.dtype))
         return run(self.recomputes, block, x, given=given, rows=slice(self.pooled if last else None))
 
-    def run(self, x: Tensor, prompts: Sequence[Any], start: int = 0, stop: int | None = None) -> Tensor:
+    def run(self, x: Tensor, prompts: Sequence[Tensor], start: int = 0, stop: int | None = None) -> Tensor:
         """x (B, N, Dv) after blocks start .. stop - 1, given the prompts (M, Dv) that enter the first of
         these blocks. A block's output at its prompts is discarded if the next block has new ones, so only
-        the last of `prompts` join the sequence; others are only attended to, and may be keys and values."""
+        the last of `prompts` join the sequence; others are only attended to."""
         last = len(self.blocks) - 1
         for i in range(start, last + 1 if stop is None else stop):
             attended = None
