@@ -295,7 +295,7 @@ def test_every_name_of_a_checkpoint_works(my_head):
 def test_every_command_takes_a_head_in_the_same_way(run, my_head, no_work, command):
     for name, message in {
         "my_haed": "'my_haed' is neither a checkpoint folder nor a head of the zoo. Nearest: my_head",
-        "local-dir:nothing": "nothing is not a checkpoint: it has no config.json",
+        "local-dir:my_haed": "is neither a checkpoint folder nor a head of the zoo. Nearest: my_head",
         "s3:bucket/head": "neither a checkpoint folder nor a head",
     }.items():
         assert message in run.refused(*command, "--head", name)

@@ -146,7 +146,11 @@ def test_what_a_build_refuses_is_refused_alone(folder, uploads, run, tmp_path, m
     fresh = dcp_zoo.create_model("dcp_mini", "clip", classnames=classnames("caltech101"))
     named = {"dataset": "caltech101", "shots": 16, "seed": 1, "split_sha256": split_sha256("caltech101")}
     error = run.refused("publish", fresh.save_pretrained(tmp_path / "fresh", **named), *options)
-    for reason in ("losses are missing", "card lacks recipe, subset_sha256", "not measured with both kinds"):
+    for reason in (
+        "not finite or missing",
+        "card lacks recipe, subset_sha256",
+        "not measured with both kinds",
+    ):
         assert reason in error
     better = [PLAIN["results"][0] | {"top1": 95.0}]
     monkeypatch.setattr(publish, "zero_shot", lambda head, settings: (PLAIN | {"results": better}, "its split is odd"))

@@ -134,51 +134,45 @@ def plain_clip(model: str, *, with_weights: bool = True) -> FrozenCLIP:
 def load_clip(spec: ModelSpec, with_weights: bool, tokenizer: Tokenizer | None = None) -> FrozenCLIP:
     """The CLIP of a model's row with its weights, or random ones; see `create_model`."""
     tokenizer = tokenizer or build_tokenizer(spec)
-    built, note = build_clip(spec, with_weights)
-    clip = FrozenCLIP(built, tokenizer, spec.data_cfg, spec.name, spec.clip_pretrained)
-    clip.note = note
-    if with_weights:
+    file = clip_file(spec) if with_weights else None
+    clip = FrozenCLIP(build_clip(spec, file), tokenizer, spec.data_cfg, spec.name, spec.clip_pretrained)
+    if file:
+        logger.info("CLIP of %s: %s", spec.name, origin(file))
+        commit = file.parent.name
+        if spec.clip_revision not in (None, commit):
+            clip.note = f"The pinned commit {spec.clip_revision} could not be had: CLIP's weights are of {commit}."
+            warn(f"{clip.note} A head that was trained on others is refused.")
         clip.remember_weights()  # their fingerprint: a cast to another dtype must come after this
     return clip
 
 
-def build_clip(spec: ModelSpec, with_weights: bool) -> tuple[nn.Module, str]:
-    """CLIP itself, in float32, with QuickGELU for weights trained with it (such as OpenAI's), and
-    `FrozenCLIP.note`."""
+def clip_file(spec: ModelSpec) -> Path:
+    """The file with CLIP's weights, downloaded if needed, of the row's pinned revision if it has one, see
+    `fetch_clip`."""
     if spec.clip is None:
-        if with_weights:
-            logger.info("CLIP of %s: %s", spec.name, origin(MINI_WEIGHTS))
-        return build_mini_clip(MINI_WEIGHTS if with_weights else None), ""
+        return MINI_WEIGHTS
+    weights, _ = described(spec.clip, spec.clip_pretrained)
+    if weights.get("hf_hub"):
+        return fetch_clip(weights["hf_hub"], spec.clip_revision)
+    return Path(open_clip.download_pretrained(weights, cache_dir=DOWNLOADS.get()))
+
+
+def build_clip(spec: ModelSpec, file: Path | None) -> nn.Module:
+    """CLIP itself, in float32, with the weights in a file or random ones; with QuickGELU for weights trained
+    with it (such as OpenAI's)."""
+    if spec.clip is None:
+        return build_mini_clip(file)
     weights, config = described(spec.clip, spec.clip_pretrained)
-    file = Path(_weights_file(spec, weights)) if with_weights else Path()
-    repo = weights.get("hf_hub", "").rpartition("/")[0]
-    remedy = f"hf cache rm model/{repo}" if repo else "replace them"
-    failed = (
-        f"open_clip cannot load {spec.clip}, {spec.clip_pretrained}, or it is not a CLIP of images and texts: {{}}. If "
-        f"its weights are damaged, {remedy}, and try again. Others are other models: open_clip:ARCH/TAG."
-    )
+    failed = f"open_clip cannot load {spec.clip}, or it is not a CLIP of images and texts: {{}}."
+    if file:
+        failed += f" If its weights are damaged, delete {file.resolve()}, and try again."
     with as_zoo_error(failed, RuntimeError, SafetensorError, FileNotFoundError, TypeError, ValueError):
-        with skip_init(with_weights):
+        with skip_init(file is not None):
             quick_gelu = weights.get("quick_gelu", config.get("quick_gelu", False))
             clip = build_open_clip(config, quick_gelu=bool(quick_gelu))
-        if with_weights:
+        if file:
             load_weights(clip, file)
-            logger.info("CLIP of %s: %s", spec.name, origin(file))
-    note = ""
-    commit = file.parent.name
-    if with_weights and spec.clip_revision not in (None, commit):
-        note = f"The pinned commit {spec.clip_revision} of {repo} could not be had: CLIP's weights are of {commit}."
-        warn(f"{note} A head that was trained on others is refused.")
-    return clip.eval(), note
-
-
-def _weights_file(spec: ModelSpec, weights: Values) -> str | Path:
-    """The file with CLIP's weights, downloaded if needed, of the row's pinned revision if it has one, see
-    `fetch_clip`; `weights` is open_clip's description of it."""
-    place = weights.get("hf_hub")
-    if place:
-        return fetch_clip(place, spec.clip_revision)
-    return open_clip.download_pretrained(weights, cache_dir=DOWNLOADS.get())
+    return clip.eval()
 
 
 def build_open_clip(config: Values, quick_gelu: bool) -> nn.Module:

@@ -106,8 +106,8 @@ class HeadEntry:
     @property
     def pretrained_cfg(self) -> Values:
         """timm's `pretrained_cfg`: preprocessing, number of classes, licence, and where the weights are."""
-        file = self.bundled_dir / WEIGHTS_NAME
-        place = of_file(file) if self.status == "bundled" else of_repo(*self.place[:2])
+        repo, revision, _ = self.place
+        place = self.bundled_dir / WEIGHTS_NAME if self.status == "bundled" else pinned(repo, revision)
         return weights_cfg(get_spec(self.model), self.tag, self.dataset, self.license, place)
 
     @property
@@ -118,13 +118,17 @@ class HeadEntry:
 def clip_cfg(spec: ModelSpec) -> Values:
     """timm's `pretrained_cfg` of CLIP's own weights, for the classes that a model has without others."""
     dataset = HeadEntry.named(f"{spec.name}.{spec.default_tag}").dataset
-    place = of_repo(spec.clip_repo, spec.clip_revision) if spec.clip else of_file(MINI_WEIGHTS)
+    place = pinned(spec.clip_repo, spec.clip_revision) if spec.clip else MINI_WEIGHTS
     return weights_cfg(spec, CLIP_TAG, dataset, spec.license, place)
 
 
-def weights_cfg(spec: ModelSpec, tag: str, dataset: str, license: str | None, place: Values) -> Values:
-    """timm's `pretrained_cfg` of weights for the classes of a dataset, which are at this place."""
-    cfg = spec.data_cfg | {"architecture": spec.name, "tag": tag} | place
+def weights_cfg(spec: ModelSpec, tag: str, dataset: str, license: str | None, place: Path | str) -> Values:
+    """timm's `pretrained_cfg` of weights for the classes of a dataset, in a file or `pinned` on the Hub."""
+    cfg = spec.data_cfg | {"architecture": spec.name, "tag": tag}
+    if isinstance(place, Path):
+        cfg |= {"file": str(place), "source": "file"}
+    else:
+        cfg |= {"hf_hub_id": place, "source": "hf-hub"}
     if dataset in DATASETS:
         cfg["num_classes"] = DATASETS[dataset].num_classes
     if license:
@@ -132,13 +136,9 @@ def weights_cfg(spec: ModelSpec, tag: str, dataset: str, license: str | None, pl
     return cfg
 
 
-def of_file(file: Path) -> Values:
-    return {"file": str(file), "source": "file"}
-
-
-def of_repo(repo: str | None, revision: str | None) -> Values:
-    """A repo of the Hub at a revision, by default the newest."""
-    return {"hf_hub_id": f"{repo}@{revision}" if revision else repo, "source": "hf-hub"}
+def pinned(repo: str | None, revision: str | None) -> str:
+    """A repo of the Hub at a revision, by default the newest, as timm writes it."""
+    return f"{repo}@{revision}" if revision else str(repo)
 
 
 @cache

@@ -50,12 +50,8 @@ def parse_name(name: str) -> Name:
     if is_checkpoint(path) or os.path.isdir(path):  # noqa: PTH112  Path would raise for long names
         return Name("local-dir", str(checkpoint_folder(path)))
     folders = [str(config.parent) for config in Path(path).parent.glob(f"*/{CONFIG_NAME}")]
-    if is_local:
-        hint = nearest_hint(path, folders)
-        raise ZooError(f"{path} is not a checkpoint: it has no {CONFIG_NAME}.{hint} Pass a folder written by training.")
-    hint = specs.open_clip_hint(name)
-    if not hint:
-        hint = nearest_hint(name, [*folders, *registry.trained_heads(), *specs.MODELS])
+    names = [*folders, *registry.trained_heads(), *specs.MODELS]
+    hint = specs.open_clip_hint(name) or nearest_hint(path, names)
     raise ZooError(
         f"{name!r} is neither a checkpoint folder nor a head of the zoo.{hint} "
         f"All: dcp-zoo list, dcp_zoo.list_models(). Other sources: {SCHEMES}."
