@@ -1,22 +1,23 @@
 """Fit a text probe to features of the few-shot images.
 
-1. The scale a of the text logits z minimises the cross-entropy (sum) of a z on the training images
+1. The text logits z get a scale a, which minimises the cross-entropy (sum) of a z on the training images
    + (log a)^2 / 2.
-2. The images of four `folds` are held out, one fold after the other (of many images one of these), and
-   `candidates`, in which all classes count the same, are fitted to the others. Where the method was trained
-   on these images, zero-shot CLIP takes its place there.
-3. Each candidate's weight follows from its losses on held-out images, see `stacking`.
-4. The probe is the weighted mean of the candidates, fitted to all images. Unless text explains these well,
-   it is underconfident, the more so the fewer they are: its logits are multiplied by an inverse temperature
-   of up to 1 + `SHARPER` (1 + 1 / images per class). Classes with fewer images than the largest have a
-   `class_bias`, see `stacking`.
-5. The scores of 20 or more held-out images set a `threshold`. Images that were added as corrections do not
-   count where there are 20 others: they are the hard ones, and would lower it. `like_accepted` says how many
-   images would pass if their class, and every second one, was unknown, `others_accepted` how many everyday
-   pictures.
+2. For each of four `folds`, `candidates` are fitted to the images of the other folds, all classes counting
+   the same, and applied to the images of the fold. With more than `MANY` images, one fold says enough. A
+   method that was trained on all the images has seen those of the fold, too: there the candidates start at
+   zero-shot CLIP's logits instead of the method's.
+3. Each candidate gets a weight by its losses on the images of the folds, see `stacking`.
+4. The probe is the weighted mean of the candidates, now fitted to all images. It is underconfident where the
+   text alone explains the images badly, and the more so the fewer they are. So its logits are multiplied by
+   an inverse temperature, between 1 and 1 + `SHARPER` (1 + 1 / images per class). Classes with fewer images
+   than the largest get a `class_bias`, see `stacking`.
+5. If the folds have 20 images or more, the scores of these set a `threshold` to reject images by. Images that
+   were added as corrections are left out of it if 20 others remain: they are the hard ones, and would lower
+   it. `like_accepted` says how many images would pass if their class, and every second one, was unknown,
+   `others_accepted` how many everyday pictures.
 
-What the probes without each fold say of its images, `TextProbe.held_out`, is also an estimate of the
-accuracy.
+What the candidates say of the fold that they have not seen, `TextProbe.held_out`, also gives the accuracy that
+`train` tells.
 """
 
 import math
@@ -41,7 +42,8 @@ from dcp_zoo.rejection import REFUSED
 
 MANY = 2_000  # images: of more, one fold says as much as four
 TRUSTED = 0.9  # the share of images like the held-out ones for which the probe alone answers
-WIDTH, CERTAINTY = 0.1, 0.25  # of its gate, see `gated`; all three: see `benchmarks/notes.md`
+WIDTH = 0.1  # of the gate: the distance over which the text takes over, see `gated`
+CERTAINTY = 0.25  # of the gate: w in `gated`; how all three were chosen: see `benchmarks/notes.md`
 SHARPER = 0.15  # by which four sets are calibrated best at 1, 4 and 16 images per class, see `benchmarks/notes.md`
 
 
@@ -102,9 +104,7 @@ def fit_on_features(
         folds_out = folds_out[:1]
     validation = cross_validate(frozen, folds_out) if folds_out else None
     stacked = validation.weights if validation else prior_weights(frozen, scale)
-    classes_per_image = len(labels.unique()) / frozen.weights.sum().item()
-    misfit = misfit_of_text(frozen, scale)
-    inverse_temperature = 1 + SHARPER * (1 + classes_per_image) * min(1.0, 20 * misfit)
+    inverse_temperature = _inverse_temperature(frozen, scale)
     sharpened = {configuration: inverse_temperature * each for configuration, each in stacked.items()}
 
     fits = [fit_candidates(each, each.all, scale, sharpened) for each in training_sets]
@@ -124,6 +124,13 @@ def fit_on_features(
         if scores:
             info["like_accepted"] = share_above(info["thresholds"], np.concatenate(scores))
     return probe, info
+
+
+def _inverse_temperature(images: TrainingSet, scale: Tensor) -> float:
+    """What the logits are multiplied by, see 4. of the module."""
+    classes_per_image = len(images.labels.unique()) / images.weights.sum().item()
+    misfit = misfit_of_text(images, scale)
+    return 1 + SHARPER * (1 + classes_per_image) * min(1.0, 20 * misfit)
 
 
 def _training_sets(
