@@ -34,6 +34,7 @@ from .splits import PARTS as PARTS
 from .splits import Item as Item
 from .splits import Split as Split
 from .splits import all_for_training as all_for_training
+from .splits import by_key as by_key
 from .splits import few_shot as few_shot
 from .splits import not_trained_on as not_trained_on
 from .splits import subsample_classes as subsample_classes

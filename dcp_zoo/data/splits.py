@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from dcp_zoo.data import packaged
 from dcp_zoo.data.images import Facts, file_sha256, in_threads, pixels_sha256
@@ -19,6 +19,7 @@ from dcp_zoo.files import text_sha256
 
 NO_CLASS = -1  # label of images of none of the classes
 PARTS = ("train", "val", "test")
+T = TypeVar("T")
 
 
 class Item(NamedTuple):
@@ -183,17 +184,17 @@ def few_shot(split: Split, shots: int, seed: int) -> Split:
 
 def _draw(items: list[Item], shots: int, rng: random.Random) -> list[Item]:
     drawn: list[Item] = []
-    for images in _by_label(items).values():
+    for images in by_key(items, [item.label for item in items]).values():
         drawn += rng.sample(images, shots) if len(images) >= shots else images
     return drawn
 
 
-def _by_label(items: list[Item]) -> dict[int, list[Item]]:
-    """Items by label, labels in order of first appearance."""
-    images = defaultdict[int, list[Item]](list)
-    for item in items:
-        images[item.label].append(item)
-    return images
+def by_key(items: Sequence[T], keys: Iterable[Any]) -> dict[Any, list[T]]:
+    """Items by the key of each, keys in order of first appearance."""
+    found = defaultdict[Any, list[T]](list)
+    for key, item in zip(keys, items, strict=True):
+        found[key].append(item)
+    return found
 
 
 def subsample_classes(split: Split, part: str) -> Split:
@@ -292,7 +293,7 @@ def divide(items: list[Item], test: float | None = None) -> Values:
     parts: Values = {part: [] for part in PARTS}
     labelled_groups = {(item.group, item.label) for item in items if item.group}
     classes_of = Counter(group for group, _ in labelled_groups)
-    for _, images in sorted(_by_label(items).items()):
+    for _, images in sorted(by_key(items, [item.label for item in items]).items()):
         size = len(images)
         if test is None:
             training = math.ceil(size / 2)
@@ -300,9 +301,7 @@ def divide(items: list[Item], test: float | None = None) -> Values:
         else:
             training = max(1, size - round(test * size))
             validation = 0
-        groups = defaultdict[object, list[Item]](list)
-        for i, item in enumerate(images):
-            groups[item.group or i].append(item)
+        groups = by_key(images, [item.group or i for i, item in enumerate(images)])
         order = list(groups.values())
         random.Random(0).shuffle(order)
         done = 0

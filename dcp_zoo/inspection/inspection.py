@@ -1,7 +1,6 @@
 """Inspect labelled images before training: a page and a CSV file of what was found."""
 
 import math
-from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +19,7 @@ from dcp_zoo.data import (
     PARTS,
     Split,
     bursts,
+    by_key,
     group_ids,
     joined,
     load_labelled,
@@ -112,9 +112,7 @@ class Inspection:
     @cached_property
     def together(self) -> list[list[int]]:
         """The groups of several images, by their positions."""
-        members: dict[int, list[int]] = defaultdict(list)
-        for i, group in enumerate(self.groups.tolist()):
-            members[group].append(i)
+        members = by_key(range(len(self.groups)), self.groups.tolist())
         return [group for group in members.values() if len(group) > 1]
 
     @property
@@ -161,7 +159,7 @@ class Inspection:
                 looks_like = names[int(probabilities[i].argmax())]
                 label_probability = round(float(probabilities[i][item.label]), 4)
             suggestion = looks_like if i in suspects else ""
-            if i in superfluous or suggestion in [names[items[other].label] for other in copies]:
+            if i in superfluous:
                 suggestion = LEAVE_OUT
             rows.append(
                 Inspected(
