@@ -291,7 +291,7 @@ def for_each_test(head: Any, tests: Mapping[str, Test]) -> Iterator[tuple[str, I
 
 def answers(head: Any, test: ImageLoader) -> Iterator[tuple[str, Tensor]]:
     """The logits of images by every way to read a head."""
-    outputs = outputs_of_loader(head, test, EVAL_BATCH, keep=True)
+    outputs = outputs_of_loader(head, test, EVAL_BATCH)
     assert outputs.features is not None
     logits = torch.from_numpy(outputs.logits)
     features = torch.from_numpy(outputs.features)

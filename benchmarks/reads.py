@@ -48,7 +48,7 @@ def rejection(known: Known, images: int, seed: int) -> float:
     """AUROC in percent, of a head that knows every second class."""
     train = [item._replace(label=item.label // 2) for item in known.drawn(images, seed).train if item.label % 2 == 0]
     head: Any = fit_head(METHOD, task(known, Split("folder", known.names[::2], train, [], [])))
-    outputs = outputs_of_loader(head, known.test, EVAL_BATCH, keep=True)
+    outputs = outputs_of_loader(head, known.test, EVAL_BATCH)
     distances = head.distances(torch.from_numpy(outputs.features)).numpy()
     scores = in_distribution_score(outputs.logits, distances)
     return round(100 * float(roc_auc_score((known.test.labels % 2 == 0).numpy(), scores)), 1)

@@ -57,7 +57,7 @@ def test_answers_and_features_are_the_models(tiny_head, onnx_file, tmp_path):
     command = [sys.executable, "-c", WITHOUT_TORCH, "predict", "--sample", "--head", onnx_file]
     subprocess.run([*command, *(word for pair in outputs for word in pair)], check=True)
     rows = [json.loads(line) for line in files["a.jsonl"].read_text().splitlines()]
-    np.testing.assert_allclose(np.load(files["f.npz"])["features"], others, atol=1e-4)
+    np.testing.assert_allclose(np.load(files["f.npz"])["features"], others.features, atol=1e-4)
     for row, other in zip(rows, expected, strict=True):
         assert row["predictions"][0]["class"] == other["predictions"][0]["class"]
         assert row["predictions"][0]["probability"] == pytest.approx(other["predictions"][0]["probability"], abs=1e-3)

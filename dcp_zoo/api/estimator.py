@@ -204,7 +204,6 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
                 self._progress(),
                 self.errors,
                 reject,
-                features=head.stats == "stored",
             )
         return outputs
 

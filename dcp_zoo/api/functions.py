@@ -210,7 +210,7 @@ def predict(
     check_range("top_k", top_k, 1)
     items = unlabelled(images)
     with lent(model, device) as head:
-        outputs, broken = outputs_of(head, items, batch_size, precision, progress, errors, reject, together)
+        outputs, broken = outputs_of(head, items, batch_size, precision, progress, errors, reject)
         names = head.classnames
         least = Promises.of(head.promises).trusted
     rejected = np.zeros(len(items), bool) if outputs.rejected is None else outputs.rejected

@@ -45,29 +45,27 @@ def loaded(name: str, device: str = AUTO, classnames: Sequence[str] | None = Non
 
 
 @torch.no_grad()
-def outputs_of_features(
-    head: Head | FusedHead, features: Tensor, thresholds: Thresholds = NO_THRESHOLDS, keep: bool = False
-) -> Outputs:
-    """The outputs of a head for the features (n, F) of images, with what the thresholds say of them.
-    `keep`: whether the outputs hold the features, too."""
+def outputs_of_features(head: Head | FusedHead, features: Tensor, thresholds: Thresholds = NO_THRESHOLDS) -> Outputs:
+    """The outputs of a head for the features (n, F) of images, with these, and what the thresholds say of
+    them."""
     parts = []
     for part in features.split(AT_A_TIME):
         x = part.to(head.device)
         logits = head.classify(x).float().cpu().numpy()
         distances = head.distances(x.float()).cpu().numpy() if thresholds.exist else None
-        parts.append(thresholds.outputs(logits, distances, x.float().cpu().numpy() if keep else None))
+        parts.append(thresholds.outputs(logits, distances, x.float().cpu().numpy()))
     return Outputs.joined(parts)
 
 
 @torch.no_grad()
 def outputs_of_loader(
-    head: Head, images: ImageLoader, batch_size: int, thresholds: Thresholds = NO_THRESHOLDS, keep: bool = False
+    head: Head, images: ImageLoader, batch_size: int, thresholds: Thresholds = NO_THRESHOLDS
 ) -> Outputs:
     """The outputs of a head for the images of a loader, in order. Without stored statistics they depend
     on the batches, of this size, and have no features."""
     with in_eval_mode(head):
         if head.stats == "stored":
-            return outputs_of_features(head, images.table(head.readings).joined, thresholds, keep)
+            return outputs_of_features(head, images.table(head.readings).joined, thresholds)
         extract = images.extract
         assert extract is not None
         batches = by_image(extract.progress, images.in_order(batch_size), "test images", len(images))
@@ -75,24 +73,18 @@ def outputs_of_loader(
 
 
 @torch.no_grad()
-def outputs_of_batches(
-    head: Head, batches: Iterable[Images], precision: str, thresholds: Thresholds = NO_THRESHOLDS
-) -> Outputs:
-    """The outputs of a head for batches of images, each with its own statistics."""
-    parts = []
+def outputs_of_batches(head: Head, batches: Iterable[Images], precision: str) -> Outputs:
+    """The logits of a head for batches of images, each with its own statistics."""
+    logits = []
     for batch in batches:
-        images = batch.to(head.device)
         with autocast(head.device, precision):
-            logits = head(images).float().cpu().numpy()
-            features = head.encode_image(images).float() if thresholds.exist else None
-        distances = None if features is None else head.distances(features).cpu().numpy()
-        parts.append(thresholds.outputs(logits, distances))
-    return Outputs.joined(parts)
+            logits.append(head(batch.to(head.device)).float().cpu().numpy())
+    return Outputs(np.concatenate(logits))
 
 
 class HeadBackend(Backend):
-    """A head on its device. ZooError without classes, for an unknown precision, for features without
-    stored statistics, or to reject without a threshold.
+    """A head on its device. ZooError without classes, for an unknown precision, for features or to reject
+    without stored statistics, or to reject without a threshold.
 
     Args:
         features: whether the outputs keep them.
@@ -111,9 +103,10 @@ class HeadBackend(Backend):
         self.stored = head.stats == "stored"
         if not head.classes:
             raise ZooError(NO_CLASSES)
-        if features and not self.stored:
-            problem = "Only stored statistics give an image the same features in any batch"
-            raise ZooError(f"{problem}: omit features, or set model.stats.")
+        if (features or reject) and not self.stored:
+            raise ZooError(
+                "Features, and to reject, need stored statistics, as those of batches vary: set model.stats."
+            )
         self.architecture = head.encoder.architecture
         self.classnames = head.classnames
         self.preprocessing = head.pretrained_cfg
@@ -134,14 +127,14 @@ class HeadBackend(Backend):
         images = self.extract.normalised(torch.from_numpy(pixels))
         precision = self.extract.precision
         if not self.stored:
-            batches = images.split(1 if self.alone else len(images))
-            return outputs_of_batches(self.head, batches, precision, self.thresholds)
+            return outputs_of_batches(self.head, images.split(1 if self.alone else len(images)), precision)
         self.encoded += len(pixels)
         if self.encoded > FEW and self.head.abilities.linear and self.fused is self.head:
             self.fused = self.head.fuse()
         with autocast(self.head.device, precision):
             features = self.fused.encode_image(images).float()
-        return outputs_of_features(self.fused, features, self.thresholds, self.features)
+        outputs = outputs_of_features(self.fused, features, self.thresholds)
+        return outputs if self.features else outputs._replace(features=None)
 
 
 def outputs_of(
@@ -152,7 +145,6 @@ def outputs_of(
     progress: Progress,
     errors: str,
     reject: float | None = None,
-    features: bool = False,
     alone: bool = True,
 ) -> tuple[Outputs, Mapping[int, ZooError]]:
     """The outputs for the images of items, NaN where they cannot be read, with a warning; and why they cannot.
@@ -161,11 +153,11 @@ def outputs_of(
     check_choice("errors", errors, ERRORS)
     check_range("batch_size", batch_size, 1)
     with in_eval_mode(head), all_named(items):
-        backend = HeadBackend(head, features, precision, reject, alone)
+        backend = HeadBackend(head, False, precision, reject, alone)
         if backend.stored:
             extract = replace(backend.extract, progress=progress, batch_size=batch_size)
             table = extract(Photos(items), head.readings, keep_errors=errors == "keep")
-            outputs = outputs_of_features(head, table.joined, backend.thresholds, features)
+            outputs = outputs_of_features(head, table.joined, backend.thresholds)
             broken = table.errors
         else:
             broken, outputs = backend.outputs([item.path for item in items], batch_size, progress)

@@ -198,9 +198,9 @@ def evaluations(
         try:
             for stats in head.stats_modes if all_modes else [before]:
                 head.stats = stats
-                outputs[stats] = outputs_of_loader(head, images, batch_size, thresholds, keep=all_modes)
+                outputs[stats] = outputs_of_loader(head, images, batch_size, thresholds)
                 features = outputs[stats].features
-                if features is not None and head.text_probe is not None:
+                if all_modes and features is not None and head.text_probe is not None:
                     weight, bias = (part.detach().float().cpu() for part in head.method_linear())
                     own = torch.from_numpy(features[:, : weight.shape[1]]) * math.sqrt(parts_of(head.readings))
                     without_probe[NO_CLASSIFIER] = Outputs(F.linear(own, weight, bias).numpy())
