@@ -114,14 +114,12 @@ def check_choice(what: str, value: object, valid: Sequence[object]) -> None:
 
 
 def beyond(value: float, least: float | None = None, most: float | None = None) -> str:
-    """The limits that a value is outside of, in words; "" if it is not."""
-    if (least is None or value >= least) and (most is None or value <= most):
-        return ""
-    if most is None:
+    """The limit that a value is outside of, in words; "" if it is not."""
+    if least is not None and value < least:
         return f"at least {least}"
-    if least is None:
+    if most is not None and value > most:
         return f"at most {most}"
-    return f"from {least} to {most}"
+    return ""
 
 
 def check_range(what: str, value: float, least: float, most: float | None = None) -> None:

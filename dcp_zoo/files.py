@@ -105,24 +105,24 @@ def read_plain(path: str | Path, most: int = MAX_BYTES) -> bytes:
 
 
 @contextmanager
-def locked(file: Path, seconds: float = 0.1) -> Iterator[bool]:
-    """A context in which this process has the lock of this file, if True, or another one, if False after
-    that many seconds. The Hub client's lock also works where the file system has none. ZooError if the
-    folder is not writable."""
+def locked(file: Path, taken: str, seconds: float = 0.1) -> Iterator[None]:
+    """A context in which this process has the lock of this file; ZooError with the text `taken` if another one
+    has it for that many seconds more, or if the folder is not writable. The Hub client's lock also works
+    where the file system has none."""
     from huggingface_hub.utils import WeakFileLock  # slow to import
 
-    is_ours = False
-    is_new = not file.parent.exists()
     with ExitStack() as stack:
-        with writing_to(file.parent), suppress(TimeoutError):
-            while not is_ours:
-                with suppress(FileNotFoundError):  # whoever had the lock has just removed the folder
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(WeakFileLock(file, timeout=seconds))
-                    is_ours = True
-        if is_ours:
-            stack.callback(_remove, file, is_new)
-        yield is_ours
+        with writing_to(file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(WeakFileLock(file, timeout=seconds))
+            except TimeoutError as error:
+                raise ZooError(taken) from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows keeps a file that is open
+                file.unlink()
 
 
 _alone: ContextVar[frozenset[Path]] = ContextVar("_alone", default=frozenset())  # folders whose lock this thread has
@@ -136,22 +136,13 @@ def alone_in(directory: Path, seconds: float = 0.1) -> Iterator[None]:
     if folder in _alone.get():
         yield
         return
-    with locked(directory / LOCK, seconds) as is_ours:
-        if not is_ours:
-            raise ZooError(f"Another process trains or saves a head in {directory}: wait, or choose another --output.")
+    taken = f"Another process trains or saves a head in {directory}: wait, or choose another --output."
+    with locked(directory / LOCK, taken, seconds):
         token = _alone.set(_alone.get() | {folder})
         try:
             yield
         finally:
             _alone.reset(token)
-
-
-def _remove(file: Path, is_new: bool) -> None:
-    """Remove a lock's file, and its folder if that is new and still empty."""
-    with suppress(OSError):  # Windows keeps a file that is open
-        file.unlink()
-        if is_new:
-            file.parent.rmdir()
 
 
 # control characters, which a terminal obeys; marks that reverse the direction of writing; bytes that are no
@@ -209,8 +200,7 @@ def text_sha256(text: str) -> str:
 def cache_folder(name: str) -> Path:
     """A folder in DCP_ZOO_CACHE or in the user's cache; if it cannot be made, whoever writes there gets the
     error."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dcp_zoo")
-    folder = Path(os.environ.get("DCP_ZOO_CACHE") or base).expanduser() / name
+    folder = Path(os.environ.get("DCP_ZOO_CACHE") or "~/.cache/dcp_zoo").expanduser() / name
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -85,7 +85,7 @@ def test_a_grid_that_cannot_be_is_refused():
         ({"protocol": "base-to-new", "methods": ["linear-probe"]}, "linear-probe is limited to the classes"),
         ({"protocol": "domain-shift", "targets": ["dtd"]}, "Unknown target 'dtd': choose from imagenet, imagenetv2"),
         ({"targets": ["dtd"]}, "few-shot tests on the dataset itself: omit --targets"),
-        ({"seeds": [2**32]}, "The seed must be from 0 to 4294967295, not 4294967296"),
+        ({"seeds": [2**32]}, "The seed must be at most 4294967295, not 4294967296"),
         ({"options": {"dept": [1]}}, "No method's recipe has a field 'dept': .*depth"),
     ):
         with pytest.raises(ZooError, match=message):

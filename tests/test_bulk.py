@@ -270,7 +270,7 @@ def test_a_run_does_not_go_on_in_another_precision(photos, my_head):
 
 def test_two_processes_do_not_write_the_same_output(photos):
     images, outputs = find_images(["photos"]), OutputFiles(Path("p.csv"))
-    with locked(outputs.partial(".lock")), pytest.raises(ZooError, match=r"Another process .* p.csv.partial"):
+    with locked(outputs.partial(".lock"), ""), pytest.raises(ZooError, match=r"Another process .* p.csv.partial"):
         run_bulk(images, FAKE, outputs, {})
     assert not Path("p.csv").exists()
 

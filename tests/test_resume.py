@@ -209,7 +209,7 @@ def test_two_trainings_do_not_share_a_folder(digits_run, tmp_path):
     (tmp_path / STATE_NAME).write_bytes(b"of the other")
     message = f"Another process trains or saves a head in {tmp_path}: wait"
     for overwrite in (False, True):
-        with locked(tmp_path / LOCK), pytest.raises(ZooError, match=message):
+        with locked(tmp_path / LOCK, ""), pytest.raises(ZooError, match=message):
             train_head(digits_run, tmp_path, RunOptions(overwrite=overwrite))
     assert (tmp_path / STATE_NAME).read_bytes() == b"of the other"
     with pytest.raises(ZooError, match="--overwrite"):

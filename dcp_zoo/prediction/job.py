@@ -120,9 +120,8 @@ def run(
         "features": outputs.features is not None,
     }
     file = outputs.partial(".sqlite")
-    with locked(outputs.partial(".lock")) as free:  # the system releases it with the process
-        if not free:
-            raise ZooError(f"Another process is writing {file}: wait for it, or choose another --output.")
+    taken = f"Another process is writing {file}: wait for it, or choose another --output."
+    with locked(outputs.partial(".lock"), taken):  # the system releases it with the process
         # the database needs no locks of its own, which not every file system has
         connection = f"{file.absolute().as_uri()}?nolock=1"
         with (
