@@ -220,9 +220,9 @@ def test_after_an_edit_of_the_classes_nothing_old_is_said(change, tmp_path, run)
 
 def test_names_in_any_script_are_read_and_those_that_are_too_long_refused(clip):
     long = "cat " * 80
-    with pytest.raises(ZooError, match="The class name .* takes 82 tokens, but only 73 are left next to 3"):
+    with pytest.raises(ZooError, match="The text .* takes 82 tokens, but only 73 are left next to 3"):
         DCP(clip, ["dog", long.strip()], n_ctx=3)
-    with pytest.raises(ZooError, match="The sentence .* takes 81 tokens.*shorten it"):
+    with pytest.raises(ZooError, match="The text .* takes 81 tokens.*shorten it"):
         DCP(clip, ["dog"], n_ctx=3, texts={"dog": ["a dog.", long]})
     with pytest.raises(ZooError, match="The text .* takes 82 tokens, but only 77 are left: shorten it"):
         clip.encode_sentences([long], "{}")

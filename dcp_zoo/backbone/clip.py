@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from dcp_zoo.backbone import tokens, towers
 from dcp_zoo.backbone._torch import WeightCache, construction, fingerprint
 from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, class_texts, mean_of_texts
-from dcp_zoo.backbone.inputs import Features, Images, Pixels, Tokens, as_inputs
+from dcp_zoo.backbone.inputs import Features, Images, Tokens, as_inputs
 from dcp_zoo.backbone.preprocessing import PREPROCESSING
 from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.backbone.towers.open_clip import EMBEDDING, JOINED, VisionTower
@@ -227,7 +227,7 @@ class FrozenCLIP(Frozen):
         if length is None:  # a tokenizer of the user's
             return self.tokenizer(sentences).to(self.device)
         ids = self.tokenizer(sentences, context_length=TOO_LONG * length)
-        tokens.check_lengths([f"The text {text!r}" for text in sentences], tokens.last_tokens(ids) + 1, length)
+        tokens.check_lengths(sentences, tokens.last_tokens(ids) + 1, length)
         return ids[:, :length].to(self.device)
 
     def embed_words(self, phrase: str, n: int) -> Tensor:
@@ -238,14 +238,10 @@ class FrozenCLIP(Frozen):
     def tokenize_names(self, names: Sequence[str], n_ctx: int, texts: Texts = NAME) -> TextChunks:
         """The texts of the classes in chunks, to follow `n_ctx` prompts; ZooError if one does not fit."""
         sentences, counts = class_texts(names, texts)
-        if counts is None:
-            labels = [f"The class name {name!r}" for name in names]
-        else:
-            labels = [f"The sentence {sentence!r}" for sentence in sentences]
         tower = self.text_tower
         ids = self.tokenizer(sentences, context_length=TOO_LONG * tower.length)
         start = 1 if tower.shares_prefix else tokens.start_tokens(self.tokenizer)
-        chunks = tower.chunks(labels, ids, n_ctx, start)
+        chunks = tower.chunks(sentences, ids, n_ctx, start)
         chunks.start_id = int(ids[0, 0])
         chunks.counts = counts
         return chunks.to(self.device)
@@ -329,11 +325,8 @@ class ImageEncoder(Frozen):
         return self.scale.device
 
     def read(self, images: Images) -> Tensor:
-        """Pixels (B, 3, H, W) -> features (B, E). ZooError for images in any other form."""
-        inputs = as_inputs(images)
-        if type(inputs) is not Pixels:
-            raise ZooError(f"{self.source} reads images, and not what CLIP makes of them ({type(inputs).__name__}).")
-        return self(inputs.x)
+        """Pixels (B, 3, H, W) -> features (B, E)."""
+        return self(as_inputs(images).x)
 
     def forward(self, images: Tensor) -> Tensor:
         x = (images * self.scale + self.shift).to(next(self.model.parameters()).dtype)

@@ -27,7 +27,7 @@ def last_tokens(ids: Tensor) -> Tensor:
     return (ids != ids[:, -1:]).long().cumsum(1).argmax(1)
 
 
-def check_lengths(labels: Sequence[str], lengths: Tensor, most: int, n_ctx: int = 0) -> None:
+def check_lengths(texts: Sequence[str], lengths: Tensor, most: int, n_ctx: int = 0) -> None:
     """ZooError for the first text that has more than `most` tokens, which are left beside `n_ctx`
     prompts."""
     if EXPORTING():
@@ -38,9 +38,9 @@ def check_lengths(labels: Sequence[str], lengths: Tensor, most: int, n_ctx: int 
     advice = ": shorten it."
     if n_ctx:
         advice = f" next to {n_ctx} prompt tokens: shorten it or use fewer prompt tokens (n_ctx)."
-    for label, length in zip(labels, lengths.tolist(), strict=True):
+    for text, length in zip(texts, lengths.tolist(), strict=True):
         if length > most:
-            raise ZooError(f"{label} takes {length} tokens, but only {most} are left{advice}")
+            raise ZooError(f"The text {text!r} takes {length} tokens, but only {most} are left{advice}")
 
 
 def start_tokens(tokenizer: Tokenizer) -> int:

@@ -259,7 +259,7 @@ class DCP(Head):
     def _encode_prompted(self, images: Images) -> Tensor:
         return self.encode(images)[0]
 
-    def couple(self, vision: ImageRun | StoredPrompts, names: TextChunks | None = None) -> Iterator[TextRun]:
+    def couple(self, vision: ImageRun | StoredPrompts) -> Iterator[TextRun]:
         """The loop of the method: runs the prompts of both towers block by block, and rewrites them from each
         other. With the pooled vision prompts v (M, Dv) and text prompts t (M, Dt) before block i = 1 .. K:
 
@@ -277,7 +277,7 @@ class DCP(Head):
         vision_tower = self.encoder.vision_tower
         text_tower = self.encoder.text_tower
         vision.replace(vision_tower.embed_prompts(self.prompts["vision"]))
-        text = text_tower.begin(self.prompts["text"], names or self.name_tokens)
+        text = text_tower.begin(self.prompts["text"], self.name_tokens)
         for i in range(max(len(vision_tower.blocks), len(text_tower.blocks))):
             if 1 <= i <= self.num_coupled:
                 new_v, new_t = self._cmpa_of(i)(*self._pooled(vision, text))
@@ -335,9 +335,9 @@ class DCP(Head):
         prompts, text_features = self._text_cache(self._run_text, tensors, self.name_tokens)
         return [p.clone() for p in prompts], text_features.clone()
 
-    def _run_text(self, names: TextChunks | None = None) -> tuple[list[Tensor], Tensor]:
+    def _run_text(self) -> tuple[list[Tensor], Tensor]:
         vision = self._stored()
-        *_, text = self.couple(vision, names)
+        *_, text = self.couple(vision)
         return vision.entering, text.features()
 
     def _stored(self) -> StoredPrompts:
@@ -400,20 +400,16 @@ class DCP(Head):
             self.stored_stats = self._unknown_stats() if f"{prefix}stored_stats" in known else None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _set_method_classes(self, names: list[str], texts: Texts | None) -> None:
+    def _set_method_classes(self, names: list[str], texts: Texts) -> None:
         """Sentences of the classes follow the prompts in place of `name.`, and a class is the normalised
-        mean of their normalised features. A template changes nothing, as prompts are in its place; {} takes
-        the sentences away."""
-        if not isinstance(texts, Mapping):
-            texts = self.texts
-        texts = texts or TEMPLATE
-        self.name_tokens = self._tokens(names, texts)
+        mean of their normalised features. Prompts are in place of a template, whichever it is."""
+        if isinstance(texts, Mapping):
+            after_prompts: Texts = texts
+        else:
+            after_prompts = self.template
+            texts = TEMPLATE
+        self.name_tokens = self.encoder.tokenize_names(names, self.config.n_ctx, after_prompts)
         self._set_classes(names, texts)
-
-    def _tokens(self, names: Sequence[str], texts: Texts) -> TextChunks:
-        """What follows the text prompts of each class."""
-        after_prompts = texts if isinstance(texts, Mapping) else self.template
-        return self.encoder.tokenize_names(names, self.config.n_ctx, after_prompts)
 
     has_image_prompts = True
 
@@ -427,16 +423,13 @@ class DCP(Head):
             raise ZooError(NO_STATS)
         return self._constants()[0]
 
-    def encode_text(self, classnames: Sequence[str] | None = None) -> Tensor:
-        """Normalised text features (C, E) of `classnames`, default the model's own. ZooError if they depend
-        on images: coupling bidirectional or vision_to_text without stored statistics."""
+    def encode_text(self) -> Tensor:
+        """Normalised text features (C, E) of the classes. ZooError if they depend on images: coupling
+        bidirectional or vision_to_text without stored statistics."""
         if self.text_reads_images and self.stats != "stored":
-            coupling = f"{self.config.coupling} coupling"
-            problem = f'With {coupling} and stats="{self.stats}" the text features depend on the images'
+            problem = f"With {self.config.coupling} coupling and stats={self.stats} texts depend on the images"
             raise ZooError(f"{problem}: call model.store_stats(images) and use these, or call the model itself.")
-        if classnames is None:
-            return self._constants()[1]
-        return self._run_text(self._tokens(check_classnames(classnames), self.texts))[1]
+        return self._constants()[1]
 
     def expected_state(self, shapes: Mapping[str, Tensor], config: HeadConfig | None = None) -> dict[str, Tensor]:
         """With or without stored statistics, as the file has them."""

@@ -33,7 +33,6 @@ from dcp_zoo.backbone.classes import (
     Texts,
     check_classnames,
     class_texts,
-    rows_of,
     same_texts,
     sentences_of,
 )
@@ -124,7 +123,7 @@ class Head(nn.Module, ABC):
         and bias (C,). ZooError if they are no linear function of these."""
 
     @abstractmethod
-    def _set_method_classes(self, names: list[str], texts: Texts | None) -> None:
+    def _set_method_classes(self, names: list[str], texts: Texts) -> None:
         """`set_classnames` by the method's own classifier; the names have been checked."""
 
     @property
@@ -388,29 +387,24 @@ class Head(nn.Module, ABC):
     def set_classnames(self, classnames: Sequence[str], texts: Texts | None = None) -> None:
         """Classify into these classes from now on. A name that the head knows keeps its class, of repeated
         names the first class first; new names are encoded by CLIP. ZooError for no names or empty ones,
-        texts that the text tower cannot read, and new names if the head reads none, as after
+        texts that the text tower cannot read, new names if the head reads none, and other classes after
         `reset_classifier(n)`.
 
         Args:
             classnames: one per class. Classes of the same name stay classes of their own, with a warning:
                 each has a share of the probability, the same one where only the name is known, and a
                 prediction names any of them.
-            texts: what CLIP reads of each class: a template for the names, or sentences. Default: as until
-                now.
+            texts: what CLIP reads of each class: a template for the names, or sentences; {} for the usual
+                template. Default: as until now.
         """
         names = check_classnames(classnames)
         if self.fc is None:
-            self._set_method_classes(names, texts)
-            return
-        rows = rows_of(names, self.classes)
-        new = [name for name, row in zip(names, rows, strict=True) if row is None]
-        if new or texts:
-            limit = f"has no row for {shorten(new, 5)}" if new else "reads no texts"
-            problem = f"This head has a linear layer for its classes, which {limit}"
-            raise ZooError(f"{problem}. Let CLIP read names: model.reset_classifier([...]).")
-        if names != self.classes:  # else the layer stays, as an optimizer may have it
-            weight, bias = self.linear()
-            self._replace(names, layer_of(weight.detach()[rows], bias.detach()[rows]))
+            if texts is None:
+                texts = self.texts
+            self._set_method_classes(names, texts or TEMPLATE)
+        elif texts or names != self.classes:
+            problem = f"This head has a linear layer for {shorten(self.classes, 5)}, which reads no names"
+            raise ZooError(f"{problem}. Let CLIP read them: model.reset_classifier([...]).")
 
     def reset_classifier(self, num_classes: int | Sequence[str], global_pool: str | None = None) -> None:
         """Classify into other classes. ZooError for another pooling than "token".
@@ -452,14 +446,12 @@ class Head(nn.Module, ABC):
         without it."""
         if self.text_probe is None:
             return
-        info = without(self.info, {"text_probe", *MEASURED})
         metrics = self.info.get("metrics") or {}
-        if f"top1_{NO_CLASSIFIER}" in metrics:
-            info["metrics"] = {"top1_stored": metrics[f"top1_{NO_CLASSIFIER}"]}
-            if "test_images" in self.info:
-                info["test_images"] = self.info["test_images"]
+        alone = metrics.get(f"top1_{NO_CLASSIFIER}")
+        self.info = without(self.info, {"text_probe", *MEASURED} - {"test_images"})
+        if alone is not None:
+            self.info["metrics"] = {"top1_stored": alone}
         self.text_probe = None
-        self.info = info
 
     def _set_classes(self, classes: list[str], texts: Texts) -> None:
         """These classes and texts from now on. If they differ from those before, what was measured for
@@ -551,10 +543,8 @@ class Head(nn.Module, ABC):
             if found.get(name) != expected.get(name):
                 shapes = f"{found.get(name, 'none')} instead of {expected.get(name, 'none')}"
                 wrong.append(f"{file.renamed(name, file.IN_FILE)} {shapes}")
-        options = [f"{name}={value!r}" for name, value in self.model_args.items()]
-        model = " with ".join(filter(None, [self.encoder.architecture, ", ".join(options)]))
-        problem = f"{path} does not fit {model}. Tensors: {shorten(wrong, 4)}"
-        raise ZooError(f"{problem}. Create the one it was trained with.")
+        problem = f"{path} does not fit {self.encoder.architecture} {self.model_args or ''}"
+        raise ZooError(f"{problem}: {shorten(wrong, 4)}. Create the model that it was trained with.")
 
     def from_state(self, config: HeadConfig, state: dict[str, Tensor], directory: str | Path) -> None:
         """Take over what `file.read` gave of a folder. The head keeps its classes, or gets those of the
@@ -575,7 +565,7 @@ class Head(nn.Module, ABC):
             self.fc = nn.Linear(columns, rows, device=self.encoder.device)
         self._load_trained(state)
         self.info = without(block, OWN)
-        self._set_method_classes(classes, sentences)
+        self._set_method_classes(classes, sentences or self.texts)
         if self.fc is not None:
             self.classes = config["label_names"]
         self.pretrained_cfg = preprocessing_in(config["pretrained_cfg"])

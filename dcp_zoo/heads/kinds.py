@@ -116,13 +116,10 @@ class LinearHead(Head):
     def method_linear(self) -> WeightAndBias:
         return self.weight, self.bias
 
-    def _set_method_classes(self, names: list[str], texts: Texts | None) -> None:
-        """The names of new classes are encoded; with other texts, those of all classes. {} stands for the
-        template."""
-        if isinstance(texts, Mapping) and not texts:
-            texts = TEMPLATE
-        if not texts or (isinstance(texts, str) and not self.texts):  # a template where no names are read
-            texts = self.texts
+    def _set_method_classes(self, names: list[str], texts: Texts) -> None:
+        """The names of new classes are encoded; with other texts, those of all classes."""
+        if isinstance(texts, str) and not self.texts:  # a template where no names are read
+            texts = ""
         kept = self.method_classes if texts == self.texts else []
         new = [name for name, row in zip(names, rows_of(names, kept), strict=True) if row is None]
         weight = self.weight[: len(kept)]
@@ -223,10 +220,10 @@ class CacheHead(LinearHead):
     def method_linear(self) -> WeightAndBias:
         raise not_linear(self, "keeps its training images", "fused, exported")
 
-    def _set_method_classes(self, names: list[str], texts: Texts | None) -> None:
+    def _set_method_classes(self, names: list[str], texts: Texts) -> None:
         """Among its own classes."""
         columns = rows_of(names, self.method_classes)
-        super()._set_method_classes(names, None)
+        super()._set_method_classes(names, self.texts)
         self.values = self.values[:, columns]
 
 
@@ -258,7 +255,6 @@ class PromptHead(Head):
         self.text_prompts = nn.ParameterList(nn.Parameter(p) for p in text_prompts).to(self.device)
         self.vision_prompts = nn.ParameterList(nn.Parameter(p) for p in vision_prompts).to(self.device)
         self.name_tokens = None
-        self.texts = texts
         self.rest = rest
         self.template = f"{rest} {NAME}".strip() if self.text_prompts else TEMPLATE
         self._set_method_classes(check_classnames(classnames), texts)
@@ -278,10 +274,7 @@ class PromptHead(Head):
         head = cls(clip, own_names(config), text, vision, texts=block["texts"], rest=block["rest"])
         return head.requires_grad_(False)
 
-    def _set_method_classes(self, names: list[str], texts: Texts | None) -> None:
-        if isinstance(texts, Mapping) and not texts:
-            texts = TEMPLATE
-        texts = texts or self.texts
+    def _set_method_classes(self, names: list[str], texts: Texts) -> None:
         class_texts(names, texts)  # ZooError if a class has no sentences, before anything is changed
         if self.text_prompts:
             after_prompts = texts if isinstance(texts, Mapping) else self.template

@@ -93,13 +93,13 @@ class TextTower:
         """CoCa's, which follows all other tokens."""
         return getattr(self.text, "cls_emb", None)
 
-    def chunks(self, labels: Sequence[str], ids: Tensor, n_ctx: int, start: int) -> TextChunks:
+    def chunks(self, texts: Sequence[str], ids: Tensor, n_ctx: int, start: int) -> TextChunks:
         """Tokens (S, L) of texts, of which the first `start` come before the prompts, to follow `n_ctx`
-        prompts; ZooError, naming it by its label, if a text does not fit."""
+        prompts; ZooError if a text does not fit."""
         prompts = slice(start, start + n_ctx)
         if self.shares_prefix:
             ends = end_positions(self.text, ids)  # the number of tokens after the start token
-            check_lengths(labels, ends, self.length - 1 - n_ctx, n_ctx)  # of name, full stop and end token
+            check_lengths(texts, ends, self.length - 1 - n_ctx, n_ctx)  # of name, full stop and end token
             return TextChunks(ids[:, 1:], ends - 1, ends, prompts)
         length = self.length - n_ctx  # of a text without prompts, as `ends` until they are inserted
         if self.class_token is None and self.pooling in ("argmax", "eos"):
@@ -107,7 +107,7 @@ class TextTower:
         else:  # the tower reads a class token after all others, or its first or its last token, whatever that is
             last = length - 1 if self.pooling == "last" else 0
             ends = torch.full((len(ids),), last if self.class_token is None else length)
-        check_lengths(labels, last_tokens(ids) + 1 - start, length - 1 - start, n_ctx)
+        check_lengths(texts, last_tokens(ids) + 1 - start, length - 1 - start, n_ctx)
         filler = ids.new_full((len(ids), n_ctx), int(getattr(self.text, "pad_id", 0)) + 1)  # replaced by the prompts
         ids = torch.cat([ids[:, :start], filler, ids[:, start:length]], 1)
         ends = ends + n_ctx * (ends >= start)
