@@ -80,13 +80,13 @@ def test_domain_shift_and_cross_dataset_targets():
 
 def test_a_grid_that_cannot_be_is_refused():
     for grid, message in (
-        ({"methods": ["copo"]}, "Unknown method 'copo': choose from zero-shot"),
+        ({"methods": ["copo"]}, "Unknown method for few-shot 'copo': choose from zero-shot"),
         ({"models": ["dcp_minni"]}, "Nearest: dcp_mini"),
-        ({"protocol": "base-to-new", "methods": ["linear-probe"]}, "linear-probe is limited to the classes"),
+        ({"protocol": "base-to-new", "methods": ["linear-probe"]}, "Unknown method for base-to-new 'linear-probe'"),
         ({"protocol": "domain-shift", "targets": ["dtd"]}, "Unknown target 'dtd': choose from imagenet, imagenetv2"),
         ({"targets": ["dtd"]}, "few-shot tests on the dataset itself: omit --targets"),
         ({"seeds": [2**32]}, "The seed must be at most 4294967295, not 4294967296"),
-        ({"options": {"dept": [1]}}, "No method's recipe has a field 'dept': .*depth"),
+        ({"options": {"dept": [1]}}, "Unknown field of these methods' recipes 'dept': .*depth"),
     ):
         with pytest.raises(ZooError, match=message):
             plan_trials(**{"protocol": "few-shot", "methods": ["dcp"]} | grid)

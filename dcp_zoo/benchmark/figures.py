@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 WIDTH = 3.2  # inches of a panel
 HEIGHT = 2.6
 COLUMNS = 4  # panels side by side, at most
-LETTER = 0.075  # inches of the legend, in width
-LINE = 0.2  # in height
+LINE = 0.11  # inches of the legend's height for each label, in two columns
 
 
 def accuracy_figure(panels: "Mapping[str, pd.DataFrame]") -> Figure:
@@ -24,10 +23,8 @@ def accuracy_figure(panels: "Mapping[str, pd.DataFrame]") -> Figure:
     colours = {label: f"C{number}" for number, label in enumerate(labels)}
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
-    width = max(2, columns) * WIDTH
-    legend_columns = max(1, int(width / (0.5 + LETTER * max(map(len, labels)))))
-    legend_rows = -(-len(labels) // legend_columns)
-    figure = Figure(figsize=(width, HEIGHT * rows + LINE * legend_rows), layout="constrained")
+    height = HEIGHT * rows + LINE * len(labels)
+    figure = Figure(figsize=(max(2, columns) * WIDTH, height), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, (caption, results) in zip(axes, panels.items(), strict=False):
         draw_accuracies(axis, results, colours)
@@ -37,7 +34,7 @@ def accuracy_figure(panels: "Mapping[str, pd.DataFrame]") -> Figure:
         axis.remove()
     figure.supylabel("top-1, %")
     lines = [Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
-    figure.legend(handles=lines, loc="outside lower center", ncols=legend_columns, fontsize="small")
+    figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize="small")
     return figure
 
 

@@ -211,10 +211,7 @@ def plan_trials(
     chosen = PROTOCOLS[protocol]
     able = [name for name, method in METHODS.items() if method.abilities.transfers or not chosen.new_classes]
     for method in methods:
-        check_choice("method", method, tuple(METHODS))
-        if method not in able:
-            problem = f"{method} is limited to the classes it was trained on"
-            raise ZooError(f"{problem}; this protocol supports {', '.join(able)}.")
+        check_choice(f"method for {protocol}", method, able)
     for dataset in datasets:
         find_spec(dataset)
     for seed in seeds:
@@ -234,11 +231,9 @@ def plan_trials(
                 problem = f"{method} is limited to the classes of {dataset}, and {', '.join(tested)} has others"
                 raise ZooError(f"{problem}: choose other --targets or --methods.")
         trials |= dict.fromkeys(sorted(of_dataset, key=lambda trial: trial.shots > 0))
-    recipes = {trial.method: trial.default_recipe.as_dict() for trial in trials}
+    fields = {field for trial in trials for field in trial.default_recipe.as_dict()}
     for name in options:
-        if not any(name in recipe for recipe in recipes.values()):
-            valid = "; ".join(f"{method} has {', '.join(recipe)}" for method, recipe in recipes.items())
-            raise ZooError(f"No method's recipe has a field {name!r}: {valid}.")
+        check_choice("field of these methods' recipes", name, sorted(fields))
     return list(trials)
 
 

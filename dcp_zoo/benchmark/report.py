@@ -92,61 +92,49 @@ def in_order(known: Iterable[str], given: Iterable[str]) -> list[str]:
     return [name for name in known if name in names] + sorted(names.difference(known))
 
 
-def averaged(results: "pd.DataFrame", value: str = "top1", over: str = "dataset") -> "pd.DataFrame":
+def averaged(results: "pd.DataFrame", over: str = "dataset") -> "pd.DataFrame":
     """Means over all datasets for each label, part of the classes, shots and seed; NaN if a dataset is
     missing."""
-    groups = results.groupby(["label", "classes", "shots", "seed"], sort=False)[value].agg(["mean", "count"])
+    groups = results.groupby(["label", "classes", "shots", "seed"], sort=False).top1.agg(["mean", "count"])
     is_complete = groups["count"] == results[over].nunique()
-    return groups["mean"].where(is_complete).rename(value).reset_index()
+    return groups["mean"].where(is_complete).rename("top1").reset_index()
 
 
-def with_spread(values: "pd.Series", digits: int) -> str:
-    """Mean and, with more than one value, standard deviation, with so many digits."""
+def with_spread(values: "pd.Series") -> str:
+    """Mean and, with more than one value, standard deviation."""
     values = values.dropna()
     if values.empty:
         return EMPTY
-    mean = f"{values.mean():.{digits}f}"
-    return f"{mean} ± {values.std():.{digits}f}" if len(values) > 1 else mean
+    mean = f"{values.mean():.1f}"
+    return f"{mean} ± {values.std():.1f}" if len(values) > 1 else mean
 
 
 def method_table(
-    results: "pd.DataFrame",
-    caption: str,
-    column: str,
-    columns: Sequence,
-    value: str = "top1",
-    note: str = "",
+    results: "pd.DataFrame", caption: str, column: str, columns: Sequence[object], note: str = ""
 ) -> Table:
     """One row per label, and one column for each of `columns`, values of `column`."""
-    digits = 2 if value == "nll" else 1  # it is no percentage
-    values = results.groupby(["label", column])[value]
-    cells = values.agg(with_spread, digits).unstack()
+    top1 = results.groupby(["label", column]).top1
+    cells = top1.agg(with_spread).unstack()
     cells = cells.reindex(index=results.label.unique(), columns=columns).fillna(EMPTY)
     rows = cells.reset_index().to_numpy().tolist()
-    means = values.mean().round(digits).unstack()
-    is_best = means == (means.max() if value == "top1" else means.min())
-    best = {str(name): list(means.index[column]) for name, column in is_best.items()}
+    means = top1.mean().round(1).unstack()
+    best = {str(name): list(means.index[means[name] == means[name].max()]) for name in means}
     note = f"Mean ± standard deviation over seeds; without ±, of one seed or as published. {note}".strip()
     return Table(caption, ["method", *map(str, columns)], rows, note, best)
 
 
-def few_shot_tables(results: "pd.DataFrame", value: str = "top1") -> list[Table]:
-    """Methods by shots, with the images that their hyperparameters were chosen on."""
-    results = few_shot_results(results).dropna(subset=[value])
+def few_shot_tables(results: "pd.DataFrame") -> list[Table]:
+    """Methods by shots, with the images that their hyperparameters were chosen on; and their differences."""
     shots = sorted(results.shots.unique())
     selection = results.groupby("label").selection.unique()
     tables = []
-    for caption, rows, note in by_dataset(results, value):
-        table = method_table(rows, caption, "shots", shots, value, note)
+    for caption, rows, note in by_dataset(results):
+        table = method_table(rows, caption, "shots", shots, note)
         table.header.insert(1, "selection")
         for row in table.rows:
             row.insert(1, " / ".join(sorted(selection[row[0]])))
         tables.append(table)
-    return tables
-
-
-def few_shot_results(results: "pd.DataFrame") -> "pd.DataFrame":
-    return results[results.protocol == "few-shot"]
+    return tables + against(results)
 
 
 def base_to_new_tables(results: "pd.DataFrame") -> list[Table]:
@@ -154,40 +142,40 @@ def base_to_new_tables(results: "pd.DataFrame") -> list[Table]:
     import pandas as pd
 
     tables = []
-    for caption, rows, note in by_dataset(with_shots(results[results.protocol == "base-to-new"])):
+    for caption, rows, note in by_dataset(with_shots(results)):
         note = f"H is the harmonic mean of the two means. {note}".strip()
         means = rows.groupby(["label", "classes"]).top1.mean().unstack().reindex(columns=["base", "new"])
         harmonic = (2 / (1 / means.base + 1 / means.new)).rename("top1").reset_index().assign(classes="H")
         both = pd.concat([rows, harmonic])
-        tables.append(method_table(both, caption, "classes", ["base", "new", "H"], note=note))
+        tables.append(method_table(both, caption, "classes", ["base", "new", "H"], note))
     return tables
 
 
-def by_dataset(results: "pd.DataFrame", value: str = "top1") -> Iterator[tuple[str, "pd.DataFrame", str]]:
+def by_dataset(results: "pd.DataFrame") -> Iterator[tuple[str, "pd.DataFrame", str]]:
     """Caption, results and note of each table: of the average, if there are several datasets, and of
     each."""
     names = in_order(DATASETS, results.dataset)
     if len(names) > 1:
         note = "A method without results for one of the datasets has no average."
-        yield f"Average of {len(names)} datasets", averaged(results, value), note
+        yield f"Average of {len(names)} datasets", averaged(results), note
     for name in names:
         yield name, results[results.dataset == name], ""
 
 
-def target_tables(results: "pd.DataFrame", protocol: str) -> list[Table]:
+def target_tables(results: "pd.DataFrame") -> list[Table]:
     """One table per training dataset: methods by test datasets, and their average."""
     import pandas as pd
 
-    results = with_shots(results[results.protocol == protocol])
+    results = with_shots(results)
     average = "average of targets"
     tables = []
     for source in in_order(DATASETS, results.dataset):
         rows = results[results.dataset == source]
         targets = rows[rows.target != source]
-        both = pd.concat([rows, averaged(targets, over="target").assign(target=average)])
+        both = pd.concat([rows, averaged(targets, "target").assign(target=average)])
         columns = [*in_order(DATASETS, rows.target), average]
         note = f"The average is over {targets.target.nunique()} targets, without {source} itself."
-        tables.append(method_table(both, f"Trained on {source}", "target", columns, note=note))
+        tables.append(method_table(both, f"Trained on {source}", "target", columns, note))
     return tables
 
 
@@ -241,11 +229,10 @@ def difference_cell(values: "pd.Series") -> str:
 
 
 def paired(results: "pd.DataFrame") -> tuple[str, "pd.DataFrame"]:
-    """The label of the reference, and `differences` of every trained method from it, in the few-shot
-    protocol. The reference is DCP's own logits with stored statistics; of several DCPs that with the
-    shortest label, which has no option beyond those of all."""
-    measured = results[results.selection != PUBLISHED]
-    trained = few_shot_results(measured)[lambda rows: rows.shots > 0]
+    """The label of the reference, and `differences` of every trained method from it. The reference is DCP's own
+    logits with stored statistics; of several DCPs that with the shortest label, which has no option beyond
+    those of all."""
+    trained = results[(results.selection != PUBLISHED) & (results.shots > 0)]
     reference = min(trained.label[trained.method == DCP_METHOD], key=len, default="")
     is_reference = trained.label == reference
     return reference, differences(trained[~is_reference], trained[is_reference])
@@ -270,15 +257,18 @@ def against(results: "pd.DataFrame") -> list[Table]:
     return [Table(f"Differences from {reference}", header, rows, note)]
 
 
-SECTIONS: dict[str, tuple[str, Callable[["pd.DataFrame"], list[Table]]]] = {  # heading and tables
-    "few-shot": ("Few-shot classification", lambda rows: [*few_shot_tables(rows), *against(rows)]),
+SECTIONS: dict[str, tuple[str, Callable[["pd.DataFrame"], list[Table]]]] = {  # heading and tables of a protocol
+    "few-shot": ("Few-shot classification", few_shot_tables),
     "base-to-new": ("Base-to-new generalisation", base_to_new_tables),
-    "cross-dataset": ("Cross-dataset transfer", partial(target_tables, protocol="cross-dataset")),
-    "domain-shift": ("Domain shift", partial(target_tables, protocol="domain-shift")),
-    "ece": ("Calibration error (ECE), few-shot", partial(few_shot_tables, value="ece")),
-    "nll": ("Negative log-likelihood (NLL), few-shot", partial(few_shot_tables, value="nll")),
-    "published": ("Published figures", sources),
+    "cross-dataset": ("Cross-dataset transfer", target_tables),
+    "domain-shift": ("Domain shift", target_tables),
 }
+
+
+def tables_of(results: "pd.DataFrame", protocol: str) -> list[Table]:
+    """The tables of one of the protocols that the results are of."""
+    _, make = SECTIONS[protocol]
+    return make(results[results.protocol == protocol])
 
 
 def tex(text: object) -> str:
@@ -301,7 +291,8 @@ def write_report(folders: Sequence[Path], path: Path) -> list[Path]:
     files = [path, path.with_suffix(".tex")]
     for (model, weights), rows in with_labels(results).groupby(["model", "weights"]):
         both = pd.concat([rows, published(rows)])
-        tables = {heading: make(both) for heading, make in SECTIONS.values()}
+        tables = {heading: tables_of(both, protocol) for protocol, (heading, _) in SECTIONS.items()}
+        tables["Published figures"] = sources(both)
         figures = {f"{kind}{len(sections) + 1}": figure for kind, figure in figures_of(rows).items()}
         for name, figure in figures.items():
             for suffix in ("png", "pdf"):
@@ -324,7 +315,8 @@ def figures_of(results: "pd.DataFrame") -> Values:
     from dcp_zoo.benchmark import figures
 
     made: Values = {}
-    panels = {caption: rows for caption, rows, _ in by_dataset(few_shot_results(results))}
+    results = results[results.protocol == "few-shot"]
+    panels = {caption: rows for caption, rows, _ in by_dataset(results)}
     if panels:
         made["accuracy"] = figures.accuracy_figure(panels)
     reference, pairs = paired(results)

@@ -3,7 +3,6 @@ of trials, finished ones are skipped, failures are recorded, and the sweep goes 
 
 import os
 import socket
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,7 +58,6 @@ class Event(NamedTuple):
     trial: Trial
     state: str  # "done" or "failed"
     message: str = ""  # accuracies, or why
-    seconds: float = 0.0  # that it took
 
 
 class TrialImages(Source):
@@ -191,16 +189,15 @@ def _test(trial: Trial, head: Head, images: TrialImages, unfinished: store.Unfin
 def execute(trial: Trial, settings: Settings, images: TrialImages | None = None) -> Event:
     """Run one trial, in this process or on a worker, and write its file, or that of its error. ZooError
     for an output folder that is not writable."""
-    started = time.perf_counter()
     try:
         result = run_trial(trial, settings, images)
     except Exception as error:  # whatever it is, the other trials can continue
         message = str(error) if isinstance(error, ZooError) else f"{type(error).__name__}: {error}"
         store.save_failure(settings.output, trial, message, traceback.format_exc())
-        return Event(trial, "failed", message, seconds=time.perf_counter() - started)
+        return Event(trial, "failed", message)
     store.save_result(settings.output, result)
     accuracies = [f"{each['target']} {each['classes']} {each['top1']} % {each['stats']}" for each in result["results"]]
-    return Event(trial, "done", ", ".join(accuracies), seconds=time.perf_counter() - started)
+    return Event(trial, "done", ", ".join(accuracies))
 
 
 def run_in_process(trials: Sequence[Trial], settings: Settings) -> Iterator[Event]:

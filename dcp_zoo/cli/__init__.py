@@ -1,12 +1,10 @@
 """The command `dcp-zoo`. Its modules import what is slow inside their functions, so that help and lists are
 fast."""
 
-import errno
 import io
 import sys
 import warnings
 from importlib.metadata import version
-from reprlib import repr as shortened
 from typing import Any
 
 from typer import Exit, Option, Typer
@@ -65,13 +63,6 @@ def main(program: Typer = app) -> None:
             stream.reconfigure(errors="replace")  # a name that the terminal cannot show must not end the command
     try:
         program()
-    except ZooError as error:
-        message = str(error)
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        message = f"This path is too long for the system: {shortened(error.filename)}. Check it."
-    else:
-        return
-    log(message, ERROR)
-    sys.exit(2)
+    except (ZooError, OSError) as error:
+        log(str(error), ERROR)
+        sys.exit(2)

@@ -14,7 +14,7 @@ from typer import Argument, Exit, Option, Typer, confirm
 
 from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.plan import check_data
-from dcp_zoo.benchmark.report import SECTIONS, with_labels, write_report
+from dcp_zoo.benchmark.report import tables_of, with_labels, write_report
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import ERROR, advise, errors, log, output, plain_table, progress_bar, resumable
 from dcp_zoo.data import DatasetSpec, check, find_spec
@@ -137,7 +137,7 @@ def show_costs(trials: Sequence[Trial], settings: Settings) -> None:
 def show_event(event: "Event", number: int, total: int) -> None:
     """Print what has become of a trial."""
     color = "green" if event.state == "done" else "red"
-    errors.print(f"[{color}]{event.state}[/] {number}/{total} {event.trial.key} ({event.seconds:.0f} s)")
+    errors.print(f"[{color}]{event.state}[/] {number}/{total} {event.trial.key}")
     log(f"  {event.message}")
 
 
@@ -148,9 +148,8 @@ def show_results(trials: Sequence[Trial], output_dir: Path) -> None:
         return
     path = output_dir / "results.csv"
     write_file(path, results.to_csv(index=False), "run the same command again")
-    _, make_tables = SECTIONS[trials[0].protocol]
     for (model, _), group in with_labels(results).groupby(["model", "weights"]):
-        for table in make_tables(group):
+        for table in tables_of(group, trials[0].protocol):
             output.print(f"[bold]{model}: {table.caption}[/]", plain_table(table.header, table.rows), sep="\n")
             output.print(table.note, "", sep="\n", style="dim")
     output.print(f"All results: {path}. Tables: dcp-zoo report {output_dir}", soft_wrap=True)
