@@ -84,18 +84,6 @@ def test_the_next_call_continues_and_never_joins_two_versions(server, tmp_path, 
             assert fetch_archive(archive, tmp_path).read_bytes() == later
 
 
-@pytest.mark.parametrize("more", [b"", b"x"], ids=["whole", "longer"])
-def test_a_part_that_lacks_nothing_is_the_archive_or_begins_anew(server, tmp_path, more):
-    """The process died before it was renamed: a server has no bytes after it, and answers 416."""
-    archive = offer(server, "a.tar", CONTENT)
-    (tmp_path / "a.tar.part").write_bytes(CONTENT + more)
-    if more:
-        with pytest.raises(ZooError, match="has not the published md5 .*deleted"):
-            fetch_archive(archive, tmp_path)
-    assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
-    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
-
-
 def test_a_dead_link_says_what_to_do(server, tmp_path):
     archive = offer(server, "a.tar", CONTENT)
     server.faults.append(("GET", 404))

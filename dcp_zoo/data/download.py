@@ -48,8 +48,7 @@ def fetch_archive(archive: Archive, folder: Path) -> Path:
     """The archive in `folder`, downloaded if it is not there yet, by the Hub's client, which tries
     again. What arrived is continued, also by the next call, if a published checksum tells whether the
     whole is right. ZooError if the source does not answer or has another file, or the disk is full."""
-    from huggingface_hub.errors import HfHubHTTPError  # slow to import, as the next
-    from huggingface_hub.file_download import http_get
+    from huggingface_hub.file_download import http_get  # slow to import, as the next
     from torchvision.datasets.utils import check_md5
 
     target = folder / archive.filename
@@ -60,17 +59,13 @@ def fetch_archive(archive: Archive, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             with part.open("ab" if archive.md5 else "wb") as file:
-                try:
-                    http_get(
-                        archive.url,
-                        file,
-                        resume_size=file.tell(),
-                        headers=AGENT,
-                        displayed_filename=target.name,
-                    )
-                except HfHubHTTPError as error:
-                    if error.response.status_code != 416:  # that is: no byte is missing, so that the checksum decides
-                        raise
+                http_get(
+                    archive.url,
+                    file,
+                    resume_size=file.tell(),
+                    headers=AGENT,
+                    displayed_filename=target.name,
+                )
             part.rename(target)
         if archive.md5 and not check_md5(str(target), archive.md5):
             target.unlink()

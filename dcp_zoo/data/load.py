@@ -171,7 +171,7 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None) -> CheckRow:
     problems = []
     if spec.counts and counts != spec.counts:
         problems.append(f"{counts} train, val and test images instead of {spec.counts}")
-    broken = damaged(split.items, progress=bar, name=split.name)
+    broken = damaged(split.items, progress=bar)
     if broken:
         problems.append(f"{_and_first([split.items[i].path for i in broken])} are damaged")
     status = "broken" if problems else "ok"

@@ -238,12 +238,12 @@ def read_labels(spec: DatasetSpec, folder: Path, files: Sequence[Path]) -> Split
 
 
 def listed_image(image: str, folder: Path) -> str:
-    """The path of an image that a labels file lists, or "" if it is neither in the folder, also by the
-    name of this folder, nor in the current one."""
+    """The path of an image that a labels file lists, or "" if it is neither in the folder nor in the current
+    one."""
     # abspath, as resolve would follow links: without .., each file has one path
     base = os.path.abspath(folder)  # noqa: PTH100
     current = os.getcwd()  # noqa: PTH109
-    for start in (base, current, os.path.dirname(base)):  # noqa: PTH120
+    for start in (base, current):
         path = os.path.abspath(os.path.join(start, image))  # noqa: PTH100, PTH118
         is_inside = Path(path).is_relative_to(base) or Path(path).is_relative_to(current)
         if is_inside and os.path.isfile(path):  # noqa: PTH113  Path would raise for long texts

@@ -19,7 +19,6 @@ def damaged(
     items: Sequence[Item],
     read: Callable[[ImageLike], object] = check_complete,
     progress: Progress = no_progress,
-    name: str = "images",
 ) -> dict[int, ZooError]:
     """The errors of the images that cannot be read, by position.
 
@@ -28,14 +27,13 @@ def damaged(
         read: what reads an image; by default only a file's header and last bytes, while `load_image`
             finds all damage.
         progress: shows the progress.
-        name: of the images, for the progress.
     """
 
     def problem(item: Item) -> ZooError | None:
         result = attempted(read, item.path)
         return result if isinstance(result, ZooError) else None  # images would fill the memory
 
-    problems = progress(in_threads(problem, items), f"Checking {name}", len(items))
+    problems = progress(in_threads(problem, items), "Checking images", len(items))
     return {i: error for i, error in enumerate(problems) if error}
 
 

@@ -79,15 +79,15 @@ def search(
     check_new(output, folder)
     items = items_in(folder)
     clip = plain_clip(model).to(pick_device(device))
+    seen = comparable(items, clip, progress)
     if like is None:
         wanted = clip.zero_shot_classifier([str(text)])[0].float().cpu()
-        seen = comparable(items, clip, progress).embeddings  # CLIP's embeddings
+        seen = seen.embeddings
     else:
         photo = comparable(as_items([str(like)]), clip)
         if photo.errors:
             raise photo.errors[0]
         wanted = photo.joined[0]
-        seen = comparable(items, clip, progress)
     seen = seen.of(seen.readable)
     if not seen.items:
         raise ZooError(f"No image of {folder} can be read.")
@@ -171,9 +171,7 @@ def _worth_a_label(
     assert table.facts is not None
     brightest = np.percentile(table.facts[:, : GREY**2].numpy(), 99, 1)  # NaN of an image that cannot be read
     usable = np.flatnonzero(brightest >= 255 * BLACK)
-    known = table.of([])
-    if labelled:
-        known = comparable(as_items(labelled), clip, progress)
+    known = comparable(as_items(labelled), clip, progress)
     return [items[usable[i]].path for i in spread(table.joined[usable], known.of(known.readable).joined, count)]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from dcp_zoo.answers import NO_THRESHOLDS, Outputs, Promises, Thresholds, cells, table
 from dcp_zoo.data.images import ImageLike, in_batches
-from dcp_zoo.errors import ZooError, as_zoo_error, check_range, shorten
+from dcp_zoo.errors import ZooError, as_zoo_error, check_range
 from dcp_zoo.features.photos import pixels_of
 from dcp_zoo.fields import Values
 from dcp_zoo.files import packed, sha256_of, unpacked
@@ -141,9 +141,8 @@ class Predictor:
 
     def __post_init__(self) -> None:
         if isinstance(self.head, Predictor):
-            given = [f.name for f in fields(self)[1:] if getattr(self, f.name) != f.default]
-            if given:
-                raise ZooError(f"A copy of a Predictor takes no {', '.join(given)}: give this to the first one.")
+            if any(getattr(self, f.name) != f.default for f in fields(self)[1:]):
+                raise ZooError("A copy of a Predictor takes nothing else: give it to the first one.")
             vars(self).update(self.head.__getstate__())
             return
         from dcp_zoo.zoo.resolve import parse_name  # here, as servers do without
@@ -253,13 +252,12 @@ def images_of(batch: Mapping[str, Any], column: str) -> tuple[list[Any], Values]
     """The images of a batch, an error in place of each row that has one; and the other columns, with that
     of the images if it holds paths. ZooError for a batch without images."""
     if not isinstance(batch, Mapping) or column not in batch:
-        given = f"the columns {shorten([*map(str, batch)])}" if isinstance(batch, Mapping) else type(batch).__name__
-        raise ZooError(f"A batch is a dict of columns, of which {column!r} has the images, not {given}: pass image=...")
+        raise ZooError(f"A batch is a dict of columns, of which {column!r} has the images: pass image=...")
     images = list(batch[column])
-    left_out = [ERROR, column]
-    if all(image is None or isinstance(image, str) for image in images):  # paths
-        left_out = [ERROR]
-    other_columns = {name: batch[name] for name in batch if name not in left_out}
+    other_columns = dict(batch)
+    other_columns.pop(ERROR, None)
+    if not all(image is None or isinstance(image, str) for image in images):  # no paths
+        del other_columns[column]
     for i, error in enumerate(batch.get(ERROR, ())):
         if error:
             images[i] = ZooError(error)
