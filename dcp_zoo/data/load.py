@@ -101,16 +101,13 @@ def load_for_training(
 
 def listed_images(labels: LabelFiles, folder: str | os.PathLike) -> list[str]:
     """The images that labels files list with a class, see `readers.read_labels`, and those in folders
-    among them. ZooError for a file that lists none."""
+    among them. ZooError as of that."""
     images = []
     for file in _files(labels):
         if file.is_dir():
             images += find_images([str(file)])
             continue
-        paths = [row.path for row in readers.label_rows(file, Path(folder)) if row.name and row.path]
-        if not paths:
-            raise ZooError(f"{file} lists no image of {folder}: pass the folder that its paths start from.")
-        images += paths
+        images += [row.path for row in readers.label_rows(file, Path(folder)) if row.name]
     return images
 
 

@@ -21,7 +21,7 @@ from dcp_zoo.fields import Values, mismatch
 from dcp_zoo.files import read_plain
 from dcp_zoo.tables import NONE, is_none, is_reserved, read_csv, read_text
 
-LABEL_COLUMNS = (("file", "image"), ("class", "label"), ("part",), ("group",), ("probability",))
+ALSO_CALLED = {"image": "file", "label": "class"}  # columns
 LABELS_FORM = "a labels file is a CSV file with the columns file and class"
 PREDICTIONS = "has the answers of a head: unless you corrected them, the accuracy says how well they are repeated"
 # that folders of parts have, whatever their letter case; "train" alone may be a class of trains
@@ -147,8 +147,7 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
 class LabelRow(NamedTuple):
     """A row of a labels file."""
 
-    image: str  # as it stands there
-    path: str  # of the image, see `listed_image`; "" if there is none
+    path: str  # of the image, see `listed_image`
     name: str  # of the class, `NONE`, or "" for an image to leave out
     part: str  # train, val or test
     group: str  # the same for images that were taken together, or ""
@@ -157,35 +156,40 @@ class LabelRow(NamedTuple):
 
 
 def label_rows(file: Path, folder: Path) -> list[LabelRow]:
-    """The rows of a CSV file with some of `LABEL_COLUMNS`, about images of a folder. What is called "leave
-    out", or nothing, has no class; ZooError if that is so of all."""
+    """The rows of a CSV file about images of a folder; it may lack the columns part, group and probability.
+    What is called "leave out", or nothing, has no class; ZooError if that is so of all, and for images with a
+    class that are not there."""
     with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}."):
         header, *rows = [[cell.strip() for cell in row] for row in read_csv(file)]
-    columns = [_column(header, names) for names in LABEL_COLUMNS]
-    if -1 in columns[:2]:
+    columns = [ALSO_CALLED.get(cell.lower(), cell.lower()) for cell in header]
+    if not {"file", "class"}.issubset(columns):
         raise ZooError(f"{file} has the columns {', '.join(header)}: {LABELS_FORM}.")
     listed = []
+    missing = []
     for number, row in enumerate(rows, 2):
-        image, name, part, group, probability = ("" if i < 0 else row[i] for i in columns)
-        if not image or len(row) > len(header) or part not in ("", *PARTS):
+        cells = dict(zip(columns, row, strict=False))
+        image = cells["file"]
+        name = cells["class"]
+        part = cells.get("part") or PARTS[0]
+        if not image or len(row) > len(header) or part not in PARTS:
             raise ZooError(f"{file}, row {number}: {row} is not a file, its class and perhaps its part; {LABELS_FORM}.")
         if is_none(name):
             name = NONE
         elif is_reserved(name):
             name = ""
         path = listed_image(image, folder)
-        listed.append(LabelRow(image, path, name, part or PARTS[0], given_group(group), bool(probability)))
+        if path:
+            group = given_group(cells.get("group"))
+            listed.append(LabelRow(path, name, part, group, is_prediction=bool(cells.get("probability"))))
+        elif name:
+            missing.append(image)
+    if missing:
+        problem = f"{file} lists {len(rows)} images, of which {len(missing)} are not in"
+        where = f"{folder} or the current folder: {shorten(missing)}"
+        raise ZooError(f"{problem} {where}. Pass the folder that their paths start from, or run the command there.")
     if not any(row.name for row in listed):
         raise ZooError(f"{file} lists {len(listed):,} images, none with a class: fill in its column class.")
     return listed
-
-
-def _column(header: Sequence[str], names: Sequence[str]) -> int:
-    """The position of the first column that has one of these names; -1 if there is none."""
-    for i, cell in enumerate(header):
-        if cell.lower() in names:
-            return i
-    return -1
 
 
 def read_labels(spec: DatasetSpec, folder: Path, files: Sequence[Path]) -> Split:
@@ -204,18 +208,11 @@ def read_labels(spec: DatasetSpec, folder: Path, files: Sequence[Path]) -> Split
     notes = []
     for file in files:
         listed = label_rows(file, folder)
-        missing = [row.image for row in listed if row.name and not row.path]
-        if missing:
-            problem = f"{file} lists {len(listed)} images, of which {len(missing)} are not in"
-            where = f"{folder} or the current folder: {shorten(missing)}"
-            raise ZooError(f"{problem} {where}. Pass the folder that their paths start from, or run the command there.")
         names: dict[str, str] = {}  # by the real path
         for row in listed:
-            if not row.path:
-                continue
             real = os.path.realpath(row.path)
             if names.setdefault(real, row.name) != row.name:
-                problem = f"{row.image} has two classes, {names[real]!r} and {row.name!r}"
+                problem = f"{row.path} has two classes, {names[real]!r} and {row.name!r}"
                 raise ZooError(f"{file}: {problem}: keep one of them.")
             first = rows.get(real, row._replace(added=file != files[0]))
             rows[real] = first._replace(name=row.name)
