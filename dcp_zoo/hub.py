@@ -196,9 +196,9 @@ def download_file(repo_id: str, filename: str, revision: str | None = None) -> P
     return Path(path)
 
 
-def read_index(org: str) -> tuple[bytes, str]:
-    """The JSON of an organisation's index of heads, which is read once in a process, and ""; or, where the
-    Hub does not answer, the one read last, or "{}", and `silence`."""
+def read_index(org: str) -> tuple[Values, str]:
+    """The rows of an organisation's index of heads, by name, which is fetched once in a process, and why there
+    may be others, or "": the Hub does not answer, and this is the index fetched last, or it is damaged."""
     repo = f"{org}/{INDEX_REPO}"
     cache_dir = constants.HF_HUB_CACHE
     problem = ""
@@ -207,7 +207,12 @@ def read_index(org: str) -> tuple[bytes, str]:
     except CLIENT_ERRORS as error:
         problem = silence(error)
         path = try_to_load_from_cache(repo, INDEX_NAME, cache_dir)
-    return (Path(path).read_bytes() if isinstance(path, str) else b"{}"), problem
+    if not isinstance(path, str):
+        return {}, problem
+    try:
+        return dict(json.loads(Path(path).read_bytes())), problem
+    except (ValueError, TypeError) as error:
+        return {}, f"the index of {org} is damaged ({error})."
 
 
 @cache

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from importlib.util import find_spec
 from itertools import islice
 from typing import Any
 
@@ -17,12 +16,10 @@ def no_progress(iterable: Iterable[Any], description: str, total: int) -> Iterab
 def bar(items: Iterable[Any] | None, what: str, total: int | None = None, **options: Any) -> Any:
     """The items with a progress bar, in a terminal or a notebook; `options` are tqdm's, such as
     `disable`."""
-    in_notebook = "ipykernel" in sys.modules
-    if in_notebook and find_spec("ipywidgets"):
-        from tqdm.auto import tqdm
-    else:  # auto would warn in a notebook without widgets
-        from tqdm import tqdm  # here, as the server's container lacks it
-    settings = {"disable": not (in_notebook or sys.stderr.isatty()), "leave": False, "delay": DELAY}
+    from tqdm import tqdm  # here, as the server's container lacks it
+
+    is_watched = "ipykernel" in sys.modules or sys.stderr.isatty()
+    settings = {"disable": not is_watched, "leave": False, "delay": DELAY}
     return tqdm(items, what, total, **settings | options)
 
 

@@ -36,14 +36,11 @@ MANIFEST = Path(__file__).parent / "heads.json"
 def hub_orgs() -> list[str]:
     """The organisations that `DCP_ZOO_HUB_ORG` names, separated by commas; [] for none. ZooError for an
     invalid name."""
-    names = os.environ.get("DCP_ZOO_HUB_ORG", "")
-    orgs = [org.strip() for org in names.split(",")] if names else []
+    names = os.environ.get("DCP_ZOO_HUB_ORG", "").split(",")
+    orgs = [name.strip() for name in names if name.strip()]
     for org in orgs:
         if not re.fullmatch(r"(?!.*(--|\.\.))\b[\w.-]+\b", org):
-            raise ZooError(
-                f"DCP_ZOO_HUB_ORG={names}: {org!r} is not the name of an organisation or user on the Hub. Set one, or "
-                "several with commas between them, or none."
-            )
+            raise ZooError(f"DCP_ZOO_HUB_ORG: {org!r} is no organisation or user of the Hub; commas separate several.")
     return orgs
 
 
@@ -160,39 +157,30 @@ def all_heads() -> dict[str, HeadEntry]:
     return heads | trained_heads()
 
 
-@cache
-def parsed_index(org: str, index: bytes) -> dict[str, HeadEntry]:
-    """The heads of an organisation by its index on the Hub, without rows that do not pin a head of a known
-    model."""
-    try:
-        rows = dict(json.loads(index))
-    except (ValueError, TypeError) as error:
-        warn(f"The index of {org}'s heads on the Hub is damaged ({error}): only heads of this release are known.")
-        return {}
-    heads: dict[str, HeadEntry] = {}
-    for name, values in rows.items():
-        if any(problems(values, IndexRow)) or name.partition(".")[0] not in MODELS:
-            continue
-        row = {key: values[key] for key in IndexRow.__annotations__}
-        if re.fullmatch("[0-9a-f]{40} [0-9a-f]{64}", f"{row['revision']} {row['sha256']}"):
-            with suppress(ZooError):
-                heads[name] = HeadEntry.named(name, status="published", org=org, **row)
-    return heads
-
-
 def indexed_heads() -> tuple[dict[str, HeadEntry], str]:
-    """The heads that the organisations have published up to now, by their indexes on the Hub, and ""; or,
-    where the Hub does not answer, those of the indexes read last, and the reason. Of heads with the same
-    name, that of the first organisation counts."""
+    """The heads that the organisations have published up to now, by their indexes on the Hub, and why there may
+    be others, see `read_index`. Of heads with the same name, that of the first organisation counts. Rows
+    that do not pin a head of a known model are left out."""
     from dcp_zoo.hub import read_index  # slow to import
 
     heads: dict[str, HeadEntry] = {}
     problem = ""
     for org in hub_orgs() or [HUB_ORG]:
-        index, silence = read_index(org)
-        heads = parsed_index(org, index) | heads
-        problem = problem or silence
+        rows, found = read_index(org)
+        problem = problem or found
+        for name, row in rows.items():
+            if name not in heads and name.partition(".")[0] in MODELS and is_pinned(row):
+                known = {key: row[key] for key in IndexRow.__annotations__}
+                with suppress(ZooError):
+                    heads[name] = HeadEntry.named(name, status="published", org=org, **known)
     return heads, problem
+
+
+def is_pinned(row: Any) -> bool:
+    """Whether this is an `IndexRow` with a commit and a hash."""
+    if any(problems(row, IndexRow)):
+        return False
+    return re.fullmatch("[0-9a-f]{40} [0-9a-f]{64}", f"{row['revision']} {row['sha256']}") is not None
 
 
 def newest(head: HeadEntry) -> HeadEntry:

@@ -85,8 +85,8 @@ def of_checkpoint(folder: Path, pretrained: bool | str, head: HeadEntry | None =
     config = read_config(folder)
     if config["architecture"] == "custom":
         raise ZooError(
-            f"The head in {folder} was trained on a CLIP outside the zoo. Build model = dcp_zoo.DCP(clip, "
-            f"classnames, ...) around it, then call dcp_zoo.load_head(model, {str(folder)!r})."
+            f"The head in {folder} was trained on a CLIP outside the zoo. Build model = dcp_zoo.DCP(clip, classnames, "
+            "...) around it, then call dcp_zoo.load_head(model, FOLDER)."
         )
     spec = get_spec(config["architecture"])
     tag = config["dcp"]["clip"]
