@@ -207,7 +207,7 @@ def test_a_head_may_not_know_its_clip(folder):
     config = json.loads((folder / "config.json").read_text())
     del config["dcp"]["clip_fingerprint"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match="trained on is unknown: CLIP was not loaded in float32") as caught:
+    with pytest.warns(UserWarning, match="trained on is unknown: they were not loaded in float32") as caught:
         create_model(f"local-dir:{folder}", True)
     assert len(caught) == 1
 

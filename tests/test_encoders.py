@@ -72,8 +72,6 @@ def test_an_encoder_reads_clips_pixels_as_timm_would(encoders, pictures):
             encoder.read(create_transform(clip, **changes)(pictures[0][0])[None]), F.normalize(wanted, dim=-1), 1e-4
         )
         encoder.read_as(clip.pretrained_cfg)
-        with pytest.raises(ZooError, match=r"reads images, and not what CLIP makes of them \(Tokens\)"):
-            encoder.read(clip.enter(x))
 
 
 @torch.no_grad()
@@ -111,7 +109,7 @@ def test_other_weights_than_those_trained_with_are_refused(head, tmp_path):
     said = config["dcp"]["encoders"][0]
     said["fingerprint"] = said["fingerprint"][16:] + said["fingerprint"][:16]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ZooError, match="not those that the head was trained with"):
+    with pytest.raises(ZooError, match="was trained on other weights"):
         create_model(str(folder), True)
 
 

@@ -29,7 +29,7 @@ from dcp_zoo.backbone.preprocessing import PREPROCESSING
 from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.backbone.towers.open_clip import EMBEDDING, JOINED, VisionTower
 from dcp_zoo.backbone.towers.text import TextChunks, TextTower, prompted_text
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.fields import Values
 
 Self = TypeVar("Self", bound="Frozen")
@@ -41,6 +41,7 @@ class Frozen(nn.Module):
     """The base of both kinds of encoders: a model whose weights never change, and which is always in eval
     mode."""
 
+    source: str  # where the weights are from: open_clip's tag, or timm's name
     pretrained_cfg: Values  # timm's
     parts: dict[str, int]  # the kinds of features that `read` gives, in order, and their widths
 
@@ -72,6 +73,20 @@ class Frozen(nn.Module):
                 tensor = tensor.float()
             state[name.partition(".")[2]] = tensor  # by its name in the model
         return fingerprint(state)
+
+    def check_weights(self, trained_on: str | None, head: object) -> None:
+        """ZooError unless these are the weights that a head was trained on, by their fingerprints; a warning
+        where one is unknown."""
+        own = self.fingerprint()
+        if not trained_on or not own:
+            problem = f"Whether the {self.source!r} weights are those that the head in {head} was trained on is unknown"
+            warn(f"{problem}: they were not loaded in float32, here or there.")
+        elif trained_on != own:
+            raise ZooError(
+                f"The head in {head} was trained on other weights: theirs have the fingerprint {trained_on}, and the "
+                f"{self.source!r} weights here have {own}. Load the same revision or file (a damaged download: hf "
+                "cache rm), or train the head again."
+            )
 
     def identity(self) -> str:
         """Of the image tower as it is now: two towers with the same one give the same features of the same

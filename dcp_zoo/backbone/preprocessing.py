@@ -1,8 +1,9 @@
 """How images are prepared for a model, in timm's terms; it does not import torch."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NoReturn, TypedDict
 
+from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 
 RESAMPLINGS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # as Pillow has them
@@ -30,3 +31,20 @@ def preprocessing_in(cfg: Mapping[str, Any]) -> Values:
         if name in cfg:
             found[name] = tuple(cfg[name]) if isinstance(cfg[name], list) else cfg[name]
     return found
+
+
+class PretrainedCfg(Values):
+    """timm's record of a model, made anew whenever it is read. ZooError for changes in place, which would be
+    lost."""
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        advice = 'Set what shall change: model.pretrained_cfg = {"mean": ...}'
+        raise ZooError(
+            f"model.pretrained_cfg is made anew whenever it is read: a change in it would be lost. {advice}."
+        )
+
+    __setitem__ = __delitem__ = update = setdefault = pop = popitem = clear = _refuse
+
+    def __reduce__(self) -> tuple[type, tuple[Values]]:
+        """A copy is a plain dictionary."""
+        return dict, (dict(self),)

@@ -15,11 +15,10 @@ prompts or by CLIP's weights, a text probe also reads plain CLIP, from inside it
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +37,9 @@ from dcp_zoo.backbone.classes import (
 )
 from dcp_zoo.backbone.clip import FrozenCLIP, Reading, WeightAndBias, joined, linear_of, parts_of
 from dcp_zoo.backbone.inputs import Images
-from dcp_zoo.backbone.preprocessing import PREPROCESSING, Preprocessing, preprocessing_in
-from dcp_zoo.backbone.towers import FORMATS, take_blocks
-from dcp_zoo.backbone.towers.open_clip import EMBEDDING, ImageRun
-from dcp_zoo.errors import ZooError, check_choice, check_range, shorten, warn
+from dcp_zoo.backbone.preprocessing import PREPROCESSING, Preprocessing, PretrainedCfg, preprocessing_in
+from dcp_zoo.backbone.towers.open_clip import EMBEDDING
+from dcp_zoo.errors import ZooError, check_choice, check_range, shorten
 from dcp_zoo.fields import Values, check, problems
 from dcp_zoo.heads import file
 from dcp_zoo.heads.config import (
@@ -59,13 +57,12 @@ from dcp_zoo.heads.config import (
     without,
 )
 from dcp_zoo.heads.fused import FusedClassifier, FusedHead
+from dcp_zoo.heads.intermediates import Intermediates
 from dcp_zoo.probe.model import NEVER, PREFIX, TextProbe
 from dcp_zoo.rejection import REFUSED
 
-Intermediate = Tensor | tuple[Tensor, Tensor]  # patches, or with the tokens before them
 
-
-class Head(nn.Module, ABC):
+class Head(Intermediates, ABC):
     """A classifier on a frozen CLIP, see the module: the base of `LinearHead`, `CacheHead`, `PromptHead` and
     `DCP`. These define the abstract methods below; all else follows from them. It also is a model of timm's,
     see the end.
@@ -130,10 +127,6 @@ class Head(nn.Module, ABC):
     def has_image_prompts(self) -> bool:
         """Whether the method has prompts in the image tower."""
         return False
-
-    def image_prompts(self) -> list[Tensor]:
-        """The prompts (M, Dv) that enter the first blocks of the image tower."""
-        return []
 
     def _encode_prompted(self, images: Images) -> Tensor:
         """Images -> normalised features (B, E), with the prompts in the image tower."""
@@ -552,7 +545,7 @@ class Head(nn.Module, ABC):
         was trained on, or a class without sentences."""
         block = config["dcp"]
         self.check_fits(state, Path(directory) / WEIGHTS_NAME, config)
-        _check_clip(self.frozen, block.get("clip_fingerprint"), directory)
+        self.frozen.check_weights(block.get("clip_fingerprint"), directory)
         classes = self.method_classes
         sentences = self.texts if isinstance(self.texts, Mapping) else None
         class_texts(classes, sentences or block["texts"])
@@ -657,7 +650,7 @@ class Head(nn.Module, ABC):
     head_hidden_size = num_features
 
     @property
-    def pretrained_cfg(self) -> "PretrainedCfg":
+    def pretrained_cfg(self) -> PretrainedCfg:
         """What timm reads of a model: its preprocessing, its classes, the modules at its ends, and its
         origin. Set the values of its preprocessing that shall change: `model.pretrained_cfg = {"crop_pct":
         0.9}`."""
@@ -693,86 +686,7 @@ class Head(nn.Module, ABC):
 
     default_cfg = pretrained_cfg
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each vision block and each chunk of class names in the backward pass: less memory, more
-        time; for all heads on this CLIP."""
-        for tower in ("vision_tower", "text_tower"):
-            with suppress(ZooError):  # a tower without blocks
-                getattr(self.encoder, tower).recomputes = enable
-
     forward_features = encode_image
-
-    def forward_intermediates(
-        self,
-        images: Tensor,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-        attn_mask: None = None,
-    ) -> tuple[Tensor, list[Intermediate]] | list[Intermediate] | Values:
-        """Patch tokens after the vision blocks, without the prompts: image features (B, E) as in
-        `forward_features`, and a list with one entry per block, in order. ZooError for a block that does not
-        exist, or an unknown format.
-
-        Args:
-            indices: None for all blocks, n for the last n, or a list of block numbers, -1 being the last.
-            return_prefix_tokens: return pairs of the patches and the tokens before them, such as a class
-                token.
-            norm: apply CLIP's final layer norm to the outputs.
-            stop_early: compute no block after the last of `indices`, and take the image features (B, E)
-                there.
-            output_fmt: see `FORMATS`.
-            intermediates_only: omit the image features.
-            output_dict: return them by timm's names: image_features, image_intermediates,
-                image_intermediates_prefix.
-            attn_mask: timm's; images have none.
-        """
-        check_choice("output_fmt", output_fmt, FORMATS)
-        check_choice("attn_mask", attn_mask, (None,))
-        tower = self.encoder.vision_tower
-        blocks = take_blocks(indices, len(tower.blocks))
-        stop = blocks[-1] if stop_early or intermediates_only else len(tower.blocks) - 1
-        after: list[Tensor] = []  # class token, if any, and patches (B, N, Dv)
-        for i, x in enumerate(self._block_outputs(images)):
-            if i in blocks:
-                after.append(x[:, : tower.num_tokens])
-            if i == stop:
-                features = tower.features(x)
-                break
-        if norm:
-            after = [tower.norm(x) for x in after]
-        patches = [x[:, tower.num_prefix :] for x in after]
-        if output_fmt == "NCHW":
-            patches = [x.transpose(1, 2).unflatten(2, tower.grid).contiguous() for x in patches]
-        named: Values = {"image_intermediates": patches}
-        outputs: list[Intermediate] = [*patches]
-        if return_prefix_tokens:
-            prefixes = [x[:, : tower.num_prefix] for x in after]
-            named["image_intermediates_prefix"] = prefixes
-            outputs = [*zip(patches, prefixes, strict=True)]
-        if intermediates_only:
-            return named if output_dict else outputs
-        if not stop_early and features.shape[1] < self.num_features:  # the head reads more
-            features = self.forward_features(images)
-        return {"image_features": features, **named} if output_dict else (features, outputs)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """The numbers of these blocks, for timm's `FeatureGetterNet`. Nothing is taken out: later blocks are
-        not computed there anyway, and a DCP rewrites its prompts from both towers, block by block."""
-        return take_blocks(indices, len(self.encoder.vision_tower.blocks))
-
-    @property
-    def feature_info(self) -> list[Values]:
-        """timm's description of each vision block's feature map: channels, reduction and module."""
-        tower = self.encoder.vision_tower
-        names = [f"encoder.clip.visual.{tower.block_path}.{i}" for i in range(len(tower.blocks))]
-        return [{"num_chs": tower.width, "reduction": tower.patch_size[0], "module": name} for name in names]
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Features (B, F) -> logits (B, C), or themselves with `pre_logits`. Raises ZooError like
@@ -780,49 +694,6 @@ class Head(nn.Module, ABC):
         if pre_logits or self.num_classes == 0:
             return features
         return self.classify(features)
-
-    def _block_outputs(self, images: Images) -> Iterator[Tensor]:
-        """The tokens (B, N + M, Dv) that leave each vision block, the prompts last."""
-        run = ImageRun(self.encoder.vision_tower, self.encoder.enter(images).x)
-        for prompts, _ in zip_longest(self.image_prompts(), run.tower.blocks):
-            if prompts is not None:
-                run.replace(prompts)
-            run.step()
-            yield run.x
-
-
-class PretrainedCfg(Values):
-    """timm's record of a model, made anew whenever it is read. ZooError for changes in place, which would be
-    lost."""
-
-    def _refuse(self, *_: object, **__: object) -> NoReturn:
-        advice = 'Set what shall change: model.pretrained_cfg = {"mean": ...}'
-        raise ZooError(
-            f"model.pretrained_cfg is made anew whenever it is read: a change in it would be lost. {advice}."
-        )
-
-    __setitem__ = __delitem__ = update = setdefault = pop = popitem = clear = _refuse
-
-    def __reduce__(self) -> tuple[type, tuple[Values]]:
-        """A copy is a plain dictionary."""
-        return dict, (dict(self),)
-
-
-def _check_clip(clip: FrozenCLIP, trained_on: str | None, directory: str | Path) -> None:
-    """ZooError if the weights of this CLIP are not those that a head was trained on, by their fingerprints;
-    a warning where one is unknown."""
-    fingerprint = clip.fingerprint()
-    weights = f"the {clip.source!r} weights of CLIP"
-    if not trained_on or not fingerprint:
-        problem = f"Whether {weights} are those that the head in {directory} was trained on is unknown"
-        warn(f"{problem}: CLIP was not loaded in float32, here or there.")
-    elif trained_on != fingerprint:
-        raise ZooError(
-            f"The head in {directory} was trained on other weights than these: its CLIP has the fingerprint "
-            f"{trained_on}, and {weights} here, of {clip.architecture}, have {fingerprint}. Load CLIP as it was, from "
-            "the same revision of its Hub repo or the same file (a damaged download: hf cache rm), or train the head "
-            "again."
-        )
 
 
 H = TypeVar("H", bound=Head)

@@ -111,11 +111,7 @@ def trained_head(clip: FrozenCLIP, folder: Path) -> Head:
     head.abilities = Abilities(**cast(Values, block["abilities"]))
     for stored in block.get("encoders", []):
         encoder = load_encoder(stored["name"], clip)
-        if stored["fingerprint"] != encoder.fingerprint():
-            raise ZooError(
-                f"The weights of {encoder.source} are not those that the head was trained with: use the version of "
-                "timm that it names, or train the head again."
-            )
+        encoder.check_weights(stored["fingerprint"], folder)
         head.image_encoders.append(encoder)
     head.from_state(config, state, folder)
     logger.info("Head of %s: %s", head.method, origin(folder / WEIGHTS_NAME))
