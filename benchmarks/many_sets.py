@@ -96,7 +96,7 @@ def frozen_clip() -> FrozenCLIP:
 def test_images(items: tuple[Item, ...]) -> ImageLoader:
     """Read once for all fits of a set, which have the same test images."""
     images = ImageLoader(Photos(items), FeatureExtractor(frozen_clip(), progress=progress_bar))
-    return images.after_stem(images.views)
+    return images.after_stem(images.training_views)
 
 
 def measured(split: Split, seed: int, method: str) -> Iterator[tuple[Any, ...]]:

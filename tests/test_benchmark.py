@@ -253,7 +253,7 @@ def record_views(monkeypatch, paths: set[str]) -> list[int]:
         return table(loader, readings, views, facts=facts)
 
     def showing(loader, *args, **options):
-        record(loader, len(loader.views))
+        record(loader, len(loader.training_views))
         return shuffled(loader, *args, **options)
 
     monkeypatch.setattr(ImageLoader, "table", reading)

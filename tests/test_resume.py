@@ -41,7 +41,7 @@ def eight(photos) -> list[Item]:
 def views(eight) -> ImageLoader:
     """The images and their mirror images, run through the miniature's frozen stem once."""
     images = ImageLoader(Photos(eight), FeatureExtractor(plain_clip("dcp_mini")), "flip")
-    return images.after_stem(images.views)
+    return images.after_stem(images.training_views)
 
 
 @pytest.fixture

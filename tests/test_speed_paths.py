@@ -7,7 +7,6 @@ from helpers import close, gradients, in_distribution, loud, vision_blocks
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
 from torchvision.transforms.functional import center_crop
 from torchvision.transforms.functional import to_tensor as pil_to_tensor
 
@@ -15,7 +14,7 @@ from dcp_zoo import DCP, create_model
 from dcp_zoo.backbone.towers.open_clip import attend
 from dcp_zoo.data import Item
 from dcp_zoo.features.device import autocast
-from dcp_zoo.features.loader import PhotoDataset
+from dcp_zoo.features.loader import PhotoReader
 from dcp_zoo.features.photos import Photos
 from dcp_zoo.heads.config import COUPLINGS
 from dcp_zoo.heads.head import Head
@@ -236,12 +235,10 @@ def test_decoded_images_are_cached_up_to_a_size_and_unchanged(tmp_path):
     items = [Item(str(tmp_path / f"{i}.png"), f"{i}.png", i) for i in range(6)]
     for i, item in enumerate(items):
         Image.effect_noise((40 + i, 30), 80).convert("RGB").save(item.path)
-    dataset = PhotoDataset(Photos(items, 8000), to_tensor, TensorDataset(torch.arange(6)), None, [False] * 6)
+    read = PhotoReader(Photos(items, 8000), to_tensor, None, [False] * 6)
     plain = torch.stack([to_tensor(Image.open(item.path).convert("RGB")) for item in items])
     for _ in range(2):
-        images, labels = dataset[[*range(6)]]
-        assert torch.equal(images, plain)
-        assert labels.tolist() == [item.label for item in items]
+        assert torch.equal(read(range(6)).x, plain)
     for item in items:
         Image.new("RGB", (40, 30)).save(item.path)
-    assert sum(bool(image.any()) for image in dataset[[*range(6)]][0]) == 2
+    assert sum(bool(image.any()) for image in read(range(6)).x) == 2

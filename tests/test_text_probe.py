@@ -410,7 +410,7 @@ def test_what_folds_measure_is_fitted_by_the_rule_of_the_whole(plain, monkeypatc
     n = 16
     monkeypatch.setattr("dcp_zoo.probe.candidates.LARGE", 2 * n * 3 - 1)  # with their mirror images
     images, kept = source(plain, n, 0), range(4, n)
-    alone = replace(images.of(kept), whole_of=None)
+    alone = replace(images.of(kept), part_of=None)
     strengths = [fit_probe(plain, part)["text_strength"] for part in (images.of(kept), images, alone)]
     assert strengths[0] == strengths[1] == 1 != strengths[2]
     views, labels, text = in_a_cone([6, 5, 5])

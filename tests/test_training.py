@@ -48,7 +48,7 @@ def images(red_and_blue) -> Callable[..., ImageLoader]:
     @cache
     def shared(augment: str = "none") -> ImageLoader:
         loader = ImageLoader(Photos(red_and_blue, CACHE_BYTES), extract, augment)
-        return loader.after_stem(loader.views)
+        return loader.after_stem(loader.training_views)
 
     return shared
 
@@ -89,7 +89,7 @@ def test_targets_are_zero_shot_features_of_the_view_or_of_the_whole_image(images
     """Of a mirror image, or of the image of which it is a crop."""
     crops = images("crop-flip")
     flips = ImageLoader(Photos(red_and_blue), crops.extract, "flip")
-    known = images("flip").table(views=flips.views).embeddings.rows(*flips.views)
+    known = images("flip").table(views=flips.training_views).embeddings.rows(*flips.training_views)
     encode = crops.extract.clip.encode_image
     inputs, _, targets = next(iter(flips.shuffled([8], torch.Generator().manual_seed(1), targets=known)))
     torch.testing.assert_close(targets, encode(inputs), atol=1e-5, rtol=1e-4)

@@ -78,10 +78,10 @@ class FeatureExtractor:
             keep_errors: whether an image that cannot be read is an error in the table, and not raised.
         """
         readings = readings or [plain_reading(self.clip)]
-        columns: dict[View, list[Column]] = {}
+        columns: dict[View, list[CachedRows]] = {}
         for view in views:
-            columns[view] = [self._column(photos, view, reading) for reading in readings]
-        of_facts = Column(photos, f"facts and frames {computed_by()}") if facts else None
+            columns[view] = [self._cached(photos, view, reading) for reading in readings]
+        of_facts = CachedRows(photos, f"facts and frames {computed_by()}") if facts else None
         if facts and photos.facts is None:
             photos.facts = {}  # filled while images are decoded
         missing = set[int]()
@@ -89,7 +89,7 @@ class FeatureExtractor:
             missing |= column.missing
         errors: dict[int, ZooError] = {}
         if missing:
-            batches = self._batches(photos, sorted(missing), views, inputs)
+            batches = self._read(photos, sorted(missing), views, inputs)
             done = len(photos) - len(missing)
             for positions, problems, shown in by_image(self.progress, batches, "image features", len(photos), done):
                 if problems and not keep_errors:
@@ -110,7 +110,7 @@ class FeatureExtractor:
             features[view] = torch.cat(asked, 1)
         return FeatureTable(photos.items, features, widths, of_facts.rows if of_facts else None, errors)
 
-    def _column(self, photos: Photos, view: View, reading: Reading) -> "Column":
+    def _cached(self, photos: Photos, view: View, reading: Reading) -> "CachedRows":
         """A column for a reading in a view. Kept are features of frozen encoders, and of the plain CLIP all of
         them, as other heads may read more; not those of a CLIP that a method changed, nor of random crops, which
         nobody asks for again."""
@@ -122,9 +122,9 @@ class FeatureExtractor:
         if not (is_changed or reading.prompts or view.seed is not None or active_cache.get() is None):
             tower = f"{encoder.identity()} {encoder.device.type} {encoder.preprocessing}"  # waits for the device
             setting = f"{view.name} {[*reading.parts]} {self.precision} {tower} {computed_by()}"
-        return Column(photos, setting, reading)
+        return CachedRows(photos, setting, reading)
 
-    def _encode(self, columns: Sequence["Column"], positions: Sequence[int], images: Any) -> None:
+    def _encode(self, columns: Sequence["CachedRows"], positions: Sequence[int], images: Any) -> None:
         """Compute what is missing of images, which are shown in one view, in its columns."""
         pending = [column for column in columns if column.missing]
         of_clip = [column for column in pending if column.reading.encoder is self.clip]
@@ -135,7 +135,7 @@ class FeatureExtractor:
                 features = column.reading.encode(entered if column in of_clip else images)
                 column.add(positions, features.float().cpu())
 
-    def _batches(
+    def _read(
         self, photos: Photos, positions: Sequence[int], views: Views, inputs: KnownInputs | None
     ) -> Iterator[tuple[Sequence[int], dict[int, ZooError], Shown]]:
         """Batches of positions, why some of the images cannot be read, and the others in each view, on the
@@ -185,7 +185,7 @@ class FeatureExtractor:
 
 
 @dataclass(eq=False)
-class Column:
+class CachedRows:
     """Features of one reading of n images in one view: rows (n, width), NaN where an image is `missing`.
 
     Args:

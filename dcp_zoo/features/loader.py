@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dcp_zoo.backbone._torch import seeded
 from dcp_zoo.backbone.clip import FrozenCLIP, Reading
@@ -38,7 +38,7 @@ class ImageLoader(LabelledItems):
             `precomputed` features are.
         augment: "none", "flip" or "crop-flip": how images are shown in training.
         workers: processes that decode for training; 0 decodes with threads of this one.
-        whole_of: of how many images these are a part. Default: of none.
+        part_of: of how many images these are a part. Default: of none.
         precomputed: features or tokens that batches have in place of pixels.
         form: the kind of `Inputs` that a batch is.
     """
@@ -47,7 +47,7 @@ class ImageLoader(LabelledItems):
     extract: FeatureExtractor | None
     augment: str = "none"
     workers: int = 0
-    whole_of: int | None = None
+    part_of: int | None = None
     precomputed: FeatureTable | None = None
     form: Callable[[Tensor], Inputs] = Pixels
 
@@ -66,16 +66,16 @@ class ImageLoader(LabelledItems):
         return self.augment == "crop-flip"
 
     @property
-    def views(self) -> Views:
+    def training_views(self) -> Views:
         """What training shows, unless it draws crops."""
         return (PLAIN, MIRRORED) if self.augment == "flip" else (PLAIN,)
 
     @property
-    def whole(self) -> int:
+    def total(self) -> int:
         """The number of these images, or of those that they are a part of. Whatever depends on the
         number of training images depends on this one, so that heads of folds are trained as that of all
         images."""
-        return self.whole_of or len(self)
+        return self.part_of or len(self)
 
     @property
     def with_flips(self) -> Views:
@@ -83,7 +83,7 @@ class ImageLoader(LabelledItems):
         all of theirs."""
         if self.extract is None and self.precomputed is not None:
             return tuple(self.precomputed.views)
-        return (PLAIN, MIRRORED) if self.whole <= MANY else (PLAIN,)
+        return (PLAIN, MIRRORED) if self.total <= MANY else (PLAIN,)
 
     def with_items(self, items: Sequence[Item]) -> "ImageLoader":
         """The same images with these items, such as with their groups."""
@@ -92,7 +92,7 @@ class ImageLoader(LabelledItems):
     def of(self, positions: Sequence[int]) -> "ImageLoader":
         """The images at these positions."""
         known = None if self.precomputed is None else self.precomputed.of(positions)
-        return replace(self, photos=self.photos.of(positions), whole_of=self.whole, precomputed=known)
+        return replace(self, photos=self.photos.of(positions), part_of=self.total, precomputed=known)
 
     def table(self, readings: Sequence[Reading] = (), views: Views = (PLAIN,), *, facts: bool = False) -> FeatureTable:
         """Features of the images, see `FeatureExtractor`: those that are given, or computed, from the
@@ -157,7 +157,7 @@ class ImageLoader(LabelledItems):
         seeds = None
         if self.precomputed is None:
             seeds = torch.randint(2**32, (n,), generator=generator).tolist()
-        shown = torch.randint(len(self.views), (n,), generator=generator)
+        shown = torch.randint(len(self.training_views), (n,), generator=generator)
         chunks = order[: sum(sizes)].split(list(sizes))[first:]
         return self._batches(chunks, generator, shown, seeds, targets)
 
@@ -180,34 +180,51 @@ class ImageLoader(LabelledItems):
         others = [self.labels]
         if targets is not None:
             others.append(targets[shown, every])
-        dataset: Dataset[Any]
+        read: Callable[[Sequence[int]], Inputs]
         if self.precomputed is not None:
-            dataset = TensorDataset(self.precomputed.rows(*self.views)[shown, every], *others)
+            rows = self.precomputed.rows(*self.training_views)[shown, every]
+
+            def read(positions: Sequence[int]) -> Inputs:
+                return self.form(rows[positions])
+
         else:
             assert self.extract is not None
             transform = create_transform(self.extract.clip, is_training=self.crops and seeds is not None)
-            mirrored = [self.views[i] == MIRRORED for i in shown.tolist()]
-            dataset = PhotoDataset(self.photos, transform, TensorDataset(*others), seeds, mirrored)
+            mirrored = [self.training_views[i] == MIRRORED for i in shown.tolist()]
+            read = PhotoReader(self.photos, transform, seeds, mirrored)
         return DataLoader(
-            dataset,
+            ShownImages(read, others),
             batch_size=None,  # the dataset returns batches
             sampler=[chunk.tolist() for chunk in chunks],
             generator=generator,  # without one it would draw from torch's random state
             num_workers=self.workers,
             pin_memory=self.workers > 0 and self.extract is not None and self.extract.clip.device.type == "cuda",
-            collate_fn=partial(_in_form, self.form),
         )
 
 
 @dataclass(eq=False)
-class PhotoDataset(Dataset[Any]):
-    """Photographs as batches (transform(image), label), or (transform(image), label, target), by lists of
-    positions.
+class ShownImages(Dataset[Any]):
+    """Batches (inputs, labels), or (inputs, labels, targets), by lists of positions.
 
     Args:
-        photos: the images, decoded once for all datasets of them.
+        read: what a model reads of the images at some positions.
+        others: the labels (n,), and targets (n, ..) if there are any.
+    """
+
+    read: Callable[[Sequence[int]], Inputs]
+    others: Sequence[Tensor]
+
+    def __getitem__(self, positions: Sequence[int]) -> Batch:
+        return self.read(positions), *[each[positions] for each in self.others]
+
+
+@dataclass(eq=False)
+class PhotoReader:
+    """Reads photographs as transform(image), by their positions.
+
+    Args:
+        photos: the images, decoded once for all readers of them.
         transform: of a decoded image.
-        others: the labels, and targets if there are any.
         seeds: of each image's random transform, which then depends neither on the images before nor on
             the process.
         is_mirrored: whether each is flipped after the transform.
@@ -215,23 +232,14 @@ class PhotoDataset(Dataset[Any]):
 
     photos: Photos
     transform: Callable[..., Tensor]
-    others: TensorDataset
     seeds: Sequence[int] | None
     is_mirrored: Sequence[bool]
 
-    def __len__(self) -> int:
-        return len(self.photos)
-
-    def __getitem__(self, indices: Sequence[int]) -> Batch:
+    def __call__(self, positions: Sequence[int]) -> Inputs:
         read = map if get_worker_info() else in_threads  # a worker process of DataLoader has its own core
         images = []
-        for i, image in zip(indices, read(self.photos.load, indices), strict=True):
+        for i, image in zip(positions, read(self.photos.load, positions), strict=True):
             with nullcontext() if self.seeds is None else seeded(self.seeds[i]):
                 x = self.transform(image)
             images.append(x.flip(-1) if self.is_mirrored[i] else x)
-        return torch.stack(images), *self.others[indices]
-
-
-def _in_form(form: Callable[[Tensor], Inputs], batch: Batch) -> Batch:
-    x, *others = batch
-    return form(x), *others
+        return Pixels(torch.stack(images))

@@ -227,7 +227,7 @@ class Source:
         if not again:
             return loader
         needs_flips = augment == "none" and self.run.recipe.classifier != "none"
-        return loader.after_stem(loader.with_flips if needs_flips else loader.views)
+        return loader.after_stem(loader.with_flips if needs_flips else loader.training_views)
 
     def for_training(self, run: Run, items: Sequence[Item]) -> ImageLoader:
         """Images as a run's method is shown them."""

@@ -109,7 +109,7 @@ class Task:
         crops."""
         if self.images.crops:
             return self.images
-        features = self.images.table([plain_reading(clip or self.clip)], self.images.views).embeddings
+        features = self.images.table([plain_reading(clip or self.clip)], self.images.training_views).embeddings
         return ImageLoader.of_features(features, self.images.augment)
 
     def linear_head(

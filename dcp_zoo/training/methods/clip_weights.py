@@ -295,7 +295,7 @@ def projected(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
     if source.crops:
         for view in crop_views(task.recipe.epochs, task.seed):
             yield source.table([inputs], [view]).views[view], source.labels
-    for rows in cycle(source.table([inputs], source.views).rows(*source.views)):
+    for rows in cycle(source.table([inputs], source.training_views).rows(*source.training_views)):
         yield rows, source.labels
 
 

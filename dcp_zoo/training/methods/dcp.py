@@ -45,7 +45,7 @@ def fit(task: Task) -> DCP:
     images = task.images
     targets = None
     if recipe.clip_reg:
-        targets = images.table(views=images.views).embeddings.rows(*images.views)
+        targets = images.table(views=images.training_views).embeddings.rows(*images.training_views)
     with clip_in(model, task.precision):
         loss_of = regularised_loss(model, recipe.clip_reg) if recipe.clip_reg else None
         losses = train(task, model, loss_of=loss_of, targets=targets)

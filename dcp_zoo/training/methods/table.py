@@ -115,7 +115,7 @@ def fit_head(name: str, task: "Task") -> "Head":
 
     method = METHODS[name]
     task = replace(task, classnames=check_classnames(task.classnames))
-    task.recipe = task.recipe.with_epochs(task.images.whole, len(task.classnames))
+    task.recipe = task.recipe.with_epochs(task.images.total, len(task.classnames))
     if method.trains and method.features is not None:
         task.train = task.images.table(views=method.features(task)).embeddings
     with seeded(task.seed, task.clip.device):

@@ -67,7 +67,7 @@ def fit_probe(head: Head, images: ImageLoader, given: ProbeInputs = IMAGES_ALONE
         examples,
         table.groups,
         given.describes,
-        images.whole,
+        images.total,
     )
     thresholds = info.get("thresholds")
     held_out = head.text_probe.held_out
