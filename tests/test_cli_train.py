@@ -21,14 +21,14 @@ from dcp_zoo.training.methods import text_probe
 
 
 def test_a_head_is_not_tested_on_images_it_was_trained_on(run, flowers, image_work, monkeypatch):
-    monkeypatch.setenv("DCP_ZOO_CACHE", "cache")  # which knows what was said before
+    monkeypatch.setenv("DCP_ZOO_CACHE", "cache")
     code, _, err = run("train", "MY_PHOTOS", "--test", 0)
     assert (code, err.count("Text probe on dcp_mini")) == (0, 1), err  # without test images, once is enough
     assert "dcp_mini is a miniature for trying things out. For real use: train --model small" in err
     photo(Path("MY_PHOTOS/rose/6.jpg"), 6)
     image_work.reset()
     code, _, err = run("train", "MY_PHOTOS", "--test", 0, "--output", "again")
-    assert (code, "miniature" in err, image_work.decoded) == (0, False, 1), "said once; features are kept"
+    assert (code, image_work.decoded) == (0, 1), "features are kept"
     Path("MY_PHOTOS/rose/6.jpg").unlink()
     err = run.refused("eval", "MY_PHOTOS", "--head", "MY_PHOTOS_head")
     assert "was trained on these images" in err

@@ -259,8 +259,8 @@ def test_what_cannot_be_searched_says_why(folder, cache, tmp_path, run):
     (table := tmp_path / "found.csv").write_text("file,class\ncat/0.jpg,\n")
     for args, message in (
         (("--to-label", "--labels", table), "found.csv lists 1 images, none with a class: fill in its column class"),
-        (("cat", "--to-label"), "omit cat, or --to-label"),
-        (("cat", "--labels", folder), "work only with --to-label"),
+        (("cat", "--to-label"), "Pass what to find, or --to-label"),
+        (("cat", "--labels", folder), "--to-label, which alone takes --head and --labels"),
         (("--to-label", "--labels", folder), "left to label: all have a label, are black, or cannot be read"),
     ):
         assert message in run.refused("search", folder, *args)

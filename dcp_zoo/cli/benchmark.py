@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,7 @@ from dcp_zoo.benchmark import Settings, Trial, plan_trials, store
 from dcp_zoo.benchmark.plan import check_data
 from dcp_zoo.benchmark.report import tables_of, with_labels, write_report
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import ERROR, advise, errors, log, output, plain_table, progress_bar, resumable
+from dcp_zoo.cli.console import ERROR, errors, log, output, plain_table, progress_bar, resumable
 from dcp_zoo.data import DatasetSpec, check, find_spec
 from dcp_zoo.data import download as downloads
 from dcp_zoo.errors import ZooError, as_zoo_error
@@ -104,7 +104,7 @@ def benchmark(
     todo = [trial for trial in trials if trial.key not in done]
     settings = Settings(output_dir or Path(os.devnull), data_root, device, precision, progress=progress_bar)
     if dry_run:
-        output.print(grid_table(trials, done))
+        output.print(grid_table(trials))
         output.print(f"{len(trials)} trials, {len(todo)} to run.")
         show_costs(todo, settings)
         return
@@ -161,15 +161,11 @@ def check_succeeded(failed: Mapping[Trial, str], trials: Sequence[Trial]) -> Non
         raise ZooError(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again.")
 
 
-def grid_table(trials: Sequence[Trial], done: Set[str]) -> Table:
-    """The numbers of trials of each model, dataset and method; `done` has the keys of finished ones."""
-    table = Table("model", "dataset", "method", "trials", "done", title=trials[0].protocol)
-    # those of a row differ in shots and seed
-    rows = {trial.key: (trial.model, trial.dataset, f"{trial.method} {trial.changes}".strip()) for trial in trials}
-    finished = Counter(rows[key] for key in rows.keys() & done)
-    for row, count in Counter(rows.values()).items():
-        table.add_row(*row, str(count), str(finished[row]))
-    return table
+def grid_table(trials: Sequence[Trial]) -> Table:
+    """The numbers of trials, of all shots and seeds, of each protocol, model, dataset and method."""
+    rows = [(trial.protocol, trial.model, trial.dataset, f"{trial.method} {trial.changes}") for trial in trials]
+    cells = [(*row, str(count)) for row, count in Counter(rows).items()]
+    return plain_table(("protocol", "model", "dataset", "method", "trials"), cells)
 
 
 def split_commas(values: Iterable[str]) -> list[str]:
@@ -201,7 +197,7 @@ def report(
     files = write_report(folders, path)
     output.print(f"Wrote {', '.join(str(file) for file in files)}", soft_wrap=True)
     if importlib.util.find_spec("matplotlib") is None:
-        advise("For figures: pip install 'dcp_zoo[plots]'.")
+        log("For figures: pip install 'dcp_zoo[plots]'.")
 
 
 data = Typer(help="Download datasets, and check those on disk.", no_args_is_help=True)

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.segment import Segment
 from rich.table import Column, Table
 
-from dcp_zoo.files import cache_folder, file_name, printable, printable_lines
+from dcp_zoo.files import printable, printable_lines
 from dcp_zoo.heads.config import ACCEPTED
 from dcp_zoo.progress import bar
 from dcp_zoo.rejection import REFUSED
@@ -61,15 +61,6 @@ def from_here(text: str) -> str:
     """A text whose paths in the working folder start there."""
     here = str(Path.cwd())
     return text if here == os.sep else re.sub(rf"(?<![^\s('\"]){re.escape(here + os.sep)}", "", text)
-
-
-def advise(text: str) -> None:
-    """Print advice, each only once: a file in the user's cache remembers it."""
-    mark = cache_folder("advice") / file_name(text)[:30]
-    if not mark.exists():
-        log(text)
-        with suppress(OSError):  # said again, then
-            mark.touch()
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import log, output
 from dcp_zoo.errors import ZooError, check_choice, import_extra
 from dcp_zoo.files import check_empty, check_output, check_writable
-from dcp_zoo.heads.config import is_checkpoint
 from dcp_zoo.serve import Limits, allowed_hosts, listen, server
 from dcp_zoo.threads import available_cores
 from dcp_zoo.zoo.resolve import parse_name
@@ -39,17 +38,12 @@ def export(
         file = file or Path(f"{file_stem(head)}-hub")
         check_empty(file)
         check_writable(file.parent)
-        note = f"{file / 'README.md'} shows how to use it."
     else:
         file = file or Path(f"{file_stem(head)}.onnx")
-        if not file.suffix:
-            file = file.with_suffix(".onnx")
         check_output(file, overwrite)
         check_choice("suffix", file.suffix, (".onnx",))
-        note = "It was verified against the model."
     model = exported(head, names, file, format)
-    size = f", {file.stat().st_size / 1e6:.0f} MB" if file.is_file() else ""
-    output.print(f"Wrote {file}, {model.num_classes} classes{size}. {note}", markup=False)
+    output.print(f"Wrote {file}, {model.num_classes} classes, and verified it against the model.", markup=False)
 
 
 def exported(head: str, classnames: Sequence[str] | None, path: Path, format: str = "onnx") -> "Head":
@@ -133,7 +127,7 @@ def serve(
             file = Path(folder, "model.onnx")
             log(f"Exporting {head}, which takes up to a minute: dcp-zoo export writes a file that starts at once.")
             exported(head, names, file)
-            shown_name = file_stem(head) if is_checkpoint(head) else head  # visitors need not know where it is
+            shown_name = file_stem(head)  # visitors need not know where it is
         app = application(file, limits, available_cores(), shown_name, hosts, device)
     listening = listen(host, port)
     address = f"http://{host}:{listening.getsockname()[1]}"

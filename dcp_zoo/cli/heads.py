@@ -247,15 +247,12 @@ def show_spot_check(found: "SpotCheck", output_dir: Path | None, as_json: bool) 
 
 def as_values(evaluation: "Evaluation") -> Values:
     """What --json prints of the predictions."""
-    top1 = round(evaluation.accuracy.percent, 2)
     return {
-        "images": len(evaluation.items),
-        "top1": top1,
-        "balanced": top1 if evaluation.balanced is None else evaluation.balanced,
+        "top1": round(evaluation.accuracy.percent, 2),
         "interval": [round(bound, 2) for bound in evaluation.accuracy.interval],
         "per_class": {row.name: [row.correct, row.images] for row in evaluation.per_class},
         "confused_pairs": evaluation.confused_pairs,
-        "refused": evaluation.info.get("refused"),
+        **evaluation.info,
     }
 
 
@@ -314,7 +311,6 @@ def show_evaluation(evaluation: "Evaluation", title: str = TEST) -> None:
     if not evaluation.mistakes:
         return
     classes = sorted(evaluation.per_class, key=lambda row: row.percent)
-    heading = "class" if len(classes) <= MOST else f"{MOST} worst classes of {len(classes)}"
     worst = []
     for row in classes[:MOST]:
         low, high = row.interval
@@ -325,7 +321,7 @@ def show_evaluation(evaluation: "Evaluation", title: str = TEST) -> None:
         for mistake in evaluation.mistakes[:MOST]
     ]
     tables = [
-        plain_table((heading, "correct", "of", "95 % interval"), worst),
+        plain_table(("worst classes", "correct", "of", "95 % interval"), worst),
         plain_table(("true class", "predicted", "times"), pairs),
     ]
     output.print(Columns(tables, padding=(0, 4)))  # below each other where the terminal is narrow
@@ -344,9 +340,8 @@ def show_claims(claims: Mapping[str, float], metrics: Mapping[str, float]) -> No
 
     rows = []
     for stats, claimed in claims.items():
-        measured = metrics.get(f"top1_{stats}", math.nan)
-        verdict = "holds" if holds(claimed, measured) else "differs"
-        rows.append((stats, f"{claimed:.2f}", f"{measured:.2f}", verdict))
+        found = metrics.get(f"top1_{stats}", math.nan)
+        rows.append((stats, f"{claimed:.2f}", f"{found:.2f}", "holds" if holds(claimed, found) else "differs"))
     output.print(plain_table(("statistics", "claimed", "measured", ""), rows))
     if any(verdict == "differs" for *_, verdict in rows):
         raise Exit(1)

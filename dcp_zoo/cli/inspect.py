@@ -7,7 +7,7 @@ from typing import Any
 from typer import Argument, Option
 
 import dcp_zoo
-from dcp_zoo.cli.console import advise, log, output, progress_bar
+from dcp_zoo.cli.console import log, output, progress_bar
 from dcp_zoo.cli.options import Device, GroupBy, Labels, Model, Overwrite, Photos, data_source
 from dcp_zoo.data import load_labelled
 from dcp_zoo.data.splits import group_by
@@ -76,10 +76,9 @@ def search(
     [dim]dcp-zoo search MY_PHOTOS --to-label --count 10 --output to_label[/]
     [dim]dcp-zoo search MY_PHOTOS --to-label --head my_head --labels LABELLED --output to_label_next[/]
     """
-    if to_label and text:
-        raise ZooError(f"--to-label looks for nothing else: omit {text}, or --to-label.")
-    if (head or labels) and not to_label:
-        raise ZooError("--head and --labels work only with --to-label: add it.")
+    out_of_place = text if to_label else head or labels
+    if out_of_place:
+        raise ZooError("Pass what to find, or --to-label, which alone takes --head and --labels.")
     use_threads()
     from dcp_zoo.inspection.search import PAGE, TABLE
 
@@ -98,7 +97,7 @@ def search(
     else:
         found = dcp_zoo.search(folder, text, **options)
         if model == "dcp_mini":
-            advise("dcp_mini knows names of everyday things, but does not understand sentences: pass --model small.")
+            log("dcp_mini knows names of everyday things, but does not understand sentences: pass --model small.")
     for row in found:
         output.print(f"{row.note}  {row[0]}".lstrip(), markup=False, soft_wrap=True)
     if to_label and output_dir is not None:

@@ -9,7 +9,7 @@ from typer import Argument, Exit, Option
 
 import dcp_zoo
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import ERROR, advise, log, output, plain_table, progress_bar, rejection_note, resumable
+from dcp_zoo.cli.console import ERROR, log, output, plain_table, progress_bar, rejection_note, resumable
 from dcp_zoo.data import find_images, load_image, sample_images
 from dcp_zoo.data.packaged import SAMPLE_CLASSES
 from dcp_zoo.errors import ZooError, attempted
@@ -157,5 +157,5 @@ def show_on_screen(images: Sequence[str], predictor: "dcp_zoo.Predictor", togeth
     if not are_few:
         output.print("All classes: --json, or --output predictions.csv", style="dim")
     if predictor.backend.architecture == "dcp_mini":
-        advise(MINIATURE_NOTE)
+        log(MINIATURE_NOTE)
     return rows

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from typer import Option
 
 from dcp_zoo.cli import options as opt
-from dcp_zoo.cli.console import advise, log, output, progress_bar, rejection_note, resumable
+from dcp_zoo.cli.console import log, output, progress_bar, rejection_note, resumable
 from dcp_zoo.cli.heads import TEST, report_mistakes, show_evaluation
 from dcp_zoo.data import is_user_data, load_for_training
 from dcp_zoo.data.readers import read_descriptions
@@ -144,7 +144,7 @@ def train(
     name = shlex.quote(str(name_of(output_dir)))
     output.print(f"Saved in {output_dir}. Try it: dcp-zoo predict IMAGE --head {name}", markup=False)
     if not get_spec(model).clip:
-        advise(MINIATURE_NOTE)
+        log(MINIATURE_NOTE)
 
 
 def trained_head(run: "Run", folder: Path, refit: bool | None, report: Path | None, overwrite: bool) -> "Head":
