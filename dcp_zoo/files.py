@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -37,14 +38,14 @@ def write_file(path: Path, write: Content, otherwise: str = "choose another --ou
         temporary = path.parent / f".{path.name[:50]}.{uuid4().hex}"
         temporary.touch(0o666, exist_ok=False)  # with the user's umask, unlike those of `tempfile`
         try:
-            mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
+            if path.exists():
+                shutil.copymode(path, temporary)
             if callable(write):
                 write(str(temporary))
             else:
                 temporary.write_bytes(write.encode() if isinstance(write, str) else write)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())  # otherwise a power cut could leave an empty file under the new name
-            temporary.chmod(mode)  # safetensors makes a file of its own
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

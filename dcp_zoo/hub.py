@@ -80,10 +80,7 @@ def explained(repo_id: str, filename: str = "", revision: str | None = None) -> 
         error = raised.__cause__ if type(raised) is RuntimeError else raised
         if not isinstance(error, CLIENT_ERRORS):
             raise
-        # the repo of a CLIP has its weights in other formats, too
-        files = f"{repo_id} {filename}" if filename == CLIP_WEIGHTS_NAME else repo_id
-        if revision:
-            files += f" --revision {revision}"
+        files = f"{repo_id} --revision {revision}" if revision else repo_id
         message = MESSAGES[_kind(error)].format(
             repo=repo_id,
             file=filename,

@@ -153,8 +153,7 @@ def test_a_published_head(narrow, client, tmp_path, caplog):
         assert all(torch.equal(state[name], tensor) for name, tensor in narrow.state_dict().items())
     folder = f"models--{CLIP_REPO.replace('/', '--')}"
     shutil.rmtree(tmp_path / "cache" / folder)
-    file = f"{CLIP_REPO} open_clip_model.safetensors"
-    message = f"HF_HUB_OFFLINE keeps dcp_zoo from asking.*run `hf download {file}` .* to {tmp_path}/cache"
+    message = f"HF_HUB_OFFLINE keeps dcp_zoo from asking.*run `hf download {CLIP_REPO}` .* to {tmp_path}/cache"
     with offline(), pytest.raises(ZooError, match=message):
         dcp_zoo.create_model("dcp_vitb16", pretrained="imagenet-16shot")
 
@@ -277,7 +276,7 @@ def test_weights_of_clip_are_of_their_pinned_revision(moved, tmp_path, monkeypat
             dcp_zoo.create_model(str(head), True)
         set_row(monkeypatch, clip_revision=first)
         shutil.rmtree(tmp_path / "cache")
-        with pytest.raises(ZooError, match=f"hf download {repo} {hub.CLIP_WEIGHTS_NAME} --revision {first}`"):
+        with pytest.raises(ZooError, match=f"hf download {repo} --revision {first}`"):
             plain_clip(name)
 
 

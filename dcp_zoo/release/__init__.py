@@ -79,18 +79,18 @@ def not_of_dataset(model: Head) -> str:
         return ""
     spec = DATASETS[name]
     split = split_sha256(name)
-    tested = info.get("test_images")
+    others = []
     if spec.names and sorted(model.classes) != sorted(classnames(name)):
-        reason = f"its {model.num_classes} classes are not the {spec.num_classes} of {name}"
-    elif split and info.get("split_sha256") != split:
-        reason = f"it was trained and tested on another split: its sha256 is {info.get('split_sha256')}, not {split}"
-    elif spec.counts and tested not in (None, spec.counts[2]):
-        reason = f"it was tested on {tested:,} images, not on the {spec.counts[2]:,} of {name}"
-    else:
+        others.append("classes")
+    if split and info.get("split_sha256") != split:
+        others.append("split")
+    if spec.counts and info.get("test_images") not in (None, spec.counts[2]):
+        others.append("test images")
+    if not others:
         return ""
     return (
-        f"This head cannot be published as one of {name}: {reason}. Train it on {name} as it is, or on these images "
-        "as a folder: dcp-zoo train FOLDER."
+        f"This head cannot be published as one of {name}, which has other {', '.join(others)}. Train it on the whole "
+        "dataset, or on these images as a folder: dcp-zoo train FOLDER."
     )
 
 

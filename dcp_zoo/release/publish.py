@@ -103,8 +103,8 @@ def zoo_head(config: HeadConfig, name: str) -> HeadEntry | None:
     trained = [config["architecture"], stored["head"], *(stored.get(key) for key in ("dataset", "shots", "seed"))]
     if trained != [head.model, "dcp", head.dataset, head.shots, head.seed]:
         raise ZooError(
-            f"This is not the zoo's head {name}, but one of {stored['method']} for {config['architecture']}, dataset "
-            f"{stored.get('dataset')}, {stored.get('shots')} shots, seed {stored.get('seed')}. Name its repo otherwise."
+            f"This is not the zoo's head {name}: its model, kind, dataset, shots and seed are {trained}. Name its repo "
+            "otherwise."
         )
     return head
 
@@ -162,12 +162,10 @@ def refusals(release: Release, zero_shot: Values, split_note: str) -> list[str]:
         stored = top1["stored"]
         batch = top1["batch"]
         clip = plain["top1"]
-        below = BELOW_ZERO_SHOT + chance(clip, images)
-        apart = STATS_APART + chance(batch, images)
-        if stored < clip - below:
-            found.append(f"top-1 {stored:.2f} is over {below:.1f} percentage points below zero-shot CLIP's {clip:.2f}")
-        if abs(stored - batch) > apart:
-            found.append(f"stored {stored:.2f} and batch {batch:.2f} are over {apart:.1f} percentage points apart")
+        if stored < clip - BELOW_ZERO_SHOT - chance(clip, images):
+            found.append(f"top-1 {stored:.2f} is too far below zero-shot CLIP's {clip:.2f}")
+        if abs(stored - batch) > STATS_APART + chance(batch, images):
+            found.append(f"top-1 with stored and batch statistics, {stored:.2f} and {batch:.2f}, are too far apart")
     else:
         found.append("its accuracy was not measured with both kinds of statistics")
     return [*found, split_note] if split_note else found

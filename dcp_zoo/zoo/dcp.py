@@ -10,7 +10,6 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import without
 from dcp_zoo.zoo.registry import CLIP_TAG, all_heads, clip_cfg
@@ -39,21 +38,16 @@ def register(timm: ModuleType) -> None:
 def _saving(save: Callable[..., None]) -> Callable[..., None]:
     """timm's `save_for_hf`, which `push_to_hf_hub` calls too, and which writes the checkpoint of a head.
     timm itself would write all tensors, CLIP's included, and a config.json that says too little to read them
-    again."""
+    again; a head writes its own config.json in any case."""
 
     @functools.wraps(save)
     def save_for_hf(model: "nn.Module", save_directory: str, *args: Any, **kwargs: Any) -> None:
         from dcp_zoo.heads.head import Head
 
-        if not isinstance(model, Head):
-            save(model, save_directory, *args, **kwargs)
-        elif any(args) or kwargs.get("model_config") or kwargs.get("model_args"):
-            raise ZooError(
-                "model_config: a head writes its own config.json. Omit it; model.save_pretrained(directory, "
-                "name=value) adds values."
-            )
-        else:
+        if isinstance(model, Head):
             model.save_pretrained(save_directory)
+        else:
+            save(model, save_directory, *args, **kwargs)
 
     return save_for_hf
 

@@ -113,10 +113,8 @@ def create_model(
     check_choice("classifier", classifier, (None, "none"))
     check_choice("feature_cls", feature_cls, (None, "getter"))
     check_choice("output_fmt", output_fmt, (None, *FORMATS))
-    of_maps = {"out_indices": out_indices, "output_fmt": output_fmt, "feature_cls": feature_cls}
-    for argument, value in of_maps.items():
-        if value is not None and not features_only:
-            raise ZooError(f"{argument}={value!r} is of feature maps: pass features_only=True as well.")
+    if not features_only and not (out_indices is output_fmt is feature_cls is None):
+        raise ZooError("out_indices, output_fmt and feature_cls are of feature maps: pass features_only=True as well.")
     if classnames and num_classes not in (None, 0, len(classnames)):
         raise ZooError(f"num_classes={num_classes}, but there are {len(classnames)} class names: pass one of both.")
     overlay = dict(pretrained_cfg_overlay or {})

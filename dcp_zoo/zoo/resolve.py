@@ -145,7 +145,7 @@ def _of_the_zoo(model: str, tag: str, pretrained: bool | str, num_classes: int |
         folder = head.bundled_dir if head.status == "bundled" else _published(head, is_optional)
     if folder is None:
         warn(
-            f"CLIP's own weights of {model} are loaded, with fresh prompts, as by {model}.{CLIP_TAG}: its default head "
+            f"CLIP's own weights of {model} are loaded, with fresh prompts, as by {model}.clip: its default head "
             f"{head.name} is not published yet, and its classifier is not asked for."
         )
         return Resolved(spec, head, pretrained=CLIP_TAG)
@@ -200,9 +200,7 @@ def _published(head: HeadEntry, is_optional: bool) -> Path | None:
             )
         else:
             problem = f"{head.name} may be on the Hub, but it cannot be had from there. {error}"
-        raise ZooError(
-            f"{problem} CLIP's weights without a head: {head.model}.{CLIP_TAG}, or pretrained='{CLIP_TAG}'."
-        ) from error
+        raise ZooError(f"{problem} CLIP's weights without a head: {head.model}.clip, or pretrained='clip'.") from error
 
 
 def _download(repo_id: str, revision: str | None, sha256: str | None = None) -> Path:

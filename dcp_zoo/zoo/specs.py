@@ -136,7 +136,7 @@ def open_clip_spec(name: str) -> ModelSpec:
         if place not in pairs:
             raise ZooError(
                 f"open_clip has no model {place!r}.{nearest_hint(place, pairs)} All: open_clip.list_pretrained(); "
-                f"names are {OPEN_CLIP}ARCH/TAG, {OPEN_CLIP}{CLIP_REPO}ORG/REPO, or {OPEN_CLIP}{CLIP_FOLDER}FOLDER."
+                "names are open_clip:ARCH/TAG, open_clip:hf-hub:ORG/REPO, or open_clip:local-dir:FOLDER."
             )
         clip, _, tag = place.partition("/")
     weights, model = described(clip, tag)
