@@ -40,8 +40,7 @@ def test_a_part_is_read_from_the_folder_of_the_whole(name, tmp_path):
     split = load_split(name, tmp_path)
     own = {(part, item.key, split.classnames[item.label]) for part in PARTS for item in getattr(split, part)}
     assert own < whole
-    assert f"{name} is a part of {spec.part_of}: {len(split.classnames)} of " in spec.part_note
-    assert f"{len(split.test)} of {DATASETS[spec.part_of].counts[2]:,} test images" in spec.part_note
+    assert f"{name} is a part of {spec.part_of}: " in spec.part_note
     assert split_sha256(name) == split.sha256 != split_sha256(spec.part_of)
 
 

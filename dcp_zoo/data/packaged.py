@@ -65,15 +65,10 @@ class DatasetSpec:
 
     @property
     def part_note(self) -> str:
-        """How much of another dataset it is, as a sentence; "" for a whole one."""
-        if not (self.part_of and self.counts):
+        """Of which other dataset it is a part, as a sentence; "" for a whole one."""
+        if not self.part_of:
             return ""
-        whole = DATASETS[self.part_of]
-        assert whole.counts
-        return (
-            f"{self.name} is a part of {self.part_of}: {self.num_classes} of {whole.num_classes} classes, "
-            f"{self.counts[2]:,} of {whole.counts[2]:,} test images. Accuracies on the two cannot be compared."
-        )
+        return f"{self.name} is a part of {self.part_of}: accuracies on the two cannot be compared."
 
 
 def _read_table() -> dict[str, DatasetSpec]:

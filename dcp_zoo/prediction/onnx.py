@@ -73,11 +73,8 @@ class OnnxClassifier(Backend):
             self.name = ".".join(filter(None, (info["model"], info["tag"])))
         if len(chosen) > 1 and CUDA not in self.session.get_providers():  # it is installed, and cannot start
             warn(NO_CUDA.format(device))
-        self._returned = ["logits"]
-        if self.thresholds.exist:
-            self._returned.append("distance")
-        if features:
-            self._returned.append("features")
+        outputs = [output.name for output in self.session.get_outputs()]
+        self._returned = outputs if features else [name for name in outputs if name != "features"]
         if reject and threshold is None:
             advice = "Export a head that can (dcp-zoo train), with exactly the classes for which it was fitted."
             raise ZooError(f"{path} has no threshold to reject images. {advice}")
