@@ -42,7 +42,6 @@ def with_labels(results: "pd.DataFrame") -> "pd.DataFrame":
     the last one is used."""
     results = results.drop_duplicates(store.IDENTITY, keep="last").copy()
     results["options"] = results["options"].astype(object).fillna("")  # read as numbers if all are empty
-    with_stored = set(results.method[results.stats == "stored"])
     alone = results[results.stats == NO_CLASSIFIER]
     with_probe = {*zip(alone.method, alone.options, strict=True)}
 
@@ -52,7 +51,7 @@ def with_labels(results: "pd.DataFrame") -> "pd.DataFrame":
             text += f" ({options})"
         if (method, options) in with_probe and stats != NO_CLASSIFIER:
             text += " + text probes"
-        if stats == "batch" and method in with_stored:
+        if stats == "batch":
             text += ", batch"
         return text
 

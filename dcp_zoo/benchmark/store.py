@@ -24,8 +24,7 @@ def save_result(output: Path, result: Values) -> None:
     key = Trial(**result["trial"]).key
     write_json(output / "results" / f"{key}.json", result)
     shutil.rmtree(output / "unfinished" / key, ignore_errors=True)
-    for folder in ("failed", "unfinished"):
-        (output / folder / f"{key}.json").unlink(missing_ok=True)
+    (output / "failed" / f"{key}.json").unlink(missing_ok=True)
 
 
 def save_failure(output: Path, trial: Trial, message: str, traceback: str) -> None:
@@ -93,10 +92,11 @@ class Unfinished:
     """
 
     def __init__(self, trial: Trial, settings: Settings) -> None:
-        self.head = settings.output / "unfinished" / trial.key
+        folder = settings.output / "unfinished" / trial.key
+        self.head = folder / "head"
         self.conditions = settings.conditions(trial)
         self.results: list[Values] = []
-        self._file = Path(f"{self.head}.json")
+        self._file = folder / "results.json"
         if self._file.is_file():
             self.results = _read_checked(self._file, self.conditions)["results"]
 

@@ -47,9 +47,7 @@ from dcp_zoo.training.run import plan as plan_run
 from dcp_zoo.zoo.build import plain_clip, trained_head
 
 LOADERS = 4  # that are kept, for trials with the same training, validation and test images
-MEMORY = 8 * 2**30  # bytes, where the system does not report them
-if hasattr(os, "sysconf"):
-    MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+FEATURE_BYTES = 2**31  # of features that are kept
 
 
 class Event(NamedTuple):
@@ -61,8 +59,8 @@ class Event(NamedTuple):
 
 
 class TrialImages(Source):
-    """Images for one CLIP, shared by its trials. Features are kept up to a quarter of the machine's memory;
-    decoded images, and tokens after a frozen stem, in the loaders that were used last."""
+    """Images for one CLIP, shared by its trials. Features are kept, and decoded images, and tokens after a
+    frozen stem, in the loaders that were used last."""
 
     def __init__(self, model: str, settings: Settings) -> None:
         self.data_root = settings.data_root
@@ -71,7 +69,7 @@ class TrialImages(Source):
         self.extract = FeatureExtractor(
             self.clip, pick_precision(settings.precision, model, self.device), settings.progress
         )
-        self.features = FeatureCache(limit=MEMORY // 4)
+        self.features = FeatureCache(limit=FEATURE_BYTES)
         self._loaders: dict[tuple, ImageLoader] = {}  # the one that was used last is the last
 
     def split(self, dataset: str, part: str = "all") -> Split:
@@ -284,9 +282,7 @@ def _ended(ray: ModuleType, reference: object, trial: Trial, settings: Settings)
     try:
         event: Event = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ZooError):
-            raise error.cause from None
-        raise
+        raise error.cause from None
     except ray.exceptions.RayError as error:
         reason = f"Ray lost it ({type(error).__name__}), {RETRIES + 1} times"
         store.save_failure(settings.output, trial, reason, str(error))

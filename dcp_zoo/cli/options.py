@@ -98,14 +98,12 @@ def data_source(
     if images is None:
         return None, data_root
     is_folder = Path(images).is_dir()
-    if is_folder and not data_root:
-        return "folder", Path(images)
-    if images in DATASETS:
+    if images in DATASETS and (data_root or not is_folder):
         if labels:
             raise ZooError(f"--labels is for your own images: omit it, or {images}.")
         return images, data_root
     if is_folder:
-        raise ZooError(f"{images} has your own images: omit --data-root, which is for datasets.")
+        return "folder", Path(images)
     others = [name for name in DATASETS if name != "folder"]  # which stands for any folder
     raise ZooError(
         f"There is no folder {images}, and no dataset of this name.{nearest_hint(images, others)} Pass a folder with a "
