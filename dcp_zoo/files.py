@@ -65,8 +65,8 @@ def check_output(file: Path, overwrite: bool, option: str = "--output") -> None:
     """ZooError for an output file that cannot be written, or that exists, unless `overwrite` and no image or
     video."""
     advice = f"choose another {option}"
-    if os.path.lexists(file):
-        with writing_to(file, advice), suppress(FileNotFoundError):  # a link to nothing
+    if file.exists():
+        with writing_to(file, advice):
             check_regular(file)
         kind, _ = guess_type(os.path.realpath(file))
         if kind and kind.startswith(("image/", "video/")):

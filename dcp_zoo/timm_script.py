@@ -7,9 +7,7 @@ from pathlib import Path
 
 if __name__ == "__main__":  # the package is imported by now, and registers the models as soon as timm is
     del sys.argv[0]
-    if not sys.argv or not Path(sys.argv[0]).is_file():
-        problem = f"There is no script {sys.argv[0]}" if sys.argv else "No script was given"
-        sys.exit(
-            f"{problem}: pass the path of train.py, validate.py, benchmark.py or inference.py in a checkout of timm."
-        )
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    script = Path(sys.argv[0] if sys.argv else "")
+    if not script.is_file():
+        sys.exit("Pass the path of train.py, validate.py, benchmark.py or inference.py in a checkout of timm.")
+    runpy.run_path(str(script), run_name="__main__")

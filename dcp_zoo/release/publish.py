@@ -34,7 +34,7 @@ from dcp_zoo.hub import (
 )
 from dcp_zoo.release import CARD_NAME, LICENSE, ONNX_FILE, accuracies, make_card, upload
 from dcp_zoo.zoo.factory import create_model
-from dcp_zoo.zoo.registry import HeadEntry, IndexRow, find_head
+from dcp_zoo.zoo.registry import HeadEntry, find_head
 from dcp_zoo.zoo.resolve import resolve
 
 WAITS = (2, 10, 60, 300)  # seconds before another attempt; the Hub counts requests in five minutes
@@ -56,7 +56,7 @@ class Release:
     repo_id: str
     card: ModelCard
     info: Values  # what the checkpoint stores about its training
-    row: IndexRow  # in the index, once it has a revision
+    row: Values  # in the index, once it has a revision
 
 
 def prepare(
@@ -85,7 +85,7 @@ def prepare(
     if weights_file(folder) != weights:  # loading reads it, and nobody else would
         raise ZooError(f"The last save of {folder} was killed: load the head, save it again, then publish it.")
     card = make_card(model, repo_id, license, weights.stat().st_size, (folder / ONNX_FILE).exists(), others)
-    row: IndexRow = {
+    row: Values = {
         "revision": "",
         "sha256": sha256_of(weights),
         "license": license,
@@ -187,7 +187,7 @@ def publish(release: Release, replaces: str | None = None) -> str:
     release.card.save(release.folder / CARD_NAME)
     revision = retried(lambda: upload(release.folder, release.repo_id))
     if release.head:
-        rows: dict[str, IndexRow] = {release.head.name: {**release.row, "revision": revision}}
+        rows: Values = {release.head.name: {**release.row, "revision": revision}}
         retried(lambda: add_to_index(release.repo_id.split("/")[0], rows))
     if replaces:
         card = ModelCard.load(download_file(replaces, CARD_NAME))
@@ -222,7 +222,7 @@ def passes(error: BaseException | None) -> bool:
     return is_lost and not is_offline(error)
 
 
-def add_to_index(org: str, rows: Mapping[str, IndexRow]) -> None:
+def add_to_index(org: str, rows: Mapping[str, Values]) -> None:
     """Add heads' rows, by name, to the index that `dcp_zoo.list_pretrained` reads; others' rows stay.
     ZooError for what the Hub refuses, such as a commit after another one."""
     repo = f"{org}/{INDEX_REPO}"

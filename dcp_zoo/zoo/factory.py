@@ -31,16 +31,6 @@ from dcp_zoo.zoo.registry import CLIP_TAG
 from dcp_zoo.zoo.resolve import get_pretrained_cfg, resolve
 from dcp_zoo.zoo.specs import ModelSpec
 
-DROP_RATES = (
-    "drop_rate",
-    "attn_drop_rate",
-    "proj_drop_rate",
-    "pos_drop_rate",
-    "patch_drop_rate",
-    "drop_path_rate",
-    "drop_block_rate",
-)
-
 
 def create_model(
     model_name: str,
@@ -171,8 +161,8 @@ def _head_of_cfg(name: str, pretrained_cfg: Any, overlay: Values) -> str:
 
 def without_fixed(spec: ModelSpec, options: Values) -> Values:
     """Options without those of timm that a CLIP fixes; ZooError for other values of these."""
-    sizes = {"in_chans": 3, "img_size": spec.image_size, "global_pool": "token"}
-    fixed = sizes | dict.fromkeys(DROP_RATES, 0)
+    fixed: Values = {name: 0 for name in options if "drop" in name}
+    fixed |= {"in_chans": 3, "img_size": spec.image_size, "global_pool": "token"}
     for argument, only in fixed.items():
         check_only(argument, options.get(argument), only)
     return without(options, fixed)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.data.packaged import DATASETS, list_datasets
@@ -44,13 +44,7 @@ def hub_orgs() -> list[str]:
     return orgs
 
 
-class IndexRow(TypedDict):
-    """A head in an index; see `HeadEntry`."""
-
-    revision: str
-    sha256: str
-    license: str | None
-    metrics: dict[str, float]
+INDEXED = ("revision", "sha256", "license", "metrics")  # of a `HeadEntry`: its row in an index
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,7 @@ class HeadEntry:
     revision: str | None = None  # pinned commit in that organisation; None while planned
     sha256: str | None = None  # of its model.safetensors there; None while planned
     license: str | None = None
-    metrics: Values = field(default_factory=dict)  # measured by this project, such as top-1 accuracy in percent
+    metrics: dict[str, float] = field(default_factory=dict)  # top-1 in percent, measured here
 
     @classmethod
     def named(cls, name: str, **known: Any) -> "HeadEntry":
@@ -169,18 +163,14 @@ def indexed_heads() -> tuple[dict[str, HeadEntry], str]:
         rows, found = read_index(org)
         problem = problem or found
         for name, row in rows.items():
-            if name not in heads and name.partition(".")[0] in MODELS and is_pinned(row):
-                known = {key: row[key] for key in IndexRow.__annotations__}
-                with suppress(ZooError):
-                    heads[name] = HeadEntry.named(name, status="published", org=org, **known)
+            if name in heads or name.partition(".")[0] not in MODELS:
+                continue
+            with suppress(ZooError, TypeError, KeyError):  # of what is no name, no row, or not complete
+                head = HeadEntry.named(name, status="published", org=org, **{key: row[key] for key in INDEXED})
+                pin = re.fullmatch("[0-9a-f]{40} [0-9a-f]{64}", f"{head.revision} {head.sha256}")
+                if pin and not any(problems(vars(head), HeadEntry)):
+                    heads[name] = head
     return heads, problem
-
-
-def is_pinned(row: Any) -> bool:
-    """Whether this is an `IndexRow` with a commit and a hash."""
-    if any(problems(row, IndexRow)):
-        return False
-    return re.fullmatch("[0-9a-f]{40} [0-9a-f]{64}", f"{row['revision']} {row['sha256']}") is not None
 
 
 def newest(head: HeadEntry) -> HeadEntry:
