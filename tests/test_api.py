@@ -63,27 +63,19 @@ def test_labels_are_checked(folder, pictures, fitted):
         ((paths, ["red"] * 8), "at least two classes"),
         ((folder, labels), "omit labels"),
         ((paths, [float("nan"), *labels[1:]]), "no label"),
-        (
-            (np.ones((8, 20)), labels),
-            r"\(8, 20\) is one grey image, not 8: reshape flat pixels .* fit features with another",
-        ),
-        ((paths, [0.5, *[1.0] * 7]), "Labels name classes, by text or whole numbers: 0.5 is a measurement"),
+        ((np.ones((8, 20)), labels), r"an array \(H, W\) is one grey image, and features need another classifier"),
         (
             (np.full((8, 9, 9, 3), 300, np.uint16), labels),
-            "^An array of uint16 is not an image, or .*: an image is a path",
+            "An array of uint16 is not an image, or .*: an image is a path",
         ),
         (
             (np.linspace(0, 255, 8 * 243).reshape(8, 9, 9, 3), labels),
-            "^An array of float64 is not an image, or not of these",
+            "An array of float64 is not an image, or not of these",
         ),
         (([*paths, paths[0]], [*labels, "red"]), r"0.png has two labels, 'blue' and 'red': keep one of them"),
     ):
         with pytest.raises(ZooError, match=message):
             FewShotClassifier(method="zero-shot").fit(*args)
-    with pytest.raises(ZooError, match="is one grey image, not 8"):
-        fitted.score(np.ones((8, 20)), labels)
-    with pytest.raises(ZooError, match="0.5 is a measurement"):
-        fitted.score(paths, [0.5, *[1.0] * 7])
     for names, message in ((["a", "b", "c"], "3 class names for 2 classes"), ({"red": "red"}, "no name for blue")):
         with pytest.raises(ZooError, match=message):
             FewShotClassifier(classnames=names).fit(paths, labels)
@@ -228,13 +220,9 @@ def test_rejected_images_and_labels_of_other_classes(pictures, tmp_path):
     assert labels == [name and {"blue": 0, "red": 10}[name] for name in expected]
     assert None not in classifier.predict(paths)
     model = dcp_zoo.create_model(str(classifier.save(tmp_path)), True)
-    model.set_classnames(["red", "blue"])
-    model.save_pretrained(tmp_path)
-    loaded = FewShotClassifier.load(tmp_path)
-    assert (loaded.model_.classnames, loaded.classes_.tolist()) == (["blue", "red"], [0, 10])
     model.set_classnames(["red", "teal"])
     model.save_pretrained(tmp_path, overwrite=True)
-    with pytest.raises(ZooError, match="No label is stored for teal"):
+    with pytest.raises(ZooError, match="The labels of these classes are not known"):
         FewShotClassifier.load(tmp_path)
 
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import compress
-from multiprocessing import parent_process
 from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +31,7 @@ from dcp_zoo.api.inputs import (
 from dcp_zoo.backbone._torch import out_of_inference_mode
 from dcp_zoo.data import Split
 from dcp_zoo.data.unreadable import all_named
-from dcp_zoo.errors import ZooError, as_zoo_error, warn
+from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.features.cache import kept_features
 from dcp_zoo.fields import Values
 from dcp_zoo.files import packed, unpacked
@@ -138,11 +137,6 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         classes, split = labelled(images, labels, self.classnames, groups)
         if sample_weight is not None:
             split, sample_weight = weighted(split, sample_weight)
-        if self.memory is None and parent_process():
-            warn(
-                'Each process computes image features of its own: memory="FOLDER" shares them, and is faster from the '
-                "second fit on."
-            )
         run = plan_own(
             split,
             classes,
@@ -263,7 +257,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
     @classmethod
     def load(cls, folder: str | Path, **params: Any) -> "FewShotClassifier":
         """A fitted classifier from a checkpoint; `params` are arguments of the class, such as device="cuda".
-        ZooError for no checkpoint, a damaged one, or one with a class whose label is not known."""
+        ZooError for no checkpoint, a damaged one, or one with other classes than it was fitted to."""
         model = loaded(f"local-dir:{folder}", params.get("device", "auto"))
         stored: Values = {
             "method": model.method,
@@ -338,15 +332,7 @@ def seed_of(random_state: object) -> int:
 
 def _labels(model: Head) -> list[Any]:
     """The labels of a head's classes: those that `save` stored, or the names."""
-    pairs: list[Any] = model.info.get(LABELS, [])
-    if [name for name, _ in pairs] == model.classnames:
-        return [label for _, label in pairs]
-    label_of = dict(pairs)
-    if len(label_of) < len(pairs):
-        raise ZooError("Several classes have one name, and it is not known which label is whose: fit again.")
-    if all(isinstance(label, str) for label in label_of.values()):
-        label_of = {name: name for name in model.classnames} | label_of
-    for name in model.classnames:
-        if name not in label_of:
-            raise ZooError(f"No label is stored for {name}: fit again.")
-    return [label_of[name] for name in model.classnames]
+    pairs: list[Any] = model.info.get(LABELS) or [(name, name) for name in model.classnames]
+    if [name for name, _ in pairs] != model.classnames:
+        raise ZooError("The labels of these classes are not known, as others were trained on: fit again.")
+    return [label for _, label in pairs]

@@ -116,17 +116,15 @@ def with_labels(images: Images, labels: Labels, examples: bool = False) -> tuple
         names = [*split.classnames, NONE]  # the last one for NO_CLASS, -1
         return [Item(item.path, item.key, NO_CLASS) for item in found], [names[item.label] for item in found]
     labels = one_column(labels)
-    check_is_no_table(images, len(labels))
     items = unlabelled(images)
     if len(labels) != len(items):
-        raise ZooError(f"{len(items)} images need as many labels, not {len(labels)}.")
+        problem = f"{len(items)} images need as many labels, not {len(labels)}"
+        raise ZooError(f"{problem}: an array (H, W) is one grey image, and features need another classifier.")
     if any(label is None or is_nan(label) for label in labels):
         raise ZooError("Some images have no label (None or NaN): leave them out, or label them.")
     values = np.asarray(labels)
     if values.ndim != 1:
         raise ZooError(f"Labels must be one-dimensional, not of shape {values.shape}.")
-    if values.dtype.kind == "f" and (values % 1).any():
-        raise ZooError(f"Labels name classes, by text or whole numbers: {values[values % 1 != 0][0]} is a measurement.")
     last_label: dict[str, Any] = {}
     for item, label in zip(items, labels, strict=True):
         if item.is_file and last_label.setdefault(item.path, label) != label:
@@ -145,27 +143,14 @@ def unlabelled(images: Images) -> list[Item]:
 
 
 def one_column(values: Any) -> Any:
-    """The column of a table that has no other; anything else as it is, a DataFrame as an array. ZooError for
-    one with several columns that are not all numbers."""
+    """The column of a table; anything else as it is. ZooError for a DataFrame with several columns."""
     if hasattr(values, "columns"):
         names = list(values.columns)
+        if len(names) > 1:
+            raise ZooError(f"This table has the columns {shorten([*map(str, names)])}: pass one, as df[{names[0]!r}].")
         values = np.asarray(values)
-        if values.ndim == 2 and len(names) > 1 and values.dtype.kind not in "fiub":
-            listed = shorten([str(name) for name in names])
-            raise ZooError(f"This table has the columns {listed}: pass one, as df[{names[0]!r}].")
     is_column = isinstance(values, np.ndarray) and values.ndim == 2 and values.shape[1] == 1
     return values[:, 0] if is_column else values
-
-
-def check_is_no_table(images: Images, count: int) -> None:
-    """ZooError for an array that has so many rows in place of so many images, as scikit-learn's classifiers
-    take: it would be one grey image."""
-    shape: Any = getattr(one_column(images), "shape", ())
-    if len(shape) == 2 and shape[0] == count > 1:
-        raise ZooError(
-            f"An array of shape {tuple(shape)} is one grey image, not {count}: reshape flat pixels to (n, H, W), and "
-            "fit features with another classifier."
-        )
 
 
 def as_images(images: Images) -> list[Any]:
@@ -182,10 +167,7 @@ def as_images(images: Images) -> list[Any]:
         several = list(images)
     if not several:
         raise ZooError("No images: pass at least one.")
-    opened: list[Any] = [attempted(to_image, image) for image in several]
-    if hasattr(several[0], "ndim") and all(isinstance(image, ZooError) for image in opened):
-        raise opened[0]
-    return opened
+    return [attempted(to_image, image) for image in several]
 
 
 def is_nan(value: object) -> bool:
@@ -214,11 +196,10 @@ def _names(classes: np.ndarray, classnames: ClassNames) -> list[str]:
     if classnames is None:
         return [str(label) for label in labels]
     if isinstance(classnames, Mapping):
-        named = {name: name for name in classnames.values()} | dict(classnames)  # labels may be the names already
-        missing = [str(label) for label in labels if label not in named]
+        missing = [str(label) for label in labels if label not in classnames]
         if missing:
             raise ZooError(f"classnames has no name for {', '.join(missing)}.")
-        return [named[label] for label in labels]
+        return [classnames[label] for label in labels]
     names = list(classnames)
     if len(names) != len(labels):
         raise ZooError(f"{len(names)} class names for {len(labels)} classes: {', '.join(map(str, labels))}.")

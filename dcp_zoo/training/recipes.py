@@ -87,9 +87,7 @@ class BaseRecipe(Checked):
 
     def updated(self: R, changes: Mapping[str, Any], where: str = "the recipe") -> R:
         """A copy with some fields changed; ZooError for an unknown field or a value that it cannot have."""
-        of_dcp = Recipe.__dataclass_fields__.keys() - self.__dataclass_fields__.keys()
-        advice = "Options of prompts need the method dcp." if of_dcp & changes.keys() else ""
-        check(where, problems(changes, type(self)), advice)
+        check(where, problems(changes, type(self)))
         return replace(self, **changes)
 
     @property

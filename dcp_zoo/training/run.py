@@ -132,9 +132,7 @@ class Run:
         """What the method is given: the training `images`, by default as this source reads them; and of a
         training its state and callbacks."""
         subset = self.subset
-        val = None
-        if subset.val and self.needs_images:
-            val = source.read(subset.val)
+        val = source.read(subset.val) if subset.val else None
         return Task(
             clip=source.clip,
             model=self.model,
@@ -342,8 +340,7 @@ def _check(run: Run, output: Path | None, options: RunOptions) -> None:
     free."""
     resumes = run.recipe.is_trained
     if options.callbacks and not resumes:
-        able = [name for name in METHODS if METHODS[name].recipe(run.model, run.split.name, 1, "few-shot").is_trained]
-        raise ZooError(f"{run.method} does not support callbacks: choose from {', '.join(able)}.")
+        raise ZooError(f"{run.method} trains by no epochs: callbacks need a method that trains prompts, such as dcp.")
     if output:
         if options.overwrite and resumes:
             remove_state(output)
@@ -422,18 +419,14 @@ def _save(run: Run, head: Head, output: Path | None, options: RunOptions) -> Non
 
 def _tell_smallest(subset: Split, evaluation: Evaluation, log: Log) -> None:
     """Log the recall of the smallest classes, if they have at most half of the images of the largest."""
-    sizes = Counter(item.label for item in subset.train)
+    sizes = Counter(subset.classnames[item.label] for item in subset.train)
     least = min(sizes.values())
-    if 2 * least > max(sizes.values()):
-        return
-    matrix = evaluation.confusion_matrix
-    recalls = 100 * matrix.diagonal() / matrix.sum(1)
     told = [
-        f"{name} {least} image{'s' * (least > 1)}, recall {recalls[label]:.0f} %"
-        for label, name in enumerate(subset.classnames)
-        if sizes[label] == least and matrix[label].any()
+        f"{row.name} {least} image{'s' * (least > 1)}, recall {row.percent:.0f} %"
+        for row in evaluation.per_class
+        if sizes[row.name] == least
     ]
-    if told:
+    if told and 2 * least <= max(sizes.values()):
         log(f"smallest classes: {shorten(told)}")
 
 

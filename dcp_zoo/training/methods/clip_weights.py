@@ -299,11 +299,32 @@ def projected(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
         yield rows, source.labels
 
 
-PAPER = "Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPR Workshops 2024"
-CLIP_LORA = Method("clip-lora", "CLIP-LoRA", PAPER, fit_lora, CLIPLoRARecipe)
-PAPER = "Koleilat et al., Singular Value Few-shot Adaptation of Vision-Language Models, arXiv:2509.03740"
-CLIP_SVD = Method("clip-svd", "CLIP-SVD", PAPER, fit_svd, CLIPSVDRecipe)
-PAPER = "Farina et al., Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages, CVPR 2025"
-TWO_SFS = Method("2sfs", "2SFS", PAPER, fit_two_sfs, TwoSFSRecipe, CLOSED)
-PAPER = "Fahes et al., CLIP's Visual Embedding Projector is a Few-shot Cornucopia, arXiv:2410.05270"
-PROLIP = Method("prolip", "ProLIP", PAPER, fit_prolip, ProLIPRecipe)
+CLIP_LORA = Method(
+    "clip-lora",
+    "CLIP-LoRA",
+    "Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPR Workshops 2024",
+    fit_lora,
+    CLIPLoRARecipe,
+)
+CLIP_SVD = Method(
+    "clip-svd",
+    "CLIP-SVD",
+    "Koleilat et al., Singular Value Few-shot Adaptation of Vision-Language Models, arXiv:2509.03740",
+    fit_svd,
+    CLIPSVDRecipe,
+)
+TWO_SFS = Method(
+    "2sfs",
+    "2SFS",
+    "Farina et al., Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages, CVPR 2025",
+    fit_two_sfs,
+    TwoSFSRecipe,
+    CLOSED,
+)
+PROLIP = Method(
+    "prolip",
+    "ProLIP",
+    "Fahes et al., CLIP's Visual Embedding Projector is a Few-shot Cornucopia, arXiv:2410.05270",
+    fit_prolip,
+    ProLIPRecipe,
+)

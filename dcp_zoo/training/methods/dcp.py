@@ -103,5 +103,11 @@ def round_and_store_stats(model: DCP, images: ImageLoader) -> None:
         raise ZooError(f"{problem} Lower the learning rate (--set lr=...), and start again (--overwrite).")
 
 
-PAPER = "Liu et al., Deeply Coupled Cross-Modal Prompt Learning, Findings of ACL 2023"
-DCP_METHOD = Method("dcp", "DCP", PAPER, fit, Recipe, Abilities(coupled=True))
+DCP_METHOD = Method(
+    "dcp",
+    "DCP",
+    "Liu et al., Deeply Coupled Cross-Modal Prompt Learning, Findings of ACL 2023",
+    fit,
+    Recipe,
+    Abilities(coupled=True),
+)

@@ -19,7 +19,7 @@ from dcp_zoo.training.methods.base import FITTED, CropsRecipe, Method, augmented
 from dcp_zoo.training.recipes import CROSS_VALIDATION, BaseRecipe, count, option
 from dcp_zoo.training.task import Task
 
-ALONE = 4.0  # scale of a linear probe's logits, with one image per class
+ONE_SHOT_SCALE = 4.0  # of a linear probe's logits, with one image per class
 ALPHA_EVERY = 10  # epochs of LP++
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)  # of GDA
 NO_SCATTER = 1e-10  # a scatter below this fraction of the rows' squared length is rounding of float32
@@ -87,7 +87,7 @@ def fit_linear_probe(task: Task) -> LinearHead:
 
     A penalty strong enough for few images makes its probabilities too even: its logits are scaled to the
     lowest log loss on held-out training images, in folds; with one image per class, where none can be held
-    out, by `ALONE`. The default C and `ALONE` were chosen on the sets for choosing of `benchmarks/sets.py`,
+    out, by `ONE_SHOT_SCALE`. The default C and that scale were chosen on the sets for choosing of `benchmarks/sets.py`,
     see `benchmarks/notes.md`: a fixed C is more accurate than one that is chosen on few images, and needs no
     validation images.
     """
@@ -95,7 +95,7 @@ def fit_linear_probe(task: Task) -> LinearHead:
     labels = task.train.labels
     fit = partial(regression, recipe=task.recipe)
     held_out = left_out(views, labels, task.train.groups, fit)
-    scale = ALONE
+    scale = ONE_SHOT_SCALE
     if held_out:
         positions, logits = held_out
         scale = text_scale(logits, labels[positions])
@@ -169,7 +169,6 @@ def fit_lp_plus_plus(task: Task) -> LinearHead:
     def linear() -> WeightAndBias:
         return v + alpha[:, None] * text, b.clone()
 
-    val = None if task.val is None else task.embeddings(task.val)
     best = linear()
     best_hits = -1
     info = {}
@@ -180,13 +179,14 @@ def fit_lp_plus_plus(task: Task) -> LinearHead:
         optimizer.step()
         if (epoch + 1) % ALPHA_EVERY == 0:
             alpha.sub_(alpha_rate * (error * cosines).sum(0))
-        if val is not None and task.val is not None:
-            hits = int((F.linear(val, *linear()).argmax(-1).cpu() == task.val.labels).sum())
+        if task.val is not None:
+            logits = F.linear(task.embeddings(task.val), *linear())
+            hits = int((logits.argmax(-1).cpu() == task.val.labels).sum())
             if hits >= best_hits:
                 best_hits = hits
                 best = linear()
                 info = {"epoch": epoch + 1}
-    weight, bias = linear() if val is None else best
+    weight, bias = linear() if task.val is None else best
     head = task.linear_head(weight, bias)
     head.info = info
     return head

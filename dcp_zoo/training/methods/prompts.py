@@ -367,17 +367,42 @@ def epoch_weights(recipe: PromptSRCRecipe) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-PAPER = "Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022"
-COOP = Method("coop", "CoOp", PAPER, fit_coop, CoOpRecipe)
-PAPER = "Zhou et al., Conditional Prompt Learning for Vision-Language Models, CVPR 2022"
-COCOOP = Method("cocoop", "CoCoOp", PAPER, fit_cocoop, CoCoOpRecipe, Abilities(linear=False, fitted=True))
-PAPER = "Yao et al., Visual-Language Prompt Tuning with Knowledge-guided Context Optimization, CVPR 2023"
-KGCOOP = Method("kgcoop", "KgCoOp", PAPER, fit_kgcoop, KgCoOpRecipe)
-PAPER = "Zhu et al., Prompt-aligned Gradient for Prompt Tuning, ICCV 2023"
-PROGRAD = Method("prograd", "ProGrad", PAPER, fit_prograd, ProGradRecipe)
+COOP = Method(
+    "coop", "CoOp", "Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022", fit_coop, CoOpRecipe
+)
+COCOOP = Method(
+    "cocoop",
+    "CoCoOp",
+    "Zhou et al., Conditional Prompt Learning for Vision-Language Models, CVPR 2022",
+    fit_cocoop,
+    CoCoOpRecipe,
+    Abilities(linear=False, fitted=True),
+)
+KGCOOP = Method(
+    "kgcoop",
+    "KgCoOp",
+    "Yao et al., Visual-Language Prompt Tuning with Knowledge-guided Context Optimization, CVPR 2023",
+    fit_kgcoop,
+    KgCoOpRecipe,
+)
+PROGRAD = Method(
+    "prograd", "ProGrad", "Zhu et al., Prompt-aligned Gradient for Prompt Tuning, ICCV 2023", fit_prograd, ProGradRecipe
+)
 VPT_DEEP = Method("vpt-deep", "VPT-deep", "Jia et al., Visual Prompt Tuning, ECCV 2022", fit_vpt_deep, VPTDeepRecipe)
-PAPER = "Khattak et al., MaPLe: Multi-modal Prompt Learning, CVPR 2023"
-MAPLE = Method("maple", "MaPLe", PAPER, fit_maple, MaPLeRecipe)
-PAPER = "Khattak et al., Self-regulating Prompts: Foundational Model Adaptation without Forgetting, ICCV 2023"
-IVLP = Method("ivlp", "IVLP", PAPER, fit_ivlp, IndependentRecipe)
-PROMPTSRC = Method("promptsrc", "PromptSRC", PAPER, fit_promptsrc, PromptSRCRecipe)
+MAPLE = Method(
+    "maple", "MaPLe", "Khattak et al., MaPLe: Multi-modal Prompt Learning, CVPR 2023", fit_maple, MaPLeRecipe
+)
+IVLP = Method(
+    "ivlp",
+    "IVLP",
+    "Khattak et al., Self-regulating Prompts: Foundational Model Adaptation without Forgetting, ICCV 2023",
+    fit_ivlp,
+    IndependentRecipe,
+)
+PROMPTSRC = Method(
+    "promptsrc",
+    "PromptSRC",
+    "Khattak et al., Self-regulating Prompts: Foundational Model Adaptation without Forgetting, ICCV 2023",
+    fit_promptsrc,
+    PromptSRCRecipe,
+)

@@ -59,11 +59,8 @@ class Methods(UserDict[str, Any]):
     def __init__(self) -> None:
         super().__init__({name: EntryPoint(name, f"{__package__}.{value}", GROUP) for name, value in OWN.items()})
         for entry in entry_points(group=GROUP):
-            if entry.name in self:
-                problem = f"The method {entry.name!r} of {_package(entry)} is left out"
-                warn(f"{problem}: there is one of that name already.")
-            else:
-                self[entry.name] = entry
+            if self.data.setdefault(entry.name, entry) is not entry:
+                warn(f"The method {entry.name!r} of {_package(entry)} is left out: there is one of that name already.")
 
     def __getitem__(self, name: str) -> "Method":
         from dcp_zoo.training.methods.base import Method
@@ -114,8 +111,8 @@ def fit_head(name: str, task: "Task") -> "Head":
     from dcp_zoo.training.methods.text_probe import fit_probe
 
     method = METHODS[name]
-    task = replace(task, classnames=check_classnames(task.classnames))
-    task.recipe = task.recipe.with_epochs(task.images.total, len(task.classnames))
+    recipe = task.recipe.with_epochs(task.images.total, len(task.classnames))
+    task = replace(task, classnames=check_classnames(task.classnames), recipe=recipe)
     if method.trains and method.features is not None:
         task.train = task.images.table(views=method.features(task)).embeddings
     with seeded(task.seed, task.clip.device):

@@ -127,5 +127,10 @@ def on_cpu(linear: WeightAndBias) -> WeightAndBias:
     return linear[0].float().cpu(), linear[1].float().cpu()
 
 
-REFERENCE = "this project, see docs/baselines.md"
-TEXT_PROBE = replace(ZERO_SHOT, name="text-probe", title="Text probe", reference=REFERENCE, config=TextProbeRecipe)
+TEXT_PROBE = replace(
+    ZERO_SHOT,
+    name="text-probe",
+    title="Text probe",
+    reference="this project, see docs/baselines.md",
+    config=TextProbeRecipe,
+)
