@@ -132,7 +132,6 @@ class Facts(NamedTuple):
     """What is known of an image besides its pixels, once it was read."""
 
     numbers: "np.ndarray"  # its `grey_copies` and when it was `taken_by` a camera, float32 (2051,), which is exact
-    sides: tuple[int, int]  # width and height in pixels, upright
     sha256: str = ""  # of a file
 
 
@@ -149,7 +148,7 @@ def load_with_facts(image: ImageLike) -> tuple[Image.Image, Facts]:
         taken = taken_by(file)
         pixels = _rgb(file)
     numbers = np.concatenate([grey_copies(pixels).ravel(), taken], dtype=np.float32)
-    return pixels, Facts(numbers, pixels.size, hashed)
+    return pixels, Facts(numbers, hashed)
 
 
 def grey_copies(image: Image.Image) -> "np.ndarray":
@@ -243,14 +242,14 @@ def in_batches(
         yield batch, [next(results) for _ in batch]
 
 
-def thumbnails(images: Iterable[ImageLike], side: int = SIDE, quality: int = 75) -> list[str]:
+def thumbnails(images: Iterable[ImageLike], side: int = SIDE) -> list[str]:
     """Images, shrunk to at most `side` pixels wide and high, as JPEGs in base64."""
 
     def small(image: ImageLike) -> str:
         pixels = load_image(image)
         buffer = BytesIO()
         pixels.thumbnail((side, side))
-        pixels.save(buffer, "JPEG", quality=quality)
+        pixels.save(buffer, "JPEG")
         return b64encode(buffer.getvalue()).decode()
 
     return list(in_threads(small, images))

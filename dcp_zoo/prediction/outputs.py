@@ -95,7 +95,7 @@ def write_sheet(path: Path, rows: Iterable[Row], temporary: str) -> None:
     def pictures(name: str) -> Iterator[Values]:
         """The answers of one class, the least certain first."""
         shown = [row for *_, row in sorted(least_certain[name], reverse=True)]
-        small = thumbnails((row["image"] for row in shown), SIZE, quality=70)
+        small = thumbnails((row["image"] for row in shown), SIZE)
         for row, thumbnail in zip(shown, small, strict=True):
             file = row["image"]
             yield row | {"name": Path(file).name, "link": _link(file, path.parent), "thumbnail": thumbnail}

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -116,10 +115,6 @@ class Run:
         found = groups_text(items)
         if found:
             log(f"{found}: none is on both sides of a measurement.")
-        sides = [facts.sides for facts in (images.photos.facts or {}).values()]  # of those that were read now
-        squashes = images.extract is not None and images.extract.clip.pretrained_cfg.get("crop_mode") == "squash"
-        if sides and not squashes and median(min(each) / max(each) for each in sides) < 2 / 3:
-            log("The model reads the central square, less than two thirds of most of these images.")
         return images.with_items(items)
 
     def task(
