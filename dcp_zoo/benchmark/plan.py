@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dcp_zoo.backbone import MINI_WEIGHTS
-from dcp_zoo.data import DATASETS, Split, find_spec, list_datasets, load_labelled
+from dcp_zoo.data import Split, find_spec, list_datasets, load_labelled
 from dcp_zoo.data.splits import image_hashes, split_images
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.features import LIBRARIES
@@ -241,8 +241,7 @@ def _chosen_targets(protocol: str, dataset: str, targets: Sequence[str]) -> tupl
     if protocol == "domain-shift":
         known = (dataset, *find_spec(dataset).shifts)
         if len(known) == 1:
-            able = ", ".join(name for name, spec in DATASETS.items() if spec.shifts)
-            raise ZooError(f"{dataset} has no other styles to test on: choose from {able}.")
+            raise ZooError(f"{dataset} has no other styles to test on: choose imagenet or pacs_photo.")
     if targets and not known:
         raise ZooError(f"{protocol} tests on the dataset itself: omit --targets.")
     for name in targets:

@@ -133,9 +133,8 @@ def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
                 shown = {"options": trial.changes, "dataset": dataset, "target": _shown(entry["target"], result)}
                 row = result | result["trial"] | entry | shown  # whose other fields are no columns
                 rows.append([row[name] for name in COLUMNS])
-            shared = {"--precision": result["precision"]}  # no column tells these apart
-            if not result.get("features"):  # of `benchmarks/given_features.py`
-                shared[f"the images of {dataset}"] = result["split_sha256"]
+            images = f"the images of {dataset} for {result['weights']}"
+            shared = {"--precision": result["precision"], images: result["split_sha256"]}  # no column tells these apart
             for name, value in shared.items():
                 before, other = first.setdefault(name, (value, path))
                 if value != before:

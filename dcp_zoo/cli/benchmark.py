@@ -17,7 +17,7 @@ from dcp_zoo.benchmark.plan import check_data
 from dcp_zoo.benchmark.report import tables_of, with_labels, write_report
 from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import ERROR, errors, log, output, plain_table, progress_bar, resumable
-from dcp_zoo.data import DatasetSpec, check, find_spec
+from dcp_zoo.data import DatasetSpec, check
 from dcp_zoo.data import download as downloads
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.files import check_output, check_writable, write_file
@@ -223,16 +223,11 @@ def check_(
         counts = [f"{count:,}" for count in row.counts or ()]
         cells.append((row.name, row.status, *counts, row.sha256[:12]))
     output.print(plain_table(("dataset", "status", "train", "val", "test", "split sha256"), cells))
-    missing = [find_spec(row.name) for row in rows if row.status == "missing"]
     for row in rows:
-        if row.status == "broken":
-            output.print(f"[red]{escape(row.name)}:[/] {escape(row.message)}", soft_wrap=True)
+        if row.message:
+            output.print(f"{row.name} is {row.status}. {row.message}", markup=False, soft_wrap=True)
         if row.note:
             output.print(row.note, markup=False, soft_wrap=True)
-    if missing:
-        output.print("[bold]Where to get missing datasets[/] (most of them with dcp-zoo data download NAME)")
-    for spec in missing:
-        output.print(f"  {f'{spec.folder}/{spec.images}':51}{spec.source}", soft_wrap=True)
     if any(row.status == "broken" for row in rows):
         raise Exit(1)
 

@@ -151,10 +151,7 @@ def answered(name: str, head: "Head", test: Sequence[Item], images: Split, preci
     from dcp_zoo.training.evaluation import measure
 
     if not is_user_data(images.name) and set(images.classnames) != set(head.classnames):
-        log(
-            f"Note: a head of {head.num_classes} classes is tested with the {len(images.classnames)} class names of "
-            f"{images.name}, as in the cross-dataset protocol."
-        )
+        log(f"Note: {name} is tested with the class names of {images.name}, as in the cross-dataset protocol.")
         head.set_classnames(images.classnames, find_spec(images.name).template)
     items = among(test, images.classnames, head.classnames)
     recipe = head.info.get("recipe", {})
@@ -279,9 +276,9 @@ def test_images(images: Split, head: "Head", name: str, claim: bool) -> list[Ite
     if 0 < len(new) < len(items):
         log(f"Left out: {len(items) - len(new)} of {len(items)} images, as {name} was trained on them.")
     if not new:
-        shown = f" dcp-zoo info {name} shows its accuracy." if info.get("metrics") else ""
         raise ZooError(
-            f"{name} was trained on these images.{shown} Pass other images, or train with --no-refit to hold some out."
+            f"{name} was trained on these images: pass others, or train with --no-refit to hold some out. "
+            f"What is known: dcp-zoo info {name}"
         )
     return new
 
