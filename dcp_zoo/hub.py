@@ -36,7 +36,7 @@ CLIENT_ERRORS: Kinds = (
     errors.EntryNotFoundError,
     errors.HFValidationError,
     OSError,
-    getattr(errors, "XetDownloadError", OSError),  # not in older clients
+    errors.XetDownloadError,
 )
 RAISED: Kinds = (*CLIENT_ERRORS, RuntimeError)  # which wraps what fails while a large file is uploaded
 
@@ -180,7 +180,7 @@ def download_file(repo_id: str, filename: str, revision: str | None = None) -> P
     cache_dir = DOWNLOADS.get()
     with explained(repo_id, filename, revision):
         known = try_to_load_from_cache(repo_id, filename, cache_dir, revision)
-        if not isinstance(known, str) and not constants.HF_HUB_OFFLINE:
+        if not isinstance(known, str):
             check_connection(constants.ENDPOINT)
         path = hf_hub_download(
             repo_id,

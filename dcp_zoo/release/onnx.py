@@ -22,7 +22,6 @@ from dcp_zoo.heads.head import Head
 from dcp_zoo.pages import templates
 from dcp_zoo.prediction.onnx import INPUT, METADATA_KEY, OnnxClassifier
 
-OLDEST_TORCH = (2, 8)  # of older ones, torch.export fixes the batch size
 REPORT = "Please report this, with the versions of torch, onnx and onnxruntime."
 LOGIT_TOLERANCE = 1e-3  # in logits, which are about 10 to 40
 
@@ -75,8 +74,6 @@ def check_same(what: str, found: np.ndarray, expected: np.ndarray, most: float) 
 
 def check_export() -> None:
     """Raise ZooError if the installed packages cannot export."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
-        raise ZooError(f"Exporting needs torch 2.8 or newer, not {torch.__version__}: upgrade torch.")
     for module in ("onnx", "onnxscript", "onnxruntime"):
         import_extra(module, "export")
 

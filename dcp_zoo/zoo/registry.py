@@ -187,35 +187,35 @@ def known_heads() -> dict[str, HeadEntry]:
     return here | published | {name: head for name, head in here.items() if head.is_fixed}
 
 
-def get_head(name: str, ask_hub: bool = True) -> HeadEntry:
-    """The head `model.tag`, seeds 2 and 3 included; ZooError with the nearest names if it is unknown here
-    and, with `ask_hub`, to the index on the Hub."""
+def find_head(name: str) -> HeadEntry | None:
+    """The head of a name that this release knows, also those that are planned but not listed: of seeds 2 and
+    3, and of the miniature for the 11 datasets; None for others."""
     if name in all_heads():
         return all_heads()[name]
-    get_spec(name.partition(".")[0])  # raises for an unknown one
-    head = HeadEntry.named(name)
-    # those of further seeds, and of the miniature for the 11 datasets, are planned but not listed
-    if head.dataset in list_datasets() and head.shots in SHOTS and head.seed in SEEDS:
-        return head
-    not_asked = ""
-    if ask_hub:
-        published, problem = indexed_heads()
-        if name in published:
-            return published[name]
-        if problem:
-            not_asked = f" It may be on the Hub: {problem}"
-    tags = [entry.tag for entry in all_heads().values() if entry.model == head.model]
-    raise ZooError(
-        f"{head.model} has no head {head.tag!r}.{nearest_hint(head.tag, tags)} All: dcp-zoo list '{head.model}*'. "
-        f"For fresh prompts on CLIP's weights, use pretrained='clip'.{not_asked}"
-    )
-
-
-def find_head(name: str) -> HeadEntry | None:
-    """The head of a name that is known without asking the Hub, see `get_head`, or None."""
     with suppress(ZooError):
-        return get_head(name, ask_hub=False)
+        head = HeadEntry.named(name)
+        if head.model in MODELS and head.dataset in list_datasets() and head.shots in SHOTS and head.seed in SEEDS:
+            return head
     return None
+
+
+def get_head(name: str) -> HeadEntry:
+    """The head of a name that `find_head` or the index on the Hub knows; ZooError with the nearest names for
+    others."""
+    head = find_head(name)
+    if head:
+        return head
+    get_spec(name.partition(".")[0])  # raises for an unknown one
+    unknown = HeadEntry.named(name)
+    published, problem = indexed_heads()
+    if name in published:
+        return published[name]
+    tags = [entry.tag for entry in all_heads().values() if entry.model == unknown.model]
+    not_asked = problem and f" It may be on the Hub: {problem}"
+    raise ZooError(
+        f"{unknown.model} has no head {unknown.tag!r}.{nearest_hint(unknown.tag, tags)} All: dcp-zoo list "
+        f"'{unknown.model}*'. For fresh prompts on CLIP's weights, use pretrained='clip'.{not_asked}"
+    )
 
 
 Wildcards = str | Sequence[str]
