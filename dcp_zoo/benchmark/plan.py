@@ -188,8 +188,7 @@ def plan_trials(
     options: Mapping[str, Sequence[object]] | None = None,
     targets: Sequence[str] = (),
 ) -> list[Trial]:
-    """All trials of a grid, without duplicates, ordered so that neighbours share their images. Of each
-    dataset, methods without training come first: they are fast and reveal missing files early.
+    """All trials of a grid, without duplicates, ordered so that neighbours share their images.
 
     Args:
         protocol: a name in `PROTOCOLS`.
@@ -218,14 +217,12 @@ def plan_trials(
     trials: dict[Trial, None] = {}  # in order, each once
     for model, dataset in product(models, datasets or chosen.datasets):
         tested = _chosen_targets(protocol, dataset, targets)
-        of_dataset = []
         for k, seed, method, changes in product(shots or chosen.shots, seeds or SEEDS, methods, grid):
             trial = _canonical(Trial(protocol, model, method, dataset, k, seed, tested), changes)
-            of_dataset.append(trial)
+            trials[trial] = None
             if tested and not trial.targets:
                 problem = f"{method} is limited to the classes of {dataset}, and {', '.join(tested)} has others"
                 raise ZooError(f"{problem}: choose other --targets or --methods.")
-        trials |= dict.fromkeys(sorted(of_dataset, key=lambda trial: trial.shots > 0))
     fields = {field for trial in trials for field in trial.default_recipe.as_dict()}
     for name in options:
         check_choice("field of these methods' recipes", name, sorted(fields))

@@ -3,7 +3,7 @@
 import ast
 import json
 import os.path
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -28,15 +28,15 @@ MODEL = "small, medium or large, or a model's name; see `dcp-zoo list`."
 HEAD = "A head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO."
 
 
-def starting(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
-    """For shell completion: which of the names begin with what is typed."""
-    return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
+def model_names() -> list[str]:
+    """For shell completion."""
+    return [*SIZES, *list_models()]
 
 
-Model = Annotated[str, Option(help=MODEL, autocompletion=starting(lambda: [*SIZES, *list_models()]))]
-HeadName = Annotated[str, Option("--head", help=HEAD, autocompletion=starting(trained_heads))]
+Model = Annotated[str, Option(help=MODEL, autocompletion=model_names)]
+HeadName = Annotated[str, Option("--head", help=HEAD, autocompletion=trained_heads)]
 HeadNames = Annotated[
-    list[str], Option("--head", help=f"{HEAD} A second one is compared.", autocompletion=starting(trained_heads))
+    list[str], Option("--head", help=f"{HEAD} A second one is compared.", autocompletion=trained_heads)
 ]
 Photos = Annotated[Text, Argument(metavar="PHOTOS", help="Your images: a folder per class.")]
 Labels = Annotated[
