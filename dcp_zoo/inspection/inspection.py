@@ -135,8 +135,12 @@ class Inspection:
         probabilities = dict(zip(self.seen.readable, self.log_probabilities.exp(), strict=True))
         group_of = {i: str(number) for number, group in enumerate(self.together, 1) for i in group}
         copies_of = {i: group for group in self.copies for i in group}
-        suspects = set(self.suspects)
-        of_no_class = set(self.of_no_class)
+        problems = {
+            "cannot be read": set(self.seen.errors),
+            "label?": set(self.suspects),
+            "no class?": set(self.of_no_class),
+            "twice": set(copies_of),
+        }
         superfluous = set(self.seen.errors)
         for group in self.copies:  # of copies in a class a test image stays, else the first; of those in two, all stay
             kept = set[int]()
@@ -146,19 +150,13 @@ class Inspection:
                 kept.add(items[i].label)
         rows = []
         for i, item in enumerate(items):
-            copies = [other for other in copies_of.get(i, []) if other != i]
-            problems = {
-                "cannot be read": i in self.seen.errors,
-                "label?": i in suspects,
-                "no class?": i in of_no_class,
-                "twice": bool(copies),
-            }
+            copies = [items[other].key for other in copies_of.get(i, []) if other != i]
             looks_like = ""
             label_probability = None
             if i in probabilities:
                 looks_like = names[int(probabilities[i].argmax())]
                 label_probability = round(float(probabilities[i][item.label]), 4)
-            suggestion = looks_like if i in suspects else ""
+            suggestion = looks_like if i in problems["label?"] else ""
             if i in superfluous:
                 suggestion = LEAVE_OUT
             rows.append(
@@ -166,10 +164,10 @@ class Inspection:
                     file=item.key,
                     label=names[item.label],
                     part=parts[i],
-                    problems=";".join(problem for problem, holds in problems.items() if holds),
+                    problems=";".join(problem for problem, images in problems.items() if i in images),
                     looks_like=looks_like,
                     label_probability=label_probability,
-                    same_as=items[copies[0]].key if copies else "",
+                    same_as=copies[0] if copies else "",
                     group=group_of.get(i, ""),
                     suggestion=suggestion,
                 )
