@@ -97,7 +97,7 @@ def test_a_folder_gives_what_is_asked_for(folder, mini, tmp_path):
     assert torch.equal(fresh.encoder.visual.proj, mini.encoder.visual.proj)
     assert not close(fresh.prompts["text"], mini.prompts["text"], 0.1)
     for wrong, message in (
-        ({"pretrained": "imagenet-16shot"}, "is one head, and pretrained='imagenet-16shot' names another"),
+        ({"pretrained": "imagenet-16shot"}, "which is one head: 'imagenet-16shot': choose from True, False, clip"),
         ({"pretrained": True, "n_ctx": 8}, "other options, .*n_ctx=4.*: omit n_ctx"),
     ):
         with pytest.raises(ZooError, match=message):

@@ -190,11 +190,10 @@ def write_client_files(model: Head, folder: Path) -> None:
     take_any_size(export(model, folder / ONNX_FILE))
     preprocessor = templates(__package__).get_template(f"{PREPROCESSOR}.jinja").render(cfg=model.pretrained_cfg)
     write_file(folder / PREPROCESSOR, preprocessor)
-    labels = {str(i): name for i, name in enumerate(model.classnames)}
     config = json.loads((folder / CONFIG_NAME).read_text()) | {
         "model_type": "vit",  # of the types for which both clients classify images, the one that says least
         "transformers_weights": "none-but-the-onnx-file.safetensors",  # or transformers loads random ones
-        "id2label": labels,
-        "label2id": {name: int(i) for i, name in labels.items()},
+        "id2label": dict(enumerate(model.classnames)),
+        "label2id": {name: i for i, name in enumerate(model.classnames)},
     }
     write_file(folder / CONFIG_NAME, json.dumps(config, indent=1) + "\n")

@@ -4,6 +4,7 @@ file, of which repository and revision, the weights of a head and of its CLIP co
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.data import classnames as dataset_classnames
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, nearest_hint, warn, without_warnings
 from dcp_zoo.fields import Values
-from dcp_zoo.heads.config import WEIGHTS_NAME, Abilities, DCPConfig, read_config
+from dcp_zoo.heads.config import WEIGHTS_NAME, Abilities, DCPConfig, read_config, without
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.file import read_tensors
 from dcp_zoo.heads.head import Head
@@ -174,7 +175,7 @@ def build_clip(spec: ModelSpec, file: Path | None) -> nn.Module:
 def build_open_clip(config: Values, quick_gelu: bool) -> nn.Module:
     """The CLIP of one of open_clip's model configs, with random weights: what `open_clip.create_model`
     chooses."""
-    sizes = {name: value for name, value in config.items() if name not in ("custom_text", "quick_gelu")}
+    sizes = without(config, ("custom_text", "quick_gelu"))
     from_transformers = "hf_model_name" in sizes["text_cfg"]
     if from_transformers:  # the text tower's weights come with CLIP's
         sizes["text_cfg"] = sizes["text_cfg"] | {"hf_model_pretrained": False}
@@ -191,10 +192,9 @@ def load_weights(clip: nn.Module, path: Path) -> None:
     """Load CLIP's weights strictly. A safetensors file with exactly its tensors stays memory-mapped until
     used; open_clip's loader converts every other format it supports."""
     if path.suffix == ".safetensors":
-        state = load_file(path)
-        shapes = {name: tensor.shape for name, tensor in clip.state_dict().items()}
-        if {name: tensor.shape for name, tensor in state.items()} == shapes:
-            clip.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+        state = {name: tensor.float() for name, tensor in load_file(path).items()}
+        with suppress(RuntimeError):  # of other names or shapes
+            clip.load_state_dict(state, assign=True)
             return
     open_clip.load_checkpoint(clip, str(path))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dcp_zoo.backbone.preprocessing import preprocessing_in
-from dcp_zoo.errors import ZooError, ZooWarning, nearest_hint, warn
+from dcp_zoo.errors import ZooError, ZooWarning, check_choice, nearest_hint, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import CONFIG_NAME, HeadConfig, checkpoint_folder, is_checkpoint, read_config
 from dcp_zoo.zoo import registry, specs
@@ -115,11 +115,7 @@ def resolve(name: str, pretrained: bool | str = True, num_classes: int | None = 
         return Resolved(get_spec(name), pretrained=pretrained)
     if kind == "zoo":
         return _of_the_zoo(place, tag, pretrained, num_classes)
-    if pretrained not in (*FRESH, True):
-        raise ZooError(
-            f"{name} is one head, and pretrained={pretrained!r} names another: pass True for its weights, "
-            "or 'clip' for CLIP's weights and fresh prompts."
-        )
+    check_choice(f"pretrained of {name}, which is one head:", pretrained, (True, *FRESH))
     folder = Path(place) if kind == "local-dir" else _download(place, tag or None)
     return of_checkpoint(folder, pretrained)
 
