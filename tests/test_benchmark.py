@@ -465,7 +465,8 @@ def test_missing_targets_are_found_before_anything_is_trained(tmp_path, run, kno
         assert not (tmp_path / "x" / "results").exists()
     assert "1 trials, 1 to run" in run.ok(*command, "--dry-run"), "without a folder nothing is looked for"
     assert "1 trials, 1 to run" in run.ok(*command, "--targets", "digits", "--data-root", tmp_path, "--dry-run")
-    assert "--shots takes integers from 1" in run.refused(*command, "--shots", "0,two")
+    assert "--shots takes integers" in run.refused(*command, "--shots", "1,two")
+    assert "--shots must be at least 1, not 0" in run.refused(*command, "--shots", "0")
     assert "1 trials, 1 to run" in run.ok(*command, "--seeds", "0", "--dry-run"), "as `train --seed 0`"
 
 

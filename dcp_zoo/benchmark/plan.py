@@ -12,7 +12,7 @@ from typing import NamedTuple
 from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.data import Split, find_spec, list_datasets, load_labelled
 from dcp_zoo.data.splits import image_hashes, split_images
-from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.errors import ZooError, check_choice, check_range
 from dcp_zoo.features import LIBRARIES
 from dcp_zoo.fields import Values
 from dcp_zoo.files import file_name, sha256_of, text_sha256
@@ -208,6 +208,8 @@ def plan_trials(
         check_choice(f"method for {protocol}", method, able)
     for dataset in datasets:
         find_spec(dataset)
+    for k in shots:
+        check_range("--shots", k, 1)
     for seed in seeds:
         check_seed(seed)
     models = [get_spec(model).name for model in models]
@@ -260,11 +262,7 @@ def _canonical(trial: Trial, options: Mapping[str, object]) -> Trial:
     changes = sorted((name, value) for name, value in given.items() if getattr(default, name) != value)
     targets = trial.targets
     if not method.abilities.transfers:
-        targets = tuple(name for name in targets if _same_classes(name, trial.dataset))
+        own = find_spec(trial.dataset).names
+        targets = tuple(name for name in targets if name == trial.dataset or find_spec(name).names == own)
     trial = replace(trial, options=tuple(changes), targets=targets)
     return trial if method.needs_images(recipe) else replace(trial, shots=0, seed=0)
-
-
-def _same_classes(dataset: str, other: str) -> bool:
-    names = find_spec(dataset).names
-    return dataset == other or (names is not None and names == find_spec(other).names)

@@ -247,10 +247,9 @@ def against(results: "pd.DataFrame") -> list[Table]:
     for label, group in pairs.groupby("label", sort=False):
         by_shots = [difference_cell(by_sample(group[group.shots == k])) for k in shots]
         rows.append([label, str(len(group)), *by_shots, difference_cell(by_sample(group))])
-    unit = "datasets" if pairs.dataset.nunique() > 1 else "seeds"
     note = (
         f"Top-1 minus that of {reference}, in percentage points: mean over pairs with the same dataset, shots and "
-        f"seed, with its 95 % confidence interval over {unit} (Student's t). * the interval excludes 0."
+        "seed, with its 95 % interval over datasets, or seeds of a single one (Student's t). * the interval excludes 0."
     )
     header = ["method", "pairs", *[f"{k}-shot" for k in shots], "all"]
     return [Table(f"Differences from {reference}", header, rows, note)]

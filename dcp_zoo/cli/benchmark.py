@@ -96,7 +96,7 @@ def benchmark(
         split_commas(methods),
         split_commas(datasets),
         numbers(shots, "--shots"),
-        numbers(seeds, "--seeds", least=0),
+        numbers(seeds, "--seeds"),
         opt.parse_changes(changes),
         split_commas(targets),
     )
@@ -173,13 +173,10 @@ def split_commas(values: Iterable[str]) -> list[str]:
     return [part for value in values for part in split_list(value) if part]
 
 
-def numbers(values: Iterable[str], option: str, least: int = 1) -> list[int]:
+def numbers(values: Iterable[str], option: str) -> list[int]:
     """The integers of an option's values; ZooError for anything else."""
-    texts = split_commas(values)
-    for text in texts:
-        if not text.isdecimal() or int(text) < least:
-            raise ZooError(f"{option} takes integers from {least}, such as 1,2,4, not {text!r}.")
-    return [int(text) for text in texts]
+    with as_zoo_error(f"{option} takes integers, such as 1,2,4 ({{}}).", ValueError):
+        return [int(text) for text in split_commas(values)]
 
 
 def report(
