@@ -32,9 +32,6 @@ class Inputs:
         starts = range(0, len(self), size)
         return [self._each(lambda t, start=start: t[start : start + size]) for start in starts]  # type: ignore[misc]
 
-    def pin_memory(self: Self, *args: Any) -> Self:  # DataLoader calls it
-        return self._each(lambda t: t.pin_memory(*args))
-
 
 class Pixels(Inputs):
     """Images (B, 3, H, W), normalised as `create_transform` does."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from dcp_zoo.backbone._torch import seeded
 from dcp_zoo.backbone.clip import FrozenCLIP, Reading
@@ -198,7 +198,6 @@ class ImageLoader(LabelledItems):
             sampler=[chunk.tolist() for chunk in chunks],
             generator=generator,  # without one it would draw from torch's random state
             num_workers=self.workers,
-            pin_memory=self.workers > 0 and self.extract is not None and self.extract.clip.device.type == "cuda",
         )
 
 
@@ -236,9 +235,8 @@ class PhotoReader:
     is_mirrored: Sequence[bool]
 
     def __call__(self, positions: Sequence[int]) -> Inputs:
-        read = map if get_worker_info() else in_threads  # a worker process of DataLoader has its own core
         images = []
-        for i, image in zip(positions, read(self.photos.load, positions), strict=True):
+        for i, image in zip(positions, in_threads(self.photos.load, positions), strict=True):
             with nullcontext() if self.seeds is None else seeded(self.seeds[i]):
                 x = self.transform(image)
             images.append(x.flip(-1) if self.is_mirrored[i] else x)

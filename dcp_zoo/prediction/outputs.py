@@ -101,10 +101,8 @@ def write_sheet(path: Path, rows: Iterable[Row], temporary: str) -> None:
             yield row | {"name": Path(file).name, "link": _link(file, path.parent), "thumbnail": thumbnail}
 
     images = counts.total() + len(errors)
-    classes = len(counts.keys() - {NONE})
-    of_images = "1 image" if images == 1 else f"{images:,} images"
     content = {
-        "title": f"{of_images} in {classes} {'class' if classes == 1 else 'classes'}",
+        "title": f"Images: {images:,}, classes: {len(counts.keys() - {NONE})}",
         "groups": sorted(counts.items(), key=lambda group: (group[0] == NONE, group[0])),
         "pictures": pictures,
         "errors": errors,
