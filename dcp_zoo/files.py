@@ -30,20 +30,18 @@ def write_file(path: Path, write: Content, otherwise: str = "choose another --ou
     `path`: a crash leaves the old file or the new one. Modes and symbolic links stay. ZooError, with the advice
     `otherwise`, if that is not possible, or if `path` is a folder, pipe or device."""
     with writing_to(path, otherwise):
-        if path.is_symlink():
-            path = Path(os.path.realpath(path))
+        path = path.resolve()  # of a link, which stays
         if path.exists():
             check_regular(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f".{path.name[:50]}.{uuid4().hex}"
-        temporary.touch(0o666, exist_ok=False)  # with the user's umask, unlike those of `tempfile`
+        temporary = path.parent / f".{path.name[:50]}.{uuid4().hex}"  # unlike those of `tempfile` of the user's mode
         try:
-            if path.exists():
-                shutil.copymode(path, temporary)
             if callable(write):
                 write(str(temporary))
             else:
                 temporary.write_bytes(write.encode() if isinstance(write, str) else write)
+            if path.exists():
+                shutil.copymode(path, temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())  # otherwise a power cut could leave an empty file under the new name
             temporary.replace(path)

@@ -271,14 +271,18 @@ def matching(names: Iterable[str], filter: Wildcards, exclude: Wildcards = "") -
     """The names that match a wildcard of `filter`, by default all, and none of `exclude`, in timm's order,
     by the values of numbers within them; the wildcard of a model matches its heads, too."""
 
-    def matches(name: str, patterns: Wildcards) -> bool:
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        return any(fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, f"{pattern}.*") for pattern in patterns)
+    every = list(names)
+
+    def chosen(patterns: Wildcards) -> set[str]:
+        found = set[str]()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            found.update(fnmatch.filter(every, pattern), fnmatch.filter(every, f"{pattern}.*"))
+        return found
 
     def order(name: str) -> list[int | str]:
         return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
 
-    return sorted([name for name in names if matches(name, filter or "*") and not matches(name, exclude)], key=order)
+    return sorted(chosen(filter or "*") - chosen(exclude), key=order)
 
 
 def list_heads(filter: str = "", status: str | None = None, hub: bool = False) -> list[Any]:
