@@ -79,15 +79,17 @@ def test_an_encoder_of_a_fixed_size_without_patches(tmp_path):
     save_for_hf(timm.create_model("test_maxvit"), tmp_path, safe_serialization=True)
     encoder = load_encoder(f"local-dir:{tmp_path}", plain_clip("dcp_mini"))
     assert encoder.size == (160, 160)
-    assert encoder.read(torch.ones(2, 3, 192, 192)).shape == (2, *encoder.widths)
+    assert encoder.read(torch.ones(2, 3, 192, 192)).shape == (2, *encoder.parts.values())
 
 
 @torch.no_grad()
 def test_a_head_reads_them_through_every_door(head, encoders, pictures, tmp_path):
     images = pictures[0]
     assert [encoder.source for encoder in head.image_encoders] == [*encoders.values()]
-    assert head.num_features == sum(head.encoder.widths) + sum(e.widths[0] for e in head.image_encoders)
-    assert head.text_probe.weight[:, sum(head.encoder.widths) :].any()
+    assert head.num_features == sum(head.encoder.parts.values()) + sum(
+        e.parts["embedding"] for e in head.image_encoders
+    )
+    assert head.text_probe.weight[:, sum(head.encoder.parts.values()) :].any()
     x = torch.stack([create_transform(head)(image) for image in images[:4]])
     wanted = head(x)
     assert close(head.encode_image(x).norm(dim=1), torch.ones(4))

@@ -1,6 +1,7 @@
 """Reading images of every kind, and rejecting bad files."""
 
 import os
+import shutil
 import socket
 import sys
 import warnings
@@ -20,8 +21,9 @@ from dcp_zoo.data.images import UnsupportedImage, check_complete, picture_format
 from dcp_zoo.data.readers import read_classnames, read_descriptions
 from dcp_zoo.data.unreadable import MOVE, damaged, refuse
 from dcp_zoo.errors import ZooError
-from dcp_zoo.heads.config import WEIGHTS_NAME
-from dcp_zoo.heads.file import read_tensors
+from dcp_zoo.heads import file as head_file
+from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo.zoo.registry import get_head
 from dcp_zoo.zoo.specs import MODELS
 
 
@@ -74,8 +76,9 @@ def test_what_is_no_file_does_not_hang(tmp_path, kind):
     for read in (partial(load_labelled, "folder", tmp_path), read_classnames, read_descriptions):
         with pytest.raises(ZooError, match="it is a pipe, socket or device"):
             read(text)
+    shutil.copy(get_head("dcp_mini.caltech101-1shot").bundled_dir / CONFIG_NAME, tmp_path)
     with pytest.raises(ZooError, match="it is a pipe, socket or device"):
-        read_tensors(tmp_path, "")
+        head_file.read(tmp_path)
 
 
 def test_other_programs_are_not_started(tmp_path, monkeypatch):

@@ -206,12 +206,12 @@ def test_it_needs_images_of_each_class(picky, tiny_clip, tmp_path):
     """A checkpoint of other classes has exact logits, and no threshold."""
     answers, classes = picky.predict(images(5, 1), reject=True), ["kite", "zebra", "bus"]
     picky.save_pretrained(tmp_path / "whole")
+    picky.info = {"text_probe": {"thresholds": {"0.05": 1.0}, "text_scale": 1.0}}
     picky.set_classnames(classes)
     message = "has seen no image of zebra, .*omit --classes.*train it again"
     assert cannot_reject(picky, message)
     assert cannot_reject(copied(picky), message)
     assert cannot_reject(load_head(DCP(tiny_clip, classes, n_ctx=2), tmp_path / "whole").eval(), message)
-    picky.info = {"text_probe": {"thresholds": {"0.05": 1.0}, "text_scale": 1.0}}
     picky.save_pretrained(tmp_path / "new")
     state = load_file(tmp_path / "new" / "model.safetensors")
     assert [name for name, t in state.items() if "classifier" in name and t.dtype == torch.half] == ["classifier.means"]
@@ -630,7 +630,7 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain):
     seen the training images. Fused they are the same."""
     train, x, width = source(plain, 24, 0), images(5, 1), plain.encoder.num_features
     own, frozen = plain.available_readings
-    assert (own.widths, frozen.widths) == ((width,), plain.encoder.widths)
+    assert (own.widths, frozen.widths) == ((width,), (*plain.encoder.parts.values(),))
     table = train.table([own, frozen], train.with_flips)
     views = [table.reading(i).rows(PLAIN, MIRRORED) for i in (0, 1)]
     text, zero_shot = plain.method_linear(), plain.zero_shot_linear()

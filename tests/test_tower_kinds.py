@@ -195,7 +195,7 @@ def test_what_is_read_of_the_inside_is_what_the_library_computes(kind):
     itself."""
     model = build_dcp(kind)
     plain, images = model.encoder, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    found = dict(zip(plain.parts, plain.read(images).split(plain.widths, 1), strict=True))
+    found = dict(zip(plain.parts, plain.read(images).split([*plain.parts.values()], 1), strict=True))
     expected = inside(plain.vision_tower, images)
     assert ("last" in found) == (plain.vision_tower.pooled == 1)
     for name in found.keys() & expected:
@@ -203,7 +203,7 @@ def test_what_is_read_of_the_inside_is_what_the_library_computes(kind):
     model.store_stats(images)
     for parts in range(1, 1 + len(plain.parts)):
         assert close(plain.read(images, parts), torch.cat([*found.values()][:parts], 1))
-        columns = plain.num_features + sum(plain.widths[:parts])
+        columns = plain.num_features + sum([*plain.parts.values()][:parts])
         model.text_probe = empty_probe(model, parts)
         assert model.num_features == columns
         model.text_probe.weight.copy_(torch.randn(len(NAMES), columns))
@@ -226,7 +226,7 @@ def test_where_a_logit_comes_from(kind):
         plain.vision_tower,
     )
     head.text_probe = empty_probe(head)
-    weight = dict(zip(plain.parts, head.text_probe.weight.split(plain.widths, 1), strict=True))
+    weight = dict(zip(plain.parts, head.text_probe.weight.split([*plain.parts.values()], 1), strict=True))
     means = [part[:, -tower.width :] for name, part in weight.items() if name in ("middle", "last")]
     for part in means:
         part.copy_(torch.randn_like(part))

@@ -108,11 +108,6 @@ class Frozen(nn.Module):
         """The module that features of images come from."""
         return self
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Those of `parts`."""
-        return tuple(self.parts.values())
-
 
 class FrozenCLIP(Frozen):
     """A CLIP whose weights never change and which is always in eval mode. It may be any of open_clip's, also

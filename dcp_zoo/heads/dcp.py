@@ -240,10 +240,10 @@ class DCP(Head):
         features, text = self.encode(images)
         if self.text_probe is None:
             return self.encoder.logits(features, text)
-        own, *others = self.readings
-        readings = [replace(own, linear=lambda: self.encoder.scaled(text)), *others]
+        readings = self.readings
+        readings[0] = replace(readings[0], linear=lambda: self.encoder.scaled(text))
         weight, bias = linear_of(readings)
-        f = joined([features, *(reading.encode(images) for reading in others)], parts_of(readings))
+        f = joined([features, *(reading.encode(images) for reading in readings[1:])], parts_of(readings))
         with torch.autocast(f.device.type, enabled=False):
             return self.text_probe(F.linear(f.to(weight.dtype), weight, bias), f, self.classes)
 

@@ -94,12 +94,7 @@ def read(directory: str | Path) -> tuple[HeadConfig, dict[str, Tensor]]:
     """The checked `config.json` of a folder and its tensors by their names in the model, in float32.
     ZooError if one is missing or damaged, or not of the other."""
     config = read_config(directory)
-    return config, read_tensors(directory, config["weights_sha256"])
-
-
-def read_tensors(directory: str | Path, expected: str) -> dict[str, Tensor]:
-    """The tensors that `read` gives; ZooError if they do not have the hash `expected`, which `config.json`
-    names."""
+    expected = config["weights_sha256"]
     path = Path(directory) / WEIGHTS_NAME
     try:
         content = _waiting_or_saved(directory, expected)
@@ -113,7 +108,7 @@ def read_tensors(directory: str | Path, expected: str) -> dict[str, Tensor]:
         raise ZooError(f"{path} is damaged ({error}). Train or download the checkpoint again.") from error
     state = {name: tensor.float() for name, tensor in tensors.items()}
     check_finite(state, f"{path} is damaged")
-    return {renamed(name, IN_MODEL): tensor for name, tensor in state.items()}
+    return config, {renamed(name, IN_MODEL): tensor for name, tensor in state.items()}
 
 
 def _waiting_or_saved(directory: str | Path, expected: str) -> bytes:

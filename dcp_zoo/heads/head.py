@@ -452,18 +452,22 @@ class Head(Intermediates, ABC):
         probe = self.text_probe
         if probe is not None and not same_texts(probe.classes, texts, self.texts):
             probe.threshold = torch.full_like(probe.threshold, NEVER)
-        if sorted(classes) != sorted(self.method_classes) or not same_texts(classes, texts, self.texts):
-            self._drop_measured()
+        is_same = sorted(classes) == sorted(self.method_classes) and same_texts(classes, texts, self.texts)
         self.classes = classes
         self.method_classes = classes
         self.texts = texts
+        if not is_same:
+            self._drop_measured()
 
     def _drop_measured(self) -> None:
         """Take out of `info` what was measured for other classes: the accuracy, what the threshold accepts,
-        and what is promised."""
+        what is promised, and thresholds that no longer hold."""
         self.info = without(self.info, MEASURED)
         if self.info.get("text_probe"):
-            self.info["text_probe"] = without(self.info["text_probe"], (PROMISES, *ACCEPTED))
+            outdated = [PROMISES, *ACCEPTED]
+            if self.cannot_reject:
+                outdated.append("thresholds")
+            self.info["text_probe"] = without(self.info["text_probe"], outdated)
 
     # --- in a checkpoint ---
 
@@ -480,8 +484,6 @@ class Head(Intermediates, ABC):
     def to_config(self, info: Values) -> Values:
         """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored
         twice."""
-        if self.cannot_reject and info.get("text_probe"):  # its thresholds no longer hold
-            info = info | {"text_probe": without(info["text_probe"], ("thresholds", PROMISES, *ACCEPTED))}
         texts = self.texts
         block: Values = {
             "format_version": FORMAT_VERSION,
@@ -676,8 +678,7 @@ class Head(Intermediates, ABC):
         changes = preprocessing_in(cfg)
         others = [name for name in cfg if name not in changes and cfg[name] != now.get(name)]
         if others:
-            known = ", ".join(PREPROCESSING)
-            raise ZooError(f"pretrained_cfg: {', '.join(others)} cannot be set. What can: {known}.")
+            raise ZooError(f"pretrained_cfg: of {PREPROCESSING}, {', '.join(others)} is none.")
         check("pretrained_cfg", problems(changes, Preprocessing))
         for clip in (self.encoder, self.frozen):
             clip.pretrained_cfg |= changes

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dcp_zoo.errors import ZooError, as_zoo_error, check_range
+from dcp_zoo.errors import ZooError, check_range
 from dcp_zoo.heads.dcp import DCP
 from dcp_zoo.heads.head import Head
 
@@ -47,14 +47,12 @@ def prompt_words(model: Head, top_k: int = 3) -> list[PromptWords]:
     clip = model.encoder
     vocabulary = clip.text.token_embedding.weight.float()
     tokenizer: Any = getattr(clip.tokenizer, "tokenizer", clip.tokenizer)  # open_clip's holds one of transformers
-    with as_zoo_error("The tokenizer of this CLIP cannot name tokens: it has no `decode`.", AttributeError):
-        decode = tokenizer.decode
     words = []
     for block, prompts in enumerate(entering):
         distances = torch.cdist(prompts.float(), vocabulary)
         nearest, tokens = distances.topk(top_k, largest=False)
         for prompt, ids in enumerate(tokens.tolist()):
-            names = [decode([token]) for token in ids]
+            names = [tokenizer.decode([token]) for token in ids]
             median = distances[prompt].median().item()
             words.append(PromptWords(block, prompt, names, nearest[prompt].tolist(), median))
     return words

@@ -13,8 +13,6 @@ from dcp_zoo.backbone.towers.open_clip import ImageRun
 from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 
-Intermediate = Tensor | tuple[Tensor, Tensor]  # patches, or with the tokens before them
-
 
 class Intermediates(nn.Module):
     """The part of timm's interface that is about blocks; `Head` is the model."""
@@ -39,59 +37,37 @@ class Intermediates(nn.Module):
         self,
         images: Tensor,
         indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
+        *,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-        output_dict: bool = False,
-        attn_mask: None = None,
-    ) -> tuple[Tensor, list[Intermediate]] | list[Intermediate] | Values:
-        """Patch tokens after the vision blocks, without the prompts: image features (B, E) as in
-        `forward_features`, and a list with one entry per block, in order. ZooError for a block that does not
-        exist, or an unknown format.
+    ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
+        """Patch tokens after the vision blocks, without the prompts: image features as in `forward_features`,
+        and a list with one entry per block, in order. ZooError for a block that does not exist, or an
+        unknown format.
 
         Args:
             indices: None for all blocks, n for the last n, or a list of block numbers, -1 being the last.
-            return_prefix_tokens: return pairs of the patches and the tokens before them, such as a class
-                token.
             norm: apply CLIP's final layer norm to the outputs.
             stop_early: compute no block after the last of `indices`, and take the image features (B, E)
                 there.
             output_fmt: see `FORMATS`.
             intermediates_only: omit the image features.
-            output_dict: return them by timm's names: image_features, image_intermediates,
-                image_intermediates_prefix.
-            attn_mask: timm's; images have none.
         """
         check_choice("output_fmt", output_fmt, FORMATS)
-        check_choice("attn_mask", attn_mask, (None,))
         tower = self.encoder.vision_tower
         blocks = take_blocks(indices, len(tower.blocks))
-        stop = blocks[-1] if stop_early or intermediates_only else len(tower.blocks) - 1
-        after: list[Tensor] = []  # class token, if any, and patches (B, N, Dv)
-        for i, x in enumerate(self._block_outputs(images)):
+        outputs = []
+        for i, x in zip(range(blocks[-1] + 1), self._block_outputs(images), strict=False):
             if i in blocks:
-                after.append(x[:, : tower.num_tokens])
-            if i == stop:
-                features = tower.features(x)
-                break
-        if norm:
-            after = [tower.norm(x) for x in after]
-        patches = [x[:, tower.num_prefix :] for x in after]
-        if output_fmt == "NCHW":
-            patches = [x.transpose(1, 2).unflatten(2, tower.grid).contiguous() for x in patches]
-        named: Values = {"image_intermediates": patches}
-        outputs: list[Intermediate] = [*patches]
-        if return_prefix_tokens:
-            prefixes = [x[:, : tower.num_prefix] for x in after]
-            named["image_intermediates_prefix"] = prefixes
-            outputs = [*zip(patches, prefixes, strict=True)]
+                patches = (tower.norm(x) if norm else x)[:, tower.num_prefix : tower.num_tokens]
+                if output_fmt == "NCHW":
+                    patches = patches.transpose(1, 2).unflatten(2, tower.grid).contiguous()
+                outputs.append(patches)
         if intermediates_only:
-            return named if output_dict else outputs
-        if not stop_early:
-            features = self.encode_image(images)  # a head may read more than this tower
-        return {"image_features": features, **named} if output_dict else (features, outputs)
+            return outputs
+        return tower.features(x) if stop_early else self.encode_image(images), outputs
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True

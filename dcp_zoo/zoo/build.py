@@ -24,9 +24,9 @@ from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.data import classnames as dataset_classnames
 from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, nearest_hint, warn, without_warnings
 from dcp_zoo.fields import Values
-from dcp_zoo.heads.config import WEIGHTS_NAME, Abilities, DCPConfig, read_config, without
+from dcp_zoo.heads import file as head_file
+from dcp_zoo.heads.config import WEIGHTS_NAME, Abilities, DCPConfig, without
 from dcp_zoo.heads.dcp import DCP
-from dcp_zoo.heads.file import read_tensors
 from dcp_zoo.heads.head import Head
 from dcp_zoo.heads.kinds import AdapterHead, CacheHead, ConditionalHead, LinearHead, PromptHead
 from dcp_zoo.hub import DOWNLOADS, fetch_clip, origin
@@ -103,9 +103,8 @@ def _dcp_config(resolved: Resolved, options: Values) -> DCPConfig | None:
 
 def trained_head(clip: FrozenCLIP, folder: Path) -> Head:
     """The head of a checkpoint on this CLIP, with its weights."""
-    config = read_config(folder)
+    config, state = head_file.read(folder)
     block = config["dcp"]
-    state = read_tensors(folder, config["weights_sha256"])
     with skip_init(), without_warnings():
         head: Head = KINDS[block["head"]].from_config(clip, config, state)
     head.method = block["method"]

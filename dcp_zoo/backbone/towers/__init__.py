@@ -4,13 +4,14 @@ modified."""
 from collections.abc import Sequence
 from typing import Any
 
+from timm.models._features import feature_take_indices
 from torch import nn
 
 from dcp_zoo.backbone.tokens import pool_type
 from dcp_zoo.backbone.towers.open_clip import OpenClipViT, VisionTower, missing_parts
 from dcp_zoo.backbone.towers.text import TextTower
 from dcp_zoo.backbone.towers.timm_vit import TimmViT
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, as_zoo_error
 
 FORMATS = ("NCHW", "NLC")  # of intermediates: maps (B, Dv, h, w), tokens (B, h * w, Dv)
 
@@ -55,13 +56,6 @@ def _refused(clip: nn.Module, missing: str) -> ZooError:
 def take_blocks(indices: int | Sequence[int] | None, n_blocks: int) -> list[int]:
     """timm's `indices` as block numbers in order, as in `Head.forward_intermediates`; ZooError for a wrong
     one."""
-    if indices is None:
-        return list(range(n_blocks))
-    numbers = range(-indices, 0) if isinstance(indices, int) else indices
-    blocks = sorted({i + n_blocks if i < 0 else i for i in numbers})
-    if not blocks or blocks[0] < 0 or blocks[-1] >= n_blocks:
-        raise ZooError(
-            f"There are no blocks {indices!r}: the vision tower has blocks 0 to {n_blocks - 1}. Pass n for the last n, "
-            "or a list of block numbers, -1 being the last."
-        )
-    return blocks
+    with as_zoo_error(f"Unknown blocks {indices}: {{}}.", AssertionError):
+        taken, _ = feature_take_indices(n_blocks, indices)  # type: ignore[arg-type]  # any sequence will do
+    return sorted(set(taken))
