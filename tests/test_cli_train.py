@@ -146,7 +146,6 @@ def test_photographs_of_one_group_are_on_one_side(run, flowers, small_model):
     assert "metrics" not in read_config("MY_PHOTOS_head")["dcp"]
     for args, images in (([], 6), (["--test", 0.4], 2)):  # but if all tulips are one group, those of the rose are known
         code, out, err = run("train", "MY_PHOTOS", "--group-by", r"rose/day\d|tulip", *args, *quick)
-        assert "No image of tulip was tested: to leave one out, a class needs two" in " ".join(err.split())
         assert re.search(rf"of {images}, in groups, .* both without tulip\)", " ".join(out.split()))
         assert read_config("MY_PHOTOS_head")["dcp"]["untested"] == ["tulip"]
         assert "both without tulip)" in " ".join(run.ok("info", "MY_PHOTOS_head").split())

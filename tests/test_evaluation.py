@@ -59,7 +59,7 @@ def test_accuracy_confusions_and_mistakes_worst_first(evaluation):
     assert evaluation.confusion_matrix.tolist() == [[2, 2, 0], [0, 2, 0], [0, 0, 0]]
     assert evaluation.confused_pairs == [Confusion("cat", "dog & co", 2, 4)]
     first, second = evaluation.mistakes
-    assert (first.path, second.path) == (evaluation.items[3].path, evaluation.items[1].path)
+    assert (first.item, second.item) == (evaluation.items[3], evaluation.items[1])
     assert first.probability == pytest.approx(math.exp(4) / (math.exp(4) + 2), abs=1e-4)
     assert (first.name, first.predicted) == ("cat", "dog & co")
 

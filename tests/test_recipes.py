@@ -61,7 +61,7 @@ def test_the_classifier_is_an_option_of_every_recipe():
     for given in ({"augment": "none"}, METHODS["gda"].config(augment="none")):
         chosen = chosen_recipe("gda", "dcp_mini", "folder", 4, given, "text-probe")
         assert (chosen.augment, chosen.classifier) == ("none", "text-probe")
-    with pytest.raises(ZooError, match="The recipe of gda takes changes"):
+    with pytest.raises(ZooError, match="recipe: n_ctx is none of"):
         chosen_recipe("gda", "dcp_mini", "folder", 4, Recipe())
 
 
@@ -77,7 +77,7 @@ PUBLISHED = [
     ("ivlp", {"protocol": "base-to-new"}, PER_CLASS | {"n_ctx": 4, "depth": 9, "epochs": 20, "stop_epoch": None}),
     ("maple", {"protocol": "base-to-new"}, {"n_ctx": 2, "depth": 9, "lr": 0.0035, "batch_size": 4, "epochs": 5}),
     ("maple", {"protocol": "cross-dataset"}, {"lr": 0.0026, "epochs": 2, "depth": 3}),
-    ("tip-adapter-f", {}, {"lr": 1e-3, "eps": 1e-4, "batch_size": 256, "epochs": 20, "augment": "crop-flip"}),
+    ("tip-adapter-f", {}, {"lr": 1e-3, "batch_size": 256, "epochs": 20, "augment": "crop-flip"}),
     ("cocoop", {}, {"optimizer": "sgd", "lr": 0.002, "batch_size": 1, "epochs": 10, "n_ctx": 4}),
     *(("prograd", {"shots": k}, SGD_32 | {"epochs": n, "projection": 1}) for k, n in ((1, 50), (4, 100), (8, 200))),
     ("kgcoop", {"shots": 4}, {"lr": 0.002, "batch_size": 128, "epochs": 100, "n_ctx": 4, "text_weight": 8.0}),
@@ -85,7 +85,7 @@ PUBLISHED = [
     ("taskres", {"dataset": "imagenet"}, {"lr": 2e-4, "batch_size": 256, "weight_decay": 5e-4, "scale": 0.5}),
     *(("clip-adapter", {"shots": k}, SGD_32 | {"epochs": n, "ratio": 0.2}) for k, n in ((1, 50), (4, 100), (8, 200))),
     ("clap", {}, {"optimizer": "sgd", "lr": 0.1, "batch_size": 256, "epochs": 300, "augment_epochs": 20}),
-    *(("prolip", {"shots": k}, {"penalty": 1 / k, "lr": 1e-5, "eps": 1e-4, "epochs": 300}) for k in (1, 2, 16)),
+    *(("prolip", {"shots": k}, {"penalty": 1 / k, "lr": 1e-5, "epochs": 300}) for k in (1, 2, 16)),
     ("lp-plus-plus", {}, {"epochs": 300, "augment": "none"}),
     ("clip-lora", {"shots": 4}, {"rank": 2, "alpha": 1, "dropout": 0.25, "lr": 2e-4, "batch_size": 32, "steps": 2000}),
     ("proker", {"shots": 4}, {"beta": 1.5, "penalty": 0.05}),

@@ -17,7 +17,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from dcp_zoo.answers import Outputs, Promises
-from dcp_zoo.api.functions import plan_own
+from dcp_zoo.api.functions import train_labelled
 from dcp_zoo.api.inputs import (
     Groups,
     Images,
@@ -30,7 +30,6 @@ from dcp_zoo.api.inputs import (
 )
 from dcp_zoo.backbone._torch import out_of_inference_mode
 from dcp_zoo.data import Split
-from dcp_zoo.data.unreadable import all_named
 from dcp_zoo.errors import ZooError, as_zoo_error
 from dcp_zoo.features.cache import kept_features
 from dcp_zoo.fields import Values
@@ -41,7 +40,7 @@ from dcp_zoo.prediction.together import refined
 from dcp_zoo.progress import Progress, bar
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, RecipeLike
-from dcp_zoo.training.run import RunOptions, train_head
+from dcp_zoo.training.run import RunOptions
 from dcp_zoo.training.task import Callback, Epoch
 
 SEEDS = 2**31  # how many there are to draw from
@@ -137,29 +136,26 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         classes, split = labelled(images, labels, self.classnames, groups)
         if sample_weight is not None:
             split, sample_weight = weighted(split, sample_weight)
-        run = plan_own(
-            split,
-            classes,
-            validation,
-            self.model,
-            self.method,
-            recipe=self.recipe,
-            classifier=self.classifier,
-            device=self.device,
-            precision=self.precision,
-            encoder=self.encoder,
-            errors=self.errors,
-            sample_weight=sample_weight,
-            seed=seed_of(self.random_state),
-            progress=self._progress(),
-        )
-        epochs: list[Epoch] = []
-        callbacks = list(self.callbacks or ())
-        if run.recipe.is_trained:
-            callbacks.insert(0, lambda model, epoch: epochs.append(epoch))
-        with kept_features(self.memory), all_named(run.split.all_items):
-            self.model_, _ = train_head(run, None, RunOptions(progress=self._progress(), callbacks=callbacks))
-        self.history_ = epochs
+        history: list[Epoch] = []
+        callbacks = [lambda model, epoch: history.append(epoch), *(self.callbacks or ())]
+        with kept_features(self.memory):
+            self.model_ = train_labelled(
+                split,
+                classes,
+                validation,
+                self.model,
+                self.method,
+                RunOptions(progress=self._progress(), callbacks=callbacks),
+                recipe=self.recipe,
+                classifier=self.classifier,
+                device=self.device,
+                precision=self.precision,
+                encoder=self.encoder,
+                errors=self.errors,
+                sample_weight=sample_weight,
+                seed=seed_of(self.random_state),
+            )
+        self.history_ = history
         self.classes_ = classes
         return self
 
@@ -234,15 +230,14 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         else:
             items, labels = with_labels(images, labels)
         predicted = self.predict([item.path for item in items])
-        check_consistent_length(predicted, sample_weight)
+        weights = np.ones(len(predicted)) if sample_weight is None else np.asarray(sample_weight)
+        check_consistent_length(predicted, weights)
         readable = [i for i, label in enumerate(predicted) if not is_nan(label)]
         if not readable:
             raise ZooError("None of these images can be read: pass readable ones.")
-        if sample_weight is not None:
-            sample_weight = np.asarray(sample_weight)[readable]
         true = np.asarray(labels)[readable]
         labels = predicted[readable].astype(self.classes_.dtype)
-        return float(accuracy_score(true, labels, sample_weight=sample_weight))
+        return float(accuracy_score(true, labels, sample_weight=weights[readable]))
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write a checkpoint, which `load`, `dcp_zoo.create_model` and the command line read. ZooError for a

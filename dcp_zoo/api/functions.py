@@ -37,7 +37,7 @@ from dcp_zoo.progress import Progress, bar
 from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, METHODS, RecipeLike
-from dcp_zoo.training.run import Run, RunOptions, plan, train_head
+from dcp_zoo.training.run import RunOptions, plan, train_head
 
 
 @fair_threads()
@@ -94,55 +94,54 @@ def train(
     """
     run_options = {part.name: options.pop(part.name) for part in fields(RunOptions) if part.name in options}
     classes, split = labelled(images, labels, classnames, groups)
-    settings = RunOptions(**run_options)
-    run = plan_own(
+    return train_labelled(
         split,
         classes,
         validation,
         model,
         method,
+        RunOptions(**run_options),
+        Path(output) if output is not None else None,
         recipe=recipe,
         classifier=classifier,
         errors=errors,
-        progress=settings.progress,
         **options,
     )
-    with all_named(run.split.all_items):
-        head, _ = train_head(run, Path(output) if output is not None else None, settings)
-    return head
 
 
-def plan_own(
+def train_labelled(
     split: Split,
     classes: np.ndarray,
     validation: Images,
     model: str,
     method: str,
+    settings: RunOptions,
+    output: Path | None = None,
     *,
     sample_weight: Sequence[float] | None = None,
-    progress: Progress = bar,
     errors: str = "raise",
     **options: Any,
-) -> Run:
-    """A run on the images of `labelled`, with images for validation or None; `errors` as of `train`, `sample_weight`
-    one number for each image, and `options` as of `plan`. Files are read when the run needs them."""
+) -> Head:
+    """A head trained on the images of `labelled`, with images for validation or None; `errors` as of `train`,
+    `sample_weight` one number for each image, and `options` as of `plan`."""
     check_choice("errors", errors, ERRORS)
     items = split.train
     if validation is not None:
         val_images, val_labels = validation if isinstance(validation, (tuple, list)) else (validation, None)
         split = replace(split, val=with_classes(val_images, val_labels, classes.tolist(), split.classnames))
     if errors == "keep":
-        split = without_unreadable(split, progress)
+        split = without_unreadable(split, settings.progress)
     readable = {item.key for item in split.train}  # an image that was given twice can be read twice, or not at all
     with all_named(split.all_items):
         split = replace(split, train=hashed(split.train), val=hashed(split.val), no_class=hashed(split.no_class))
     run = plan(split, model, method, test_share=0.0, **options)
-    if sample_weight is None:
-        return run
-    if run.recipe.classifier == "none" or METHODS[method].trains:
-        raise ZooError(f"{method} does not support sample_weight: choose method={DEFAULT_METHOD!r}.")
-    pairs = zip(items, sample_weight, strict=True)
-    return replace(run, sample_weight=tuple(weight for item, weight in pairs if item.key in readable))
+    if sample_weight is not None:
+        if run.recipe.classifier == "none" or METHODS[method].trains:
+            raise ZooError(f"{method} does not support sample_weight: choose method={DEFAULT_METHOD!r}.")
+        pairs = zip(items, sample_weight, strict=True)
+        run = replace(run, sample_weight=tuple(weight for item, weight in pairs if item.key in readable))
+    with all_named(run.split.all_items):
+        return train_head(run, output, settings)[0]
 
 
 @fair_threads()

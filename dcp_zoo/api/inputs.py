@@ -133,13 +133,22 @@ def with_labels(images: Images, labels: Labels, examples: bool = False) -> tuple
 
 
 def unlabelled(images: Images) -> list[Item]:
-    """`as_images`, or the images of a folder, see `find_images`; with keys by their paths or positions."""
+    """Images of paths, bytes, and PIL, of one image, of a sequence or batch, or in a folder, see `find_images`; with
+    keys by their paths or positions. An error takes the place of what is no image: all that cannot be read are
+    named together, by `refuse`."""
     if is_folder(images):
         images = find_images([str(images)])
-    items = []
-    for i, image in enumerate(as_images(images)):
-        items.append(Item(image, image if isinstance(image, str) else f"image {i}", NO_CLASS))
-    return items
+    is_one = isinstance(images, (str, Path, bytes, Mapping, Image.Image)) or hasattr(images, "read")
+    if hasattr(images, "ndim"):  # a table, an array or a tensor
+        images = one_column(images)
+        is_one = _is_array_of_one(images)
+    if is_one:
+        images = [images]
+    with as_zoo_error(f"{type(images).__name__} is neither an image nor a list of images: {FORMS}.", TypeError):
+        opened: list[Any] = [attempted(to_image, image) for image in images]
+    if not opened:
+        raise ZooError("No images: pass at least one.")
+    return [Item(image, image if isinstance(image, str) else f"image {i}", NO_CLASS) for i, image in enumerate(opened)]
 
 
 def one_column(values: Any) -> Any:
@@ -151,23 +160,6 @@ def one_column(values: Any) -> Any:
         values = np.asarray(values)
     is_column = isinstance(values, np.ndarray) and values.ndim == 2 and values.shape[1] == 1
     return values[:, 0] if is_column else values
-
-
-def as_images(images: Images) -> list[Any]:
-    """Paths, bytes, and images of PIL, of one image or a sequence or batch. An error takes the place of what
-    is no image: all that cannot be read are named together, by `refuse`. ZooError if no array is an
-    image."""
-    is_one = isinstance(images, (str, Path, bytes, Mapping, Image.Image)) or hasattr(images, "read")
-    if hasattr(images, "ndim"):  # a table, an array or a tensor
-        images = one_column(images)
-        is_one = _is_array_of_one(images)
-    if is_one:
-        images = [images]
-    with as_zoo_error(f"{type(images).__name__} is neither an image nor a list of images: {FORMS}.", TypeError):
-        several = list(images)
-    if not several:
-        raise ZooError("No images: pass at least one.")
-    return [attempted(to_image, image) for image in several]
 
 
 def is_nan(value: object) -> bool:

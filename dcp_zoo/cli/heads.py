@@ -314,7 +314,7 @@ def show_evaluation(evaluation: "Evaluation", title: str = TEST) -> None:
         worst.append((row.name, f"{row.correct}", f"{row.images}", f"{low:.0f} to {high:.0f} %"))
     pairs = [(pair.name, pair.predicted, f"{pair.times} of {pair.images}") for pair in evaluation.confused_pairs[:MOST]]
     mistakes = [
-        (from_here(mistake.path), mistake.name, mistake.predicted, f"{100 * mistake.probability:.0f} %")
+        (from_here(mistake.item.name), mistake.name, mistake.predicted, f"{100 * mistake.probability:.0f} %")
         for mistake in evaluation.mistakes[:MOST]
     ]
     tables = [

@@ -66,7 +66,6 @@ class Split:
     note: str = ""  # sentences for the user about the source and the parts that were made here, or ""
     source: str = ""  # where the images were found, for messages
     held_out: bool = False  # whether the test images are a share of each class, chosen here
-    unreadable: int = 0  # images that were left out, as they cannot be read
 
     def __repr__(self) -> str:
         sizes = f"{len(self.train)}/{len(self.val)}/{len(self.test)}"

@@ -84,4 +84,4 @@ def without_unreadable(split: Split, progress: Progress = bar) -> Split:
         names = shorten([split.classnames[label] for label in sorted(empty)])
         raise ZooError(f"{summary}. {names} has no other image: add some, or remove the class.")
     warn(f"{summary}. Training goes on without them.")
-    return replace(split, unreadable=len(errors), **left)
+    return replace(split, **left)

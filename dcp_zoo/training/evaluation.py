@@ -2,6 +2,7 @@
 confused classes, mistakes, and how far the probabilities can be trusted. Percentages are rounded to a
 hundredth."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,11 +46,6 @@ class Mistake(NamedTuple):
     name: str
     predicted: str
     probability: float
-
-    @property
-    def path(self) -> str:
-        """The image's path, or for an image in memory its key."""
-        return self.item.name
 
 
 class Bin(NamedTuple):
@@ -155,11 +151,10 @@ class Evaluation(LabelledItems):
     @property
     def confused_pairs(self) -> list[Confusion]:
         """The entries of `confusion_matrix` off its diagonal, without zeros, most images first."""
-        matrix = self.confusion_matrix
         names = self.classnames
-        sizes = matrix.sum(1).tolist()
-        wrong = matrix.clone().fill_diagonal_(0).nonzero().tolist()
-        pairs = [Confusion(names[i], names[j], int(matrix[i, j]), sizes[i]) for i, j in wrong]
+        sizes = torch.bincount(self.labels).tolist()
+        wrong = self.confusion_matrix.fill_diagonal_(0)
+        pairs = [Confusion(names[i], names[j], int(wrong[i, j]), sizes[i]) for i, j in wrong.nonzero().tolist()]
         return sorted(pairs, key=lambda pair: -pair.times)
 
     @property
@@ -190,22 +185,19 @@ def evaluations(
     statistics, where it also says which images it rejects, with those of batches as the release evaluates,
     and without the text probe. With `all_modes` False, only as the head is."""
     thresholds = Thresholds(None if head.cannot_reject else head.rejection_threshold())
-    before = head.stats
-    is_default = before == head.stats_modes[0]  # it may become another one, when statistics are stored
+    modes = head.stats_modes if all_modes else [head.stats]
+    view = copy.copy(head)  # with the same tensors, and statistics of its own
     outputs: dict[str, Outputs] = {}
     without_probe: dict[str, Outputs] = {}
-    with in_eval_mode(head):
-        try:
-            for stats in head.stats_modes if all_modes else [before]:
-                head.stats = stats
-                outputs[stats] = outputs_of_loader(head, images, batch_size, thresholds)
-                features = outputs[stats].features
-                if all_modes and features is not None and head.text_probe is not None:
-                    weight, bias = (part.detach().float().cpu() for part in head.method_linear())
-                    own = torch.from_numpy(features[:, : weight.shape[1]]) * math.sqrt(parts_of(head.readings))
-                    without_probe[NO_CLASSIFIER] = Outputs(F.linear(own, weight, bias).numpy())
-        finally:
-            head.stats = None if is_default else before
+    with in_eval_mode(view):
+        for stats in modes:
+            view.stats = stats
+            outputs[stats] = outputs_of_loader(view, images, batch_size, thresholds)
+            features = outputs[stats].features
+            if all_modes and features is not None and view.text_probe is not None:
+                weight, bias = (part.detach().float().cpu() for part in view.method_linear())
+                own = torch.from_numpy(features[:, : weight.shape[1]]) * math.sqrt(parts_of(view.readings))
+                without_probe[NO_CLASSIFIER] = Outputs(F.linear(own, weight, bias).numpy())
     every = (outputs | without_probe).items()
     return {mode: Evaluation.of(each, head.classnames, images.items) for mode, each in every}
 

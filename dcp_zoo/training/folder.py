@@ -19,7 +19,8 @@ def check_free(output: Path, overwrite: bool, *, resumes: bool = False) -> None:
     training."""
     if overwrite:
         return
+    advice = "choose another --output, or pass --overwrite"
     if is_finished(output):
-        raise ZooError(f"{output} already holds a checkpoint: choose another --output, or pass --overwrite.")
+        raise ZooError(f"{output} already holds a checkpoint: {advice}.")
     if not resumes and (output / STATE_NAME).exists():
-        raise ZooError(f"{output} holds a stopped training, which can resume: choose another --output, or --overwrite.")
+        raise ZooError(f"{output} holds a stopped training, which can resume: {advice}.")

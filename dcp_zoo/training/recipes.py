@@ -26,7 +26,6 @@ AUTHORS = {"release": PAPER | {"coupling": "text_to_vision"}, "paper": PAPER}
 TRANSFER = 4  # times DCP's clip_reg, for what it was not trained on
 IMAGENET_EPOCHS = 5  # of DCP's schedule of 20, which its script of tests on other datasets loads
 R = TypeVar("R", bound="BaseRecipe")
-T = TypeVar("T", bound="TrainingRecipe")
 
 
 def check_seed(seed: int) -> None:
@@ -81,7 +80,7 @@ class BaseRecipe(Checked):
         fields, or `by_protocol`."""
         return cls(**cls.by_protocol.get(protocol, {}))
 
-    def with_epochs(self: R, images: int, classes: int) -> R:
+    def with_epochs(self, images: int, classes: int) -> "BaseRecipe":
         """This recipe for a training set; the same, unless its length depends on that."""
         return self
 
@@ -111,7 +110,7 @@ class TrainingRecipe(BaseRecipe, augment="crop-flip"):
     epochs: int | None = count(20, "length of the schedule; null: as many as the number of classes and images needs")
     stop_epoch: int | None = count(None, "end after this many epochs of the schedule")
 
-    def with_epochs(self: T, images: int, classes: int) -> T:
+    def with_epochs(self, images: int, classes: int) -> "TrainingRecipe":
         """This recipe for a training set: for `epochs` None, with as many as give the `steps_needed`."""
         if self.epochs is not None:
             return self

@@ -165,10 +165,6 @@ class Run:
             counts = Counter(item.label for item in subset.train)
             stored["class_images"] = {name: counts[label] for label, name in enumerate(subset.classnames)}
             stored["image_hashes"] = image_hashes(learnt_from(subset), facts)
-        if self.split.unreadable:
-            stored["unreadable_images"] = self.split.unreadable
-        if subset.no_class:
-            stored["none_sha256"] = subset_sha256(subset.no_class)
         if self.test_share is not None:
             stored["test_share"] = self.test_share
         stored["recipe"] = self.recipe_with_epochs.training | {"precision": self.precision}
@@ -261,8 +257,7 @@ def plan(
     fitting = chosen_recipe(method, model, split.name, per_class, recipe, classifier)
     fitting = fitting.updated(changes or {}, where="--set")
     if fitting.classifier != "none" and METHODS[method].abilities.fitted:
-        problem = f"A head of {method} is fitted to features of its training images, from which a text probe would"
-        raise ZooError(f"{problem} learn nothing more: omit the classifier, or use the method text-probe.")
+        raise ZooError(f"From what {method} is fitted to a text probe would learn nothing more: omit the classifier.")
     if is_user_data(split.name) and not options.get("descriptions"):
         warn_of_numbers(split.classnames)
     encoders = (encoder,) if isinstance(encoder, str) else tuple(encoder or ())
@@ -324,18 +319,15 @@ def train_head(
         evaluation = _measure(run, head, task, options, source, by_folds)
         if run.is_own and run.test_share != 0 and not evaluation:
             options.log("There are too few images, or groups, of a class to leave any out: the accuracy is not known.")
-        _save(run, head, output, options)
+        _save(run, head, output)
         if evaluation:  # last, as a report that cannot be written must not cost the head
             options.show(evaluation)
     return head, head.info.get("metrics", {})
 
 
 def _check(run: Run, output: Path | None, options: RunOptions) -> None:
-    """ZooError for callbacks of a method that does not train by epochs, or an output folder that is not
-    free."""
+    """ZooError for an output folder that is not free."""
     resumes = run.recipe.is_trained
-    if options.callbacks and not resumes:
-        raise ZooError(f"{run.method} trains by no epochs: callbacks need a method that trains prompts, such as dcp.")
     if output:
         if options.overwrite and resumes:
             remove_state(output)
@@ -393,7 +385,7 @@ def _measure(
     return evaluation
 
 
-def _save(run: Run, head: Head, output: Path | None, options: RunOptions) -> None:
+def _save(run: Run, head: Head, output: Path | None) -> None:
     """Save a head that is measured; a warning for own training images that are in several classes."""
     if head.text_probe is not None:
         head.text_probe.held_out = None
@@ -403,10 +395,6 @@ def _save(run: Run, head: Head, output: Path | None, options: RunOptions) -> Non
         if pairs:
             problem = f"The same image is in several classes: {shorten(pairs)}"
             warn(f"{problem}. Leave out the wrong ones: a head learns both.")
-    untested = head.info.get("untested")
-    if untested:
-        advice = "to leave one out, a class needs two images, or groups"
-        options.log(f"No image of {shorten(untested)} was tested: {advice}.")
     if output:
         head.save_pretrained(output, overwrite=True)  # as was checked before
         remove_state(output)
@@ -511,7 +499,7 @@ def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> t
         options.log(f"Refitting on all {len(final.split.train):,} images; the first fit took {took}.")
         head, _ = _fit(final, output, options, source)
         head.info |= {name: value for name, value in first.info.items() if name in MEASURED}
-        _save(final, head, output, options)
+        _save(final, head, output)
         shutil.rmtree(measured_in, ignore_errors=True)
         if evaluation:
             options.show(evaluation)

@@ -24,6 +24,7 @@ from dcp_zoo.training.methods.base import (
 from dcp_zoo.training.recipes import batch_sizes, count
 from dcp_zoo.training.task import Task
 
+STRENGTHS = 0.1, 50.0  # of Tip-Adapter's alpha and beta
 BETAS = (0.5, 1.0, 2.0, 4.0, 8.0)  # of ProKeR
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
@@ -34,13 +35,11 @@ PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 class TipAdapterRecipe(CropsRecipe):
     alpha: float = option(1.0, "weight of the cache, without validation images and while keys are trained")
     beta: float = option(1.0, "sharpness of the cache's similarities; used like alpha")
-    search_max: float = option(50.0, "largest alpha (of 20 from 0.1) and beta (of 40) tried on validation images")
 
 
 @dataclass(frozen=True)
 class TipAdapterFRecipe(TipAdapterRecipe):
     lr: float = option(1e-3, "learning rate of AdamW's first step, with a cosine over all steps")
-    eps: float = option(1e-4, "epsilon of AdamW")
     batch_size: int = count(256, "images per step")
     epochs: int = count(20, "passes over the training images")
 
@@ -62,7 +61,7 @@ def fit_tip_adapter_f(task: Task) -> CacheHead:
     head = cache_head(task, recipe.alpha)
     source = task.feature_loader()
     head.keys.requires_grad_()
-    optimizer = torch.optim.AdamW([head.keys], recipe.lr, eps=recipe.eps)
+    optimizer = torch.optim.AdamW([head.keys], recipe.lr, eps=1e-4)
     steps = recipe.epochs * len(batch_sizes(len(source), recipe.batch_size, drop_last=True))
 
     def loss(inputs: Inputs, labels: Tensor) -> Tensor:
@@ -96,10 +95,10 @@ def choose_strength(head: CacheHead, task: Task) -> CacheHead:
         zero_shot = task.clip.logits(features, head.weight)
 
         def candidates() -> Iterator[tuple[tuple[float, float], Tensor]]:
-            betas = np.geomspace(0.1, recipe.search_max, 40).tolist()
+            betas = np.geomspace(*STRENGTHS, 40).tolist()
             for beta in task.progress(betas, "alpha and beta", len(betas)):
                 cached = head.cached(features, beta)
-                for alpha in np.geomspace(0.1, recipe.search_max, 20).tolist():
+                for alpha in np.geomspace(*STRENGTHS, 20).tolist():
                     yield (alpha, beta), zero_shot + alpha * cached
 
         strength = most_accurate(candidates(), task.val.labels)

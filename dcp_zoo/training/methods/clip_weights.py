@@ -240,7 +240,6 @@ class ProLIPRecipe(BaseRecipe, augment="crop-flip"):
 
     penalty: float = option(0.25, "lambda; by default 1 / shots")
     lr: float = option(1e-5, "learning rate of the first step")
-    eps: float = option(1e-4, "epsilon of Adam")
     epochs: int = count(300, "steps, each on all training images")
 
     @classmethod
@@ -276,7 +275,7 @@ def fit_prolip(task: Task) -> LinearHead:
         logits = clip.logits(F.normalize(x @ projection, dim=-1), text)
         return F.cross_entropy(logits, labels) + recipe.penalty * (projection - start).square().sum()
 
-    optimizer = torch.optim.Adam([projection], recipe.lr, eps=recipe.eps)
+    optimizer = torch.optim.Adam([projection], recipe.lr, eps=1e-4)
     minimise(task, loss, optimizer, projected(task), cosine(recipe.lr, recipe.epochs), recipe.epochs)
     projection.requires_grad_(False).grad = None
     return zero_shot_of(clip, task)

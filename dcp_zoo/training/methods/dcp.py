@@ -75,9 +75,10 @@ def regularised_loss(model: DCP, clip_reg: float) -> Loss:
 def clip_in(model: DCP, precision: str) -> Iterator[None]:
     """CLIP's weights in this precision, so that they take less memory on the device; then as before. Trained
     parameters and the logit scale stay in float32."""
-    weights = [p for p in model.encoder.clip.parameters() if p.numel() > 1 and p.is_floating_point()]
     if precision == "float32":
-        weights = []
+        yield
+        return
+    weights = [p for p in model.encoder.clip.parameters() if p.numel() > 1 and p.is_floating_point()]
     before = [p.data.cpu() for p in weights]
     for p in weights:
         p.data = p.data.to(getattr(torch, precision))

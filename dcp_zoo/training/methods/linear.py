@@ -79,7 +79,6 @@ def fit_ss_text(task: Task) -> LinearHead:
 @dataclass(frozen=True)
 class LinearProbeRecipe(BaseRecipe):
     C: float = option(10.0, "inverse strength of the L2 penalty", min=1e-9)
-    max_iter: int = count(1000, "steps of L-BFGS, at most")
 
 
 def fit_linear_probe(task: Task) -> LinearHead:
@@ -113,7 +112,7 @@ def regression(views: Tensor, labels: Tensor, recipe: LinearProbeRecipe) -> Weig
 
     x = views.flatten(0, 1).numpy()
     y = labels.repeat(len(views)).numpy()
-    model = LogisticRegression(C=recipe.C / len(views), max_iter=recipe.max_iter)
+    model = LogisticRegression(C=recipe.C / len(views), max_iter=1000)
     with warnings.catch_warnings():  # about no convergence with weak penalties, and few images at 1 shot
         warnings.simplefilter("ignore", UserWarning)
         model.fit(x, y)

@@ -94,12 +94,9 @@ def chosen_recipe(
         if not isinstance(base, Recipe):
             raise ZooError(f"The recipe {recipe} is for DCP: omit it, or use --method {DCP_METHOD}.")
         base = Recipe(**AUTHORS[recipe])
-    elif isinstance(recipe, Mapping):
-        base = base.updated(recipe, where="recipe")
-    elif isinstance(recipe, BaseRecipe):
-        if type(recipe) is not type(base):
-            raise ZooError(f"The recipe of {method} takes changes, such as {{'augment': 'none'}}.")
-        base = recipe
+    elif recipe:
+        changes = recipe.as_dict() if isinstance(recipe, BaseRecipe) else recipe
+        base = base.updated(changes, where="recipe")
     return base if classifier is None else base.updated({"classifier": classifier}, where="classifier")
 
 
