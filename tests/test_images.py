@@ -19,7 +19,7 @@ import dcp_zoo
 from dcp_zoo.data import load_image, load_labelled, load_split
 from dcp_zoo.data.images import UnsupportedImage, check_complete, picture_formats
 from dcp_zoo.data.readers import read_classnames, read_descriptions
-from dcp_zoo.data.unreadable import MOVE, damaged, refuse
+from dcp_zoo.data.unreadable import damaged, refuse
 from dcp_zoo.errors import ZooError
 from dcp_zoo.heads import file as head_file
 from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME
@@ -150,8 +150,8 @@ def test_heic_names_the_plugin(flowers, no_heif):
         (flowers / name).write_bytes(HEIC_START)
     read = r"2 of 14 images cannot be read: .*rose/a.HEIC.*PIL cannot read HEIC .*\(pip install pillow-heif\)"
     items = load_split("folder", flowers).items
-    with pytest.raises(ZooError, match=f"{read}.*move them out of their class folders"):
-        refuse(items, damaged(items), MOVE)
+    with pytest.raises(ZooError, match=f"{read}.*Replace them, or leave them out"):
+        refuse(items, damaged(items))
 
 
 def test_heic_is_read_where_the_plugin_is_installed(flowers):

@@ -15,7 +15,7 @@ from dcp_zoo.cli import options as opt
 from dcp_zoo.cli.console import from_here, log, output, plain_table, progress_bar
 from dcp_zoo.data import Item, Split, find_spec, is_user_data, load_labelled, training_split
 from dcp_zoo.data.splits import not_trained_on, split_images
-from dcp_zoo.data.unreadable import MOVE, all_named
+from dcp_zoo.data.unreadable import all_named
 from dcp_zoo.errors import ZooError, as_zoo_error, shorten
 from dcp_zoo.features import AUTO
 from dcp_zoo.fields import Values
@@ -137,7 +137,7 @@ def measured(
     test = [item for item in able[0] if item.key in common]
     if not test:
         raise ZooError(f"Each of these images is one that {' or '.join(names)} was trained on: pass other images.")
-    with shared_features(), all_named(test, MOVE):  # two heads often read the same CLIP
+    with shared_features(), all_named(test):  # two heads often read the same CLIP
         if images.name == "folder":
             test = group_own_images(test)
         return [answered(name, head, test, images, precision, claim) for name, head in zip(names, heads, strict=True)]

@@ -165,7 +165,7 @@ def trained_head(run: "Run", folder: Path, refit: bool | None, report: Path | No
 
     settings = RunOptions(overwrite=overwrite, progress=progress_bar, log=log, show=show)
     images = split.all_items if split.name == "folder" else []
-    with resumable(), users_cache(), all_named(images, "Replace them, or leave them out by --skip-unreadable."):
+    with resumable(), users_cache(), all_named(images):
         if refit:
             head, metrics = train_on_all(run, folder, settings)
         else:

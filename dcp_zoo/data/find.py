@@ -10,7 +10,6 @@ from dcp_zoo.errors import ZooError, as_zoo_error, shorten, warn
 from dcp_zoo.files import IMAGE_SUFFIXES
 
 KNOWN = ", ".join(IMAGE_SUFFIXES)
-LISTS = (".txt", ".lst")
 
 
 def find_images(sources: Sequence[str]) -> list[str]:
@@ -29,7 +28,7 @@ def _images_of(source: str) -> list[str]:
         skipped = Counter[str]()
         images = list(images_in(source, skipped))
         warn_of_skipped(source, skipped)
-    elif source.lower().endswith(LISTS) and Path(source).is_file():
+    elif source.lower().endswith(".txt") and Path(source).is_file():
         images = _in_list(Path(source))
     elif has_magic(source) and not Path(source).exists():
         found = sorted(glob(source, recursive=True))  # noqa: PTH207

@@ -11,8 +11,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.progress import Progress, bar, no_progress
 
 ERRORS = ("raise", "keep")  # for images that cannot be read
-MOVE = "Replace them, or move them out of their class folders."
-KEEP = 'Replace them, or pass errors="keep" to go on without them.'
+ADVICE = 'Replace them, or leave them out: in train by --skip-unreadable, in Python by errors="keep".'
 
 
 def damaged(
@@ -37,14 +36,14 @@ def damaged(
     return {i: error for i, error in enumerate(problems) if error}
 
 
-def refuse(items: Sequence[Item], errors: Mapping[int, ZooError], advice: str = KEEP) -> None:
+def refuse(items: Sequence[Item], errors: Mapping[int, ZooError]) -> None:
     """Raise one error for all images that cannot be read, if there are any, given their errors by
     position."""
     if not errors:
         return
     if len(items) == 1:
         raise errors[0]
-    raise UnreadableImages(f"{unreadable_summary(items, errors)}. {advice}", _reasons(items, errors))
+    raise UnreadableImages(f"{unreadable_summary(items, errors)}. {ADVICE}", _reasons(items, errors))
 
 
 def unreadable_summary(items: Sequence[Item], errors: Mapping[int, ZooError]) -> str:
@@ -57,13 +56,13 @@ def _reasons(items: Sequence[Item], errors: Mapping[int, ZooError]) -> dict[str,
 
 
 @contextmanager
-def all_named(items: Sequence[Item], advice: str = KEEP) -> Iterator[None]:
+def all_named(items: Sequence[Item]) -> Iterator[None]:
     """Inside this context, an error about one image that cannot be read becomes one about all such
     images."""
     try:
         yield
     except UnreadableImages:
-        refuse(items, damaged(items, load_image), advice)
+        refuse(items, damaged(items, load_image))
         raise
 
 
