@@ -90,8 +90,7 @@ def publish(
         log(f"The checkpoint is valid. It would be uploaded to {repo_id}; nothing was sent.")
         return
     commit = publish(release, replaces)
-    listed = " and listed in the index" if release.head else ""
-    output.print(f"Published{listed}. Anyone loads it as hf-hub:{repo_id}@{commit}", markup=False, soft_wrap=True)
+    output.print(f"Published. Anyone loads it as hf-hub:{repo_id}@{commit}", markup=False, soft_wrap=True)
 
 
 def serve(

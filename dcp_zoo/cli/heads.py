@@ -86,6 +86,7 @@ def evaluate(
     if report:
         check_output(report, overwrite, "--report")
     use_threads()
+    # a few images of a folder, for what a head is worth on all
     if label or (labels and is_spot_check(labels[0])):
         if len(heads) == 2 or claim or report or photos is None or dataset != "folder":
             raise ZooError("--label, and its table, are for one head and a folder, without --claim or --report.")
@@ -111,9 +112,11 @@ def evaluate(
     log(printable(images.note))
     place = str(data_root) if dataset == "folder" else dataset
     answers = measured(heads, models, images, precision, claim)
+    # two heads
     if len(heads) == 2:
         show_comparison(answers, place, as_json)
         return
+    # one
     name, _, metrics, evaluation, conditions = answers[0]
     if report:
         report_mistakes(evaluation, report, f"{name} on {dataset}")
@@ -261,10 +264,8 @@ def test_images(images: Split, head: "Head", name: str, claim: bool) -> list[Ite
     split = training_split(images, info.get("test_share"))
     is_same = split.sha256 == info.get("split_sha256")
     if claim and not is_same:
-        trained = info.get("split_sha256")
-        raise ZooError(
-            f"{name} was trained on another split of {images.name}: its sha256 is {trained}, and here {split.sha256}."
-        )
+        sha256 = info.get("split_sha256")
+        raise ZooError(f"{name} was trained on another split of {images.name}: its sha256 is {sha256}.")
     items = images.items
     if is_same and (split.test or not info.get("image_hashes")):
         items = split.test

@@ -148,12 +148,10 @@ def recipe_help(method: str = "") -> str:
     """The recipe of a method, by default DCP's, for a help text: each field with its default, help and
     limits."""
     recipe: type[BaseRecipe] = Recipe
-    note = "; dcp-zoo info MODEL --json shows a model's values"
     if method:
         check_choice("method", method, tuple(METHODS))
         recipe = METHODS[method].config
-        note = ""
-    lines = [f"Fields of the recipe of {method or DCP_METHOD} and their defaults{note}:\n"]
+    lines = [f"Fields of the recipe of {method or DCP_METHOD} and their defaults:\n"]
     for field in fields(recipe):
         about = [field.metadata.get("help", "")]
         if field.metadata.get("choices"):
