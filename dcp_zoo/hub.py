@@ -49,8 +49,7 @@ MESSAGES: dict[object, str] = {
     errors.RepositoryNotFoundError: f"{{hub}} has no repo {{repo}}, or it is private. Check its name, or {LOGIN}.",
     errors.RevisionNotFoundError: "{repo} has no revision {revision!r}. Omit it for the newest, or see {hub}/{repo}.",
     errors.LocalEntryNotFoundError: "{file} of {repo} is not in the local cache, and {silence} "
-    "Or run `hf download {files}` elsewhere, and copy its folder from the Hub cache there to {cache}. A head on disk "
-    "is local-dir:PATH.",
+    "A head on disk is local-dir:PATH.",
     errors.EntryNotFoundError: "{repo} has no file {file}: it is no such checkpoint. Check the repo and revision.",
     errors.HFValidationError: "{repo!r} is not a Hub repo id ({error}). Use ORG/NAME: hf-hub:ORG/NAME[@REVISION].",
     Exception: "{repo} cannot be had: {silence}",
@@ -80,7 +79,6 @@ def explained(repo_id: str, filename: str = "", revision: str | None = None) -> 
         error = raised.__cause__ if type(raised) is RuntimeError else raised
         if not isinstance(error, CLIENT_ERRORS):
             raise
-        files = f"{repo_id} --revision {revision}" if revision else repo_id
         message = MESSAGES[_kind(error)].format(
             repo=repo_id,
             file=filename,
@@ -88,8 +86,6 @@ def explained(repo_id: str, filename: str = "", revision: str | None = None) -> 
             hub=constants.ENDPOINT,
             error=error,
             silence=silence(error),
-            files=files,
-            cache=DOWNLOADS.get() or constants.HF_HUB_CACHE,
         )
         raise ZooError(message) from error
 
@@ -198,12 +194,13 @@ def read_index(org: str) -> tuple[Values, str]:
     may be others, or "": the Hub does not answer, and this is the index fetched last, or it is damaged."""
     repo = f"{org}/{INDEX_REPO}"
     cache_dir = constants.HF_HUB_CACHE
+    path: object = None
     problem = ""
     try:
+        path = try_to_load_from_cache(repo, INDEX_NAME, cache_dir)
         path = _fetch_index(repo, constants.ENDPOINT, cache_dir)
     except CLIENT_ERRORS as error:
         problem = silence(error)
-        path = try_to_load_from_cache(repo, INDEX_NAME, cache_dir)
     if not isinstance(path, str):
         return {}, problem
     try:

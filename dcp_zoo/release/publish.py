@@ -20,7 +20,7 @@ from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
-from dcp_zoo.heads.config import WEIGHTS_NAME, HeadConfig, weights_file
+from dcp_zoo.heads.config import WEIGHTS_NAME, HeadConfig
 from dcp_zoo.heads.head import load_head
 from dcp_zoo.hub import (
     HTTP_ERRORS,
@@ -82,8 +82,6 @@ def prepare(
         model.encoder.remember_weights(config["dcp"].get("clip_fingerprint", ""))
         load_head(model, folder)
     weights = folder / WEIGHTS_NAME
-    if weights_file(folder) != weights:  # loading reads it, and nobody else would
-        raise ZooError(f"The last save of {folder} was killed: load the head, save it again, then publish it.")
     card = make_card(model, repo_id, license, weights.stat().st_size, (folder / ONNX_FILE).exists(), others)
     row: Values = {
         "revision": "",

@@ -85,13 +85,8 @@ def _dcp_config(resolved: Resolved, options: Values) -> DCPConfig | None:
         return DCPConfig.from_options(default | options)
     method = resolved.config["dcp"]["method"]
     if resolved.config["dcp"]["head"] != "dcp":
-        if not resolved.is_trained:
-            raise ZooError(
-                f"{resolved.folder} is a head of {method}, which has no fresh prompts: pass pretrained=True for its "
-                "weights."
-            )
-        if options:
-            raise ZooError(f"A head of {method} has no options: omit {', '.join(options)}.")
+        if options or not resolved.is_trained:
+            raise ZooError(f"A head of {method} has no fresh prompts and no options: pass pretrained=True alone.")
         return None
     trained = DCPConfig.from_options(resolved.config["model_args"])
     if trained != DCPConfig.from_options(resolved.config["model_args"] | options):

@@ -7,7 +7,6 @@ follows changes it as `timm.create_model` would.
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from dcp_zoo.backbone.preprocessing import PREPROCESSING
 from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.backbone.towers import FORMATS, take_blocks
 from dcp_zoo.data.images import crop, normalise
-from dcp_zoo.errors import UNREADABLE, ZooError, as_zoo_error, check_choice
+from dcp_zoo.errors import ZooError, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import without
 from dcp_zoo.heads.fused import FusedHead
@@ -97,8 +96,8 @@ def create_model(
         h, w), by block.
 
     Raises:
-        ZooError: unknown names, a head that has not been trained yet, a checkpoint or options that do not
-            fit.
+        ZooError: unknown names, a head that has not been trained yet, options that do not fit.
+        RuntimeError, OSError: timm's and torch's own, of `checkpoint_path`, which does not fit or is not there.
     """
     check_choice("classifier", classifier, (None, "none"))
     check_choice("feature_cls", feature_cls, (None, "getter"))
@@ -120,11 +119,10 @@ def create_model(
     if num_classes not in (None, model.num_classes):
         model.reset_classifier(num_classes)
     if checkpoint_path:
-        load_state(model, Path(checkpoint_path))
+        load_checkpoint(model, str(checkpoint_path), weights_only=True)
         if classifier == "none":
             model.drop_text_probe()
-    with as_zoo_error(f"device={device!r}, dtype={dtype!r}: {{}}", TypeError, RuntimeError, AssertionError):
-        model.to(device=device, dtype=dtype)
+    model.to(device=device, dtype=dtype)
     return feature_extractor(model, out_indices, output_fmt) if features_only else model
 
 
@@ -181,17 +179,6 @@ def feature_extractor(model: Head, blocks: int | Sequence[int] | None, output_fm
     extractor: Any = FeatureGetterNet(model, tuple(indices), output_fmt=output_fmt or FORMATS[0])
     extractor.pretrained_cfg = extractor.default_cfg = dict(model.encoder.pretrained_cfg)
     return extractor
-
-
-def load_state(model: Head, path: Path) -> None:
-    """Load a state of the whole model from a file of timm's or torch's; ZooError for no such file, or
-    another one."""
-    if not path.is_file():
-        raise ZooError(f"There is no file {path}. A head's folder is a model's name: local-dir:FOLDER.")
-    name = model.encoder.architecture
-    wrong = f"{path} does not have the tensors of this {name}: {{}} Pass a file that was saved with its options."
-    with as_zoo_error(wrong, RuntimeError, UnpicklingError, *UNREADABLE):
-        load_checkpoint(model, str(path), weights_only=True)
 
 
 def create_transform(

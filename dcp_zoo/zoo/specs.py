@@ -140,14 +140,13 @@ def open_clip_spec(name: str) -> ModelSpec:
             )
         clip, _, tag = place.partition("/")
     weights, model = described(clip, tag)
+    known = {name: weights[name] for name in ("mean", "std", "interpolation") if name in weights}
     return ModelSpec(
         name,
         clip,
         tag,
         clip_repo=weights.get("hf_hub", "").rstrip("/") or None,
         image_size=model["vision_cfg"].get("image_size", 224),
-        mean=weights.get("mean", OPENAI_MEAN),
-        std=weights.get("std", OPENAI_STD),
-        interpolation=weights.get("interpolation", "bicubic"),
         crop_mode="squash" if weights.get("resize_mode") == "squash" else "center",
+        **known,
     )
