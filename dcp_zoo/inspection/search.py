@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dcp_zoo.api.functions import lent, predict
 from dcp_zoo.backbone.clip import FrozenCLIP
-from dcp_zoo.data import GREY, Item, LabelFiles, find_images, listed_images, not_trained_on, thumbnails
+from dcp_zoo.data import Item, LabelFiles, find_images, listed_images, not_trained_on, thumbnails
 from dcp_zoo.errors import ZooError
 from dcp_zoo.features import comparable, pick_device, users_cache
 from dcp_zoo.files import check_empty, check_outside, check_writable, write_file
@@ -34,7 +34,6 @@ PAGE = "found.html"
 TO_LABEL = "file", "class", "guess", "guess_probability"  # the columns of that table
 MOST = 5000  # images that are compared with each other
 SAME = 0.999  # similarity of an image to a copy of it
-BLACK = 0.04  # of white: an image is black if 99 of 100 pixels are darker
 
 
 class Match(NamedTuple):
@@ -126,8 +125,8 @@ def suggest(
     progress: Progress = bar,
 ) -> list[Suggestion]:
     """Choose the images of a folder that are worth a label next, even without labels: those that represent
-    most of the others, and are unlike those with a label. Never a black one, of which 99 % of the pixels are
-    darker than 4 % of white. ZooError for no image left, an unknown head or table, or an unusable output.
+    most of the others, and are unlike those with a label. ZooError for no image left, an unknown head or table,
+    or an unusable output.
 
     Args:
         images: a folder, also with subfolders. Of more than 5,000 images every second, third, ... is
@@ -156,7 +155,7 @@ def suggest(
             answers: list[Any] = predict(trained, files) if files else []
         suggestions = [Suggestion(file, *row[0][:2]) for file, row in zip(files, answers, strict=True)]
     if not suggestions:
-        raise ZooError(f"No image of {images} is left to label: all have a label, are black, or cannot be read.")
+        raise ZooError(f"No image of {images} is left to label: all have a label, or cannot be read.")
     if output is not None:
         rows = [[row.file, "", row.guess, row.probability] for row in suggestions]
         write_found(Path(output), f"{len(rows)} images to label", suggestions, TO_LABEL, rows)
@@ -166,13 +165,10 @@ def suggest(
 def _worth_a_label(
     items: Sequence[Item], labelled: Sequence[str], clip: FrozenCLIP, count: int, progress: Progress
 ) -> list[str]:
-    """At most `count` of the images that can be read and are not black, see `spread`."""
-    table = comparable(items, clip, progress)
-    assert table.facts is not None
-    brightest = np.percentile(table.facts[:, : GREY**2].numpy(), 99, 1)  # NaN of an image that cannot be read
-    usable = np.flatnonzero(brightest >= 255 * BLACK)
-    known = comparable(as_items(labelled), clip, progress)
-    return [items[usable[i]].path for i in spread(table.joined[usable], known.of(known.readable).joined, count)]
+    """At most `count` of the images that can be read, see `spread`."""
+    tables = [comparable(each, clip, progress) for each in (items, as_items(labelled))]
+    new, known = (table.of(table.readable) for table in tables)
+    return [new.items[i].path for i in spread(new.joined, known.joined, count)]
 
 
 def as_items(paths: Iterable[str]) -> list[Item]:
