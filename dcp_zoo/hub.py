@@ -254,12 +254,11 @@ def search_heads() -> list[FoundHead]:
         check_connection(constants.ENDPOINT)
         for info in HfApi(library_name=HUB_LIBRARY).list_models(filter=HUB_LIBRARY, full=True, cardData=True):
             owner, _, head = info.id.rpartition("/")
-            tags = info.tags or []
-            datasets = [tag.removeprefix("dataset:") for tag in tags if tag.startswith("dataset:")]
+            datasets = [tag.removeprefix("dataset:") for tag in info.tags or [] if tag.startswith("dataset:")]
             results = (info.card_data and info.card_data.eval_results) or []
             # a card begins with the accuracy of the head as it is loaded
-            claims = [result.metric_value for result in results if not mismatch(result.metric_value, float)]
-            found.append(FoundHead(owner, head, ", ".join(datasets), claims[0] if claims else None, str(info.sha)))
+            claims = (result.metric_value for result in results if not mismatch(result.metric_value, float))
+            found.append(FoundHead(owner, head, ", ".join(datasets), next(claims, None), str(info.sha)))
     except CLIENT_ERRORS + UNREADABLE as error:
         raise ZooError(f"The Hub cannot be searched for heads: {silence(error)}") from error
     return found

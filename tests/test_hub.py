@@ -511,7 +511,7 @@ def test_a_planned_head_is_one_that_the_hub_says_it_has_not(client, monkeypatch)
     with pytest.raises(ZooError, match=f"may be on the Hub, .* {gated} is gated: request access"):
         dcp_zoo.create_model("dcp_vitb32.dtd-1shot", True)
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "own")
-    with pytest.raises(ZooError, match=f"has no repo own/{head}, or it is private"):
+    with pytest.raises(ZooError, match=f"has no public repo own/{head}"):
         dcp_zoo.create_model(head, True)
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "some body")
     with pytest.warns(UserWarning, match="may have more heads than are known .*'some body/dcp-zoo-index'"):

@@ -104,10 +104,13 @@ def claimed(name: str, model: Head) -> dict[str, float]:
     """Top-1 accuracies in percent by mode, of the manifest or the checkpoint; what a head's card states
     comes first. ZooError for none."""
     kind, place, tag = parse_name(name)
-    card = download_file(place, CARD_NAME, tag or None) if kind == "hf-hub" else Path(place) / CARD_NAME
-    metrics = newest(get_head(name)).metrics if kind == "zoo" and tag else {}
-    claims = accuracies(metrics or model.info.get("metrics") or {})
-    results = ModelCard.load(card).data.eval_results if card.is_file() else None
+    claims = accuracies(model.info.get("metrics") or {})
+    if kind == "zoo":
+        card = None
+        claims |= accuracies(newest(get_head(f"{place}.{tag}")).metrics) if tag else {}
+    else:
+        card = download_file(place, CARD_NAME, tag or None) if kind == "hf-hub" else Path(place) / CARD_NAME
+    results = ModelCard.load(card).data.eval_results if card and card.is_file() else None
     for result in results or []:
         mode = (result.metric_args or {}).get("mode")
         if mode in MODES:

@@ -62,7 +62,7 @@ def _head_cfgs() -> Values:
         cfg = head.pretrained_cfg
         if head.status == "planned":
             cfg = without(cfg, ("hf_hub_id", "source"))
-        if head.tag == MODELS[head.model].default_tag:
+        if name == MODELS[head.model].default_head:
             default_heads[f"{name}*"] = cfg
         else:
             cfgs[name] = cfg

@@ -103,7 +103,7 @@ class HeadEntry:
 
 def clip_cfg(spec: ModelSpec) -> Values:
     """timm's `pretrained_cfg` of CLIP's own weights, for the classes that a model has without others."""
-    dataset = HeadEntry.named(f"{spec.name}.{spec.default_tag}").dataset
+    dataset = HeadEntry.named(spec.default_head).dataset
     place = pinned(spec.clip_repo, spec.clip_revision) if spec.clip else MINI_WEIGHTS
     return weights_cfg(spec, CLIP_TAG, dataset, spec.license, place)
 
@@ -244,7 +244,7 @@ def list_models(
     if include_tags:
         names = _with_clips(heads)
     elif pretrained:  # as in timm, the models whose default head has weights
-        names = [name for name, spec in MODELS.items() if f"{name}.{spec.default_tag}" in heads]
+        names = [name for name, spec in MODELS.items() if spec.default_head in heads]
     else:
         names = list(MODELS)
     return matching(names, filter, exclude_filters)

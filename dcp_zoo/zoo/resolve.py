@@ -127,10 +127,9 @@ def _of_the_zoo(model: str, tag: str, pretrained: bool | str, num_classes: int |
             raise ZooError(f"'{model}.{tag}' names {tag!r}, but pretrained={pretrained!r} another: pass only one.")
         tag = pretrained
     spec = get_spec(model)
-    default = f"{model}.{spec.default_tag}"
     if tag == CLIP_TAG:
-        return Resolved(spec, get_head(default), pretrained=CLIP_TAG if pretrained else False)
-    head = get_head(f"{model}.{tag}" if tag else default)
+        return Resolved(spec, get_head(spec.default_head), pretrained=CLIP_TAG if pretrained else False)
+    head = get_head(f"{model}.{tag}" if tag else spec.default_head)
     if not pretrained:
         return Resolved(spec, head, pretrained=False)
     folder = trained_here(head)
@@ -187,7 +186,7 @@ def _published(head: HeadEntry, is_optional: bool) -> Path | None:
     except ZooError as error:
         if is_optional and is_absent(error):
             return None
-        if head.status != "planned" or registry.hub_orgs():
+        if head.status != "planned":
             raise
         if is_absent(error):
             problem = (
@@ -215,12 +214,13 @@ def get_pretrained_cfg(name: str) -> Values:
     """timm's `pretrained_cfg` for a model or a head: input size, mean and std, crop, classes, licence,
     origin."""
     kind, place, tag = parse_name(name)
-    if (kind, tag) == ("zoo", CLIP_TAG):
-        return registry.clip_cfg(get_spec(place))
-    resolved = resolve(name, pretrained=False)
-    if resolved.head:
-        return resolved.head.pretrained_cfg
-    return resolved.data_cfg | {"architecture": resolved.spec.name}
+    if kind != "zoo":
+        resolved = resolve(name, pretrained=False)
+        return resolved.data_cfg | {"architecture": resolved.spec.name}
+    spec = get_spec(place)
+    if tag == CLIP_TAG:
+        return registry.clip_cfg(spec)
+    return get_head(f"{place}.{tag}" if tag else spec.default_head).pretrained_cfg
 
 
 def get_pretrained_cfg_value(name: str, key: str) -> Any:

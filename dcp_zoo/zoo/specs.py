@@ -43,6 +43,11 @@ class ModelSpec:
     baseline_recipes: dict[str, Values] = field(default_factory=dict)
 
     @property
+    def default_head(self) -> str:
+        """The name of the head that `pretrained=True` loads."""
+        return f"{self.name}.{self.default_tag}"
+
+    @property
     def accuracies(self) -> list[str]:
         """`zero_shot` and `imagenet` as texts; "" for None."""
         return ["" if value is None else f"{value:.1f}" for value in (self.zero_shot, self.imagenet)]
@@ -79,7 +84,7 @@ LICENSES = TABLE[".licenses"]
 SIZES: dict[str, str] = TABLE[".sizes"]
 TABLE["dcp_mini"] |= {name: MINI_CFG[name] for name in ("image_size", "mean", "std")}
 MODELS = {name: ModelSpec(name, **row) for name, row in TABLE.items() if not name.startswith(".")}
-DEFAULT_HEAD = f"dcp_mini.{MODELS['dcp_mini'].default_tag}"
+DEFAULT_HEAD = MODELS["dcp_mini"].default_head
 MINIATURE_NOTE = "dcp_mini is a miniature for trying things out. For real use: train --model small; see dcp-zoo list."
 
 
