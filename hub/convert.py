@@ -200,10 +200,9 @@ def load_trained(model: DCP, tensors: dict[str, torch.Tensor], path: str | Path)
         prefix = f"block.{k + 1}."  # module k acts before block k + 1
         found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         state |= {f"cmpa.{k}.to_vision.{name}": t for name, t in found.items()}
-    model.check_fits(state, path)
     state = {name: t.float() for name, t in state.items()}
     check_finite(state, f"{path} is damaged")
-    model.load_state_dict(state, strict=False)  # the frozen CLIP is compared, not loaded
+    model.load_trained(state, path)  # the frozen CLIP is compared, not loaded
 
 
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)

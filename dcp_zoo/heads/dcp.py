@@ -389,15 +389,13 @@ class DCP(Head):
                 pass
         self.stored_stats = torch.stack(measured.stats) if measured.stats else None
 
-    def _unknown_stats(self) -> Tensor:
-        prompts = self.prompts["vision"]
-        return prompts.new_full((self.num_coupled, *prompts.shape), torch.nan)
-
     def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:
         """A state with statistics brings them; one with prompts alone leaves none behind."""
         known = state_dict.keys() & {f"{prefix}stored_stats", f"{prefix}prompts.text"}
         if known:
-            self.stored_stats = self._unknown_stats() if f"{prefix}stored_stats" in known else None
+            prompts = self.prompts["vision"]
+            unknown = prompts.new_empty(self.num_coupled, *prompts.shape)
+            self.stored_stats = unknown if f"{prefix}stored_stats" in known else None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _set_method_classes(self, names: list[str], texts: Texts) -> None:
@@ -430,11 +428,3 @@ class DCP(Head):
             problem = f"With {self.config.coupling} coupling and stats={self.stats} texts depend on the images"
             raise ZooError(f"{problem}: call model.store_stats(images) and use these, or call the model itself.")
         return self._constants()[1]
-
-    def expected_state(self, shapes: Mapping[str, Tensor], config: HeadConfig | None = None) -> dict[str, Tensor]:
-        """With or without stored statistics, as the file has them."""
-        state = super().expected_state(shapes, config)
-        state.pop("stored_stats", None)
-        if "stored_stats" in shapes:
-            state["stored_stats"] = self._unknown_stats()
-        return state

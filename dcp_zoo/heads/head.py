@@ -39,7 +39,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP, Reading, WeightAndBias, joined, li
 from dcp_zoo.backbone.inputs import Images
 from dcp_zoo.backbone.preprocessing import PREPROCESSING, Preprocessing, PretrainedCfg, preprocessing_in
 from dcp_zoo.backbone.towers.open_clip import EMBEDDING
-from dcp_zoo.errors import ZooError, check_choice, check_range, shorten
+from dcp_zoo.errors import ZooError, as_zoo_error, check_choice, check_range, shorten
 from dcp_zoo.fields import Values, check, problems
 from dcp_zoo.heads import file
 from dcp_zoo.heads.config import (
@@ -60,6 +60,8 @@ from dcp_zoo.heads.fused import FusedClassifier, FusedHead
 from dcp_zoo.heads.intermediates import Intermediates
 from dcp_zoo.probe.model import NEVER, PREFIX, TextProbe
 from dcp_zoo.rejection import REFUSED
+
+ENCODERS = ("encoder.", "image_encoders.", "_original.")  # how names of tensors begin that are not a head's own
 
 
 class Head(Intermediates, ABC):
@@ -147,16 +149,6 @@ class Head(Intermediates, ABC):
     def stats(self, stats: str | None) -> None:
         if stats is not None:
             check_choice("stats", stats, self.stats_modes)
-
-    def _trained_state(self) -> dict[str, Tensor]:
-        """The tensors that the method trained, by name: those of a checkpoint, besides the text probe's and
-        the layer's."""
-        others = ("encoder.", "image_encoders.", "_original.", PREFIX, "fc.")
-        return {name: tensor for name, tensor in super().state_dict().items() if not name.startswith(others)}
-
-    def _load_trained(self, state: dict[str, Tensor]) -> None:
-        """Load the tensors of a checkpoint, which have been checked."""
-        self.load_state_dict(state, strict=False)  # without CLIP
 
     # --- features ---
 
@@ -474,12 +466,8 @@ class Head(Intermediates, ABC):
     def to_state(self) -> dict[str, Tensor]:
         """The trained tensors by name: the method's, the text probe's, with rows in the order of the
         method's classes, and those of the layer of `reset_classifier`."""
-        state = self._trained_state()
-        if self.text_probe is not None:
-            state |= self.text_probe.tensors(self.method_classes)
-        if self.fc is not None:
-            state |= self.fc.state_dict(prefix="fc.")
-        return state
+        state = self.state_dict()
+        return {name: tensor for name, tensor in state.items() if tensor.numel() and not name.startswith(ENCODERS)}
 
     def to_config(self, info: Values) -> Values:
         """The `config.json`: outside the `dcp` block what timm reads, inside `info`. Nothing is stored
@@ -512,53 +500,33 @@ class Head(Intermediates, ABC):
             "dcp": block,
         }
 
-    def expected_state(self, state: Mapping[str, Tensor], config: HeadConfig | None = None) -> dict[str, Tensor]:
-        """What `to_state` gives once a checkpoint with this state, and this `config.json`, is loaded, which
-        may bring stored statistics, a text probe and a layer: tensors of the right shapes."""
-        classes = self.method_classes if config is None else own_names(config)
-        probe = self._probe_like(state, classes)
-        expected = self._trained_state()
-        if probe is not None:
-            expected |= probe.tensors()
-        if config is not None and "named" in config["dcp"]:
-            columns = self.available_readings[0].widths[0] if probe is None else probe.weight.shape[1]
-            layer = nn.Linear(columns, len(config["label_names"]), device="meta")
-            expected |= layer.state_dict(prefix="fc.")
-        return expected
-
-    def check_fits(self, state: Mapping[str, Tensor], path: str | Path, config: HeadConfig | None = None) -> None:
-        """Raise ZooError, naming the tensors, unless those of a file are exactly this head's, with this
-        config."""
-        found = {name: tuple(t.shape) for name, t in state.items()}
-        expected = {name: tuple(t.shape) for name, t in self.expected_state(state, config).items()}
-        if found == expected:
-            return
-        wrong = []
-        for name in sorted(found.keys() | expected):
-            if found.get(name) != expected.get(name):
-                shapes = f"{found.get(name, 'none')} instead of {expected.get(name, 'none')}"
-                wrong.append(f"{file.renamed(name, file.IN_FILE)} {shapes}")
+    def load_trained(self, state: Mapping[str, Tensor], path: str | Path) -> None:
+        """Load what `to_state` gave of a head, and `path` holds. ZooError for tensors that are missing, too
+        many, or of other shapes; some others may have been loaded then."""
         problem = f"{path} does not fit {self.encoder.architecture} {self.model_args or ''}"
-        raise ZooError(f"{problem}: {shorten(wrong, 4)}. Create the model that it was trained with.")
+        with as_zoo_error(f"{problem}: {{}}. Create the model that it was trained with.", RuntimeError):
+            missing, unexpected = self.load_state_dict(state, strict=False)
+            wrong = sorted(unexpected) + sorted(self.to_state().keys() & missing)
+            if wrong:
+                raise RuntimeError(f"missing or unexpected {shorten(wrong, 4)}")
 
     def from_state(self, config: HeadConfig, state: dict[str, Tensor], directory: str | Path) -> None:
         """Take over what `file.read` gave of a folder. The head keeps its classes, or gets those of the
-        checkpoint's layer. ZooError, before any change, for tensors that do not fit, another CLIP than it
-        was trained on, or a class without sentences."""
+        checkpoint's layer. ZooError, before any change, for another CLIP than it was trained on, or a class
+        without sentences; ZooError for tensors that do not fit, after which the head has no classes."""
         block = config["dcp"]
-        self.check_fits(state, Path(directory) / WEIGHTS_NAME, config)
         self.frozen.check_weights(block.get("clip_fingerprint"), directory)
         classes = self.method_classes
         sentences = self.texts if isinstance(self.texts, Mapping) else None
         class_texts(classes, sentences or block["texts"])
-        self.text_probe = None
         self._restore()
+        self.classes = []
         self.method_classes = own_names(config)  # those of the tensors
         self.texts = block["texts"]
         if "fc.weight" in state:
             rows, columns = state["fc.weight"].shape
             self.fc = nn.Linear(columns, rows, device=self.encoder.device)
-        self._load_trained(state)
+        self.load_trained(state, Path(directory) / WEIGHTS_NAME)
         self.info = without(block, OWN)
         self._set_method_classes(classes, sentences or self.texts)
         if self.fc is not None:
@@ -601,9 +569,9 @@ class Head(Intermediates, ABC):
         return state
 
     def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:
-        """A state with a text probe brings it, and one with the method's tensors alone takes it away."""
+        """A state with a text probe brings it, and one with other tensors of a head takes it away."""
         own = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
-        if f"{PREFIX}weight" in own or own.keys() & self._trained_state():
+        if not all(name.startswith(ENCODERS) for name in own):
             self.text_probe = self._probe_like(own, self.method_classes)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -703,7 +671,7 @@ H = TypeVar("H", bound=Head)
 def load_head(head: H, directory: str | Path) -> H:
     """Load the trained tensors of a checkpoint directory into a head of the same architecture, strictly, and
     what it says of how it was made. ZooError for a missing or damaged file, tensors that do not fit, or
-    another CLIP than it was trained on; the head then stays as it was."""
+    another CLIP than it was trained on, see `Head.from_state`."""
     config, state = file.read(directory)
     head.from_state(config, state, directory)
     return head

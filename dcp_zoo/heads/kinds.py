@@ -33,6 +33,7 @@ f (E,), so that its names are encoded anew for every image:
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count, takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, check_classnames, cl
 from dcp_zoo.backbone.clip import FrozenCLIP, WeightAndBias
 from dcp_zoo.backbone.towers.text import TextChunks, prompted_text
 from dcp_zoo.errors import ZooError
-from dcp_zoo.heads.config import HeadConfig, own_names
+from dcp_zoo.heads.config import HeadConfig, own_names, without
 from dcp_zoo.heads.fused import FusedClassifier
 from dcp_zoo.heads.head import Head
 
@@ -137,14 +138,13 @@ class LinearHead(Head):
         self.bias = bias[rows]
         self._set_classes(names, texts)
 
-    def _trained_state(self) -> dict[str, Tensor]:
+    def to_state(self) -> dict[str, Tensor]:
         state = self.encoder.clip.state_dict()
-        return super()._trained_state() | {name: state[name] for name in self.changed}
+        return super().to_state() | {name: state[name] for name in self.changed}
 
-    def _load_trained(self, state: dict[str, Tensor]) -> None:
-        of_clip = {name: state.pop(name) for name in self.changed}
-        self.encoder.clip.load_state_dict(of_clip, strict=False)
-        super()._load_trained(state)
+    def load_trained(self, state: Mapping[str, Tensor], path: str | Path) -> None:
+        of_clip = {f"encoder.clip.{name}": state[name] for name in self.changed}
+        super().load_trained(without(state, self.changed) | of_clip, path)
 
 
 class Adapter(nn.Module):
