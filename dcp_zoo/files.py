@@ -197,9 +197,5 @@ def text_sha256(text: str) -> str:
 
 
 def cache_folder(name: str) -> Path:
-    """A folder in DCP_ZOO_CACHE or in the user's cache; if it cannot be made, whoever writes there gets the
-    error."""
-    folder = Path(os.environ.get("DCP_ZOO_CACHE") or "~/.cache/dcp_zoo").expanduser() / name
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    """A folder in DCP_ZOO_CACHE or in the user's cache, which whoever writes there makes."""
+    return Path(os.environ.get("DCP_ZOO_CACHE") or "~/.cache/dcp_zoo").expanduser() / name

@@ -5,6 +5,7 @@ image processors only scale pixels to [0, 1]: no two of them resize alike, so th
 """
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from dcp_zoo.data.packaged import DATASETS, classnames, is_user_data
 from dcp_zoo.data.splits import split_sha256
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
-from dcp_zoo.files import write_file
+from dcp_zoo.files import check_empty, write_file
 from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME, accuracy_text
 from dcp_zoo.heads.head import Head
 from dcp_zoo.hub import HUB_LIBRARY, download_file, explained
@@ -136,11 +137,10 @@ def export_hub(model: Head, folder: str | Path) -> Path:
             `preprocessor_config.json` and `onnx/model.onnx`, which contains CLIP's image tower.
     """
     folder = Path(folder)
-    with writing_to(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
-            _write_repo(model, Path(temporary, "new"), "ORG/NAME", LICENSE, True)
-            Path(temporary, "new").replace(folder)
+    check_empty(folder)
+    with tempfile.TemporaryDirectory() as temporary, writing_to(folder):
+        _write_repo(model, Path(temporary), "ORG/NAME", LICENSE, True)
+        shutil.copytree(temporary, folder, dirs_exist_ok=True)
     return folder
 
 

@@ -32,7 +32,6 @@ from dcp_zoo.serve import DEFAULT_LIMITS, Limits
 BYTES = 64_000_000  # of the bodies of all requests in progress
 BATCH = 16  # images
 WAITING = 256  # images that may wait; further ones get status 503
-DISCARDED = 10  # times the most bytes, which are read of a request that is too large
 
 
 class Asked(BaseModel, extra="forbid"):
@@ -80,8 +79,7 @@ class Service:
         except ClientDisconnect:
             return Response(status_code=499)  # as nginx calls it; nobody receives it
         except asyncio.TimeoutError:
-            text = f"Not here within {self.limits.timeout:g} seconds."
-            raise HTTPException(408, text, {"Connection": "close"}) from None
+            raise HTTPException(408, "It arrives too slowly.", {"Connection": "close"}) from None
         except asyncio.QueueFull:
             raise HTTPException(503, "Too much is waiting: try again.", {"Retry-After": "1"}) from None
         finally:
@@ -89,7 +87,7 @@ class Service:
 
     async def _body(self, request: Request) -> bytes:
         """The bytes of a request, at most half of those that are left, so that large requests shut none
-        out. What is too much is read for a while, as most clients send it all, but not kept."""
+        out. What is too much is read, as most clients send it all, but not kept."""
         most = self.limits.max_bytes
         body = bytearray()
         size = 0
@@ -101,10 +99,8 @@ class Service:
                 body += part
                 self.free -= len(part)
                 request.state.held = size
-            elif size > DISCARDED * most:
-                break
         if size > most:
-            raise HTTPException(413, f"The request is larger than {most:,.0f} bytes.", {"Connection": "close"})
+            raise HTTPException(413, f"The request is larger than {most:,.0f} bytes.")
         if not fits:
             raise asyncio.QueueFull
         return bytes(body)

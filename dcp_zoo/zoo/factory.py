@@ -101,7 +101,6 @@ def create_model(
     """
     check_choice("classifier", classifier, (None, "none"))
     check_choice("feature_cls", feature_cls, (None, "getter"))
-    check_choice("output_fmt", output_fmt, (None, *FORMATS))
     if not features_only and not (out_indices is output_fmt is feature_cls is None):
         raise ZooError("out_indices, output_fmt and feature_cls are of feature maps: pass features_only=True as well.")
     if classnames and num_classes not in (None, 0, len(classnames)):
