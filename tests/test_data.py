@@ -140,15 +140,6 @@ def test_training_holds_out_test_images_only_and_as_many_as_asked(tmp_path):
     assert len(training_split(load_labelled("folder", tmp_path / "few")).test) == 2  # of 4 images per class, one
 
 
-def test_small_classes_are_named(tmp_path):
-    """A class without a test image, in the note."""
-    for name, count in {"ant": 2, "bee": 30, "cow": 10}.items():
-        write_folders(tmp_path, [name], tuple(f"{i}.jpg" for i in range(count)))
-    images = load_labelled("folder", tmp_path)
-    assert "no test image" not in training_split(images).note
-    assert "The accuracy says nothing about ant: no test image." in training_split(images, 0.2).note
-
-
 def test_folder_rejects(tmp_path):
     for number, (files, message) in enumerate((
         (["a.jpg"], "has no class folders"),

@@ -53,8 +53,7 @@ def fetch_archive(archive: Archive, folder: Path) -> Path:
 
     target = folder / archive.filename
     part = target.with_name(f"{target.name}.part")
-    checked = f" (md5 {archive.md5})" if archive.md5 else ""
-    advice = f"If it stays so, put {target.name}{checked} in {folder} yourself, and run the same command again."
+    advice = f"If it stays so, put {target.name} in {folder} yourself, and run the same command again."
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not target.exists():
@@ -78,7 +77,7 @@ def fetch_archive(archive: Archive, folder: Path) -> Path:
 
 def unpack(archive: Archive, file: Path, folder: Path) -> None:
     """Put the archive's `folders` under `folder`, where files appear only when all have been unpacked.
-    ZooError as of `extract`, or if it lacks one of them."""
+    ZooError as of `extract`, or if it lacks one of them, or for a folder that cannot be written."""
     with writing_to(folder, "run the same command again"):
         folder.mkdir(parents=True, exist_ok=True)
         if not archive.folders:
@@ -90,9 +89,6 @@ def unpack(archive: Archive, file: Path, folder: Path) -> None:
             extract(file, temporary, advice)
             if archive.inner:
                 extract(temporary / archive.inner, temporary, advice)
-            for inside in archive.folders:
-                if not (temporary / inside).is_dir():
-                    raise ZooError(f"{file} has no folder {inside}: it is not the archive that {archive.url} offered.")
             for inside, target in archive.folders.items():
                 shutil.copytree(temporary / inside, folder / target, copy_function=os.replace, dirs_exist_ok=True)
 

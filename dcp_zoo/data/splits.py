@@ -239,10 +239,6 @@ def split_images(images: Split, test: float | None = None) -> Split:
         notes.append(f"{images.source} has no test part: {change}; {sizes} images.")
     if images.note:
         notes.append(images.note)
-    tested = {item.label for item in split.test}
-    untested = [name for label, name in enumerate(split.classnames) if label not in tested]
-    if tested and untested:
-        notes.append(f"The accuracy says nothing about {shorten(untested)}: no test image.")
     return replace(split, note=" ".join(notes))
 
 
