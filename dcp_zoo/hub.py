@@ -128,15 +128,11 @@ def silence(error: Exception) -> str:
         error = error.__cause__
     hub = constants.ENDPOINT
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE keeps dcp_zoo from asking {hub}. Unset it where there is a network."
-    if status in (401, 403, 407):
-        access = f"{LOGIN}, to upload using a token with write access"
-        return f"{hub}, or a proxy before it, denies access ({status}): {access}. Check HF_ENDPOINT and the proxy."
-    if status is not None:
-        return f"{hub} has answered with the error {status}. Try again later, or set HF_ENDPOINT to a mirror."
-    reason = f"{type(error).__name__}: {error}".rstrip(": ")
-    return f"{hub} does not answer as a Hub does ({reason}). Check the network, HF_ENDPOINT and the proxy; try again."
+    reason = f"the error {status}" if status else f"{type(error).__name__}: {error}".rstrip(": ")
+    return (
+        f"{hub}, or a proxy before it, does not answer as a Hub does ({reason}). Check the network, HF_ENDPOINT, "
+        "HF_TOKEN and its rights to write, and the proxy, or try again later."
+    )
 
 
 CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"

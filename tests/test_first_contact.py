@@ -277,5 +277,5 @@ def test_what_stops_a_download_is_said(uploads, monkeypatch):
     huggingface_hub.close_session()
     hub.check_connection.cache_clear()
     error = refused()
-    assert re.search(r"refused\)\. Check the network, HF_ENDPOINT and the proxy; try", error)
+    assert re.search(r"refused\)\. Check the network, HF_ENDPOINT, HF_TOKEN", error)
     huggingface_hub.close_session()

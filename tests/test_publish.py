@@ -246,7 +246,7 @@ def test_a_part_is_not_published_as_the_whole(tmp_path, uploads):
     assert uploads.requests == []
     for block, change, reason in (
         ("dcp", {"dataset": "folder"}, "not the zoo's head .* 'folder'"),
-        ("model_args", {"n_ctx": 5}, "instead of"),
+        ("model_args", {"n_ctx": 5}, "does not fit"),
     ):
         (folder / "config.json").write_text(json.dumps(config | {block: config[block] | change}))
         with pytest.raises(ZooError, match=reason):
