@@ -186,9 +186,9 @@ def test_check_reports_every_dataset(tmp_path, monkeypatch):
     assert "Get it from" in found["ucf101"].message
     assert found["dtd"].status == "broken"
     assert "188 images (the first:" in found["dtd"].message
-    assert (found["eurosat"].status, found["eurosat"].counts) == ("broken", (20, 10, 10))
-    assert "(20, 10, 10) train, val and test images instead of (13500, 5400, 8100)" in found["eurosat"].message
+    assert (found["eurosat"].status, found["eurosat"].counts) == ("broken", [20, 10, 10])
+    assert "[20, 10, 10] train, val and test images instead of [13500, 5400, 8100]" in found["eurosat"].message
 
-    monkeypatch.setitem(DATASETS, "eurosat", replace(DATASETS["eurosat"], counts=(20, 10, 10)))
+    monkeypatch.setitem(DATASETS, "eurosat", replace(DATASETS["eurosat"], counts=[20, 10, 10]))
     row = {row.name: row for row in check(tmp_path)}["eurosat"]
     assert (row.status, row.message) == ("ok", "")

@@ -150,7 +150,7 @@ def use_small(monkeypatch, name: str, archives: tuple[Archive, ...], root: Path)
     """The table's row with these archives and the counts of the tiny tree; its split is the tree's, not
     CoOp's."""
     split = load_split(name, root)
-    counts = (len(split.train), len(split.val), len(split.test))
+    counts = [len(split.train), len(split.val), len(split.test)]
     monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], archives=archives, counts=counts))
     tiny = rows(name) if name in LISTED else None
     monkeypatch.setattr(packaged, "split_rows", lambda dataset: tiny if dataset == name else None)
@@ -239,7 +239,7 @@ def test_packaged_splits_need_no_file(tmp_path):
     for key in (key for part in content.values() for key, *_ in part):
         touch(tmp_path / "dtd/images" / key)
     split = load_split("dtd", tmp_path)
-    assert (len(split.train), len(split.val), len(split.test)) == DATASETS["dtd"].counts
+    assert [len(split.train), len(split.val), len(split.test)] == DATASETS["dtd"].counts
     assert split.note == ""
     file = tmp_path / "dtd" / DATASETS["dtd"].split_file
     file.write_text(json.dumps(content))
@@ -251,7 +251,7 @@ def test_packaged_splits_need_no_file(tmp_path):
 @pytest.mark.parametrize("name", [name for name in LISTED if packaged.split_rows(name)])
 def test_packaged_splits_are_the_tables(name):
     content = packaged.split_rows(name)
-    assert tuple(len(content[part]) for part in ("train", "val", "test")) == DATASETS[name].counts
+    assert [len(content[part]) for part in ("train", "val", "test")] == DATASETS[name].counts
     names = dict(sorted({label: name for part in content.values() for _, label, name in part}.items()))
     assert list(names.values()) == classnames(name)
 

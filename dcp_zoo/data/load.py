@@ -145,7 +145,7 @@ class CheckRow:
     name: str
     status: str  # "ok", "missing" (no files) or "broken" (see message)
     message: str
-    counts: tuple[int, int, int] | None = None  # train, val and test images
+    counts: list[int] | None = None  # train, val and test images
     sha256: str = ""  # of the split, as its note
     note: str = ""
 
@@ -164,7 +164,7 @@ def _check_one(spec: DatasetSpec, root: str | os.PathLike | None) -> CheckRow:
     except ZooError as error:
         exists = spec.folder is None or Path(root or "", spec.folder).expanduser().exists()
         return CheckRow(spec.name, "broken" if exists else "missing", str(error))
-    counts = (len(split.train), len(split.val), len(split.test))
+    counts = [len(split.train), len(split.val), len(split.test)]
     problems = []
     if spec.counts and counts != spec.counts:
         problems.append(f"{counts} train, val and test images instead of {spec.counts}")

@@ -45,10 +45,10 @@ class DatasetSpec:
     images: str = ""  # the image folder under `folder`
     split_file: str | None = None  # under `folder`; None where the folders are the split
     num_classes: int | None = None  # None: as many as there are folders
-    counts: tuple[int, int, int] | None = None  # train, val and test images in CoOp's tables
+    counts: list[int] | None = None  # train, val and test images in CoOp's tables
     template: str = "a photo of a {}."  # the zero-shot prompt
     names: str | None = None  # its entry in classnames.json; None if only its folders name the classes
-    shifts: tuple[str, ...] = ()  # datasets of the same classes in other styles: the targets for domain shift
+    shifts: Sequence[str] = ()  # datasets of the same classes in other styles: the targets for domain shift
     part_of: str | None = None  # the dataset of which this one has only some classes or images
     source: str  # the page about the images
     terms: str = ""  # their licence, or what their page says about using them
@@ -75,7 +75,6 @@ def _read_table() -> dict[str, DatasetSpec]:
     rows: dict[str, Values] = yaml.safe_load((HERE / "datasets.yaml").read_text("utf-8"))
     for row in rows.values():
         row["archives"] = tuple(Archive(**archive) for archive in row.get("archives", ()))
-        row |= {name: tuple(row[name]) for name in ("counts", "shifts") if name in row}
     return {name: DatasetSpec(name=name, **row) for name, row in rows.items()}
 
 
