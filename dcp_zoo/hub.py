@@ -3,8 +3,7 @@ caches files, locks between processes, shows progress, and reads HF_ENDPOINT, HF
 
 import errno
 import json
-import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -90,30 +89,18 @@ def explained(repo_id: str, filename: str = "", revision: str | None = None) -> 
         raise ZooError(message) from error
 
 
-def is_offline(error: BaseException | None) -> bool:
-    """Whether this machine has no network, or must not use it: an unknown host is an error below the
-    client's own."""
-    while error is not None and not isinstance(error, (socket.gaierror, errors.OfflineModeIsEnabled)):
-        error = error.__cause__ or error.__context__
-    return error is not None
-
-
 def _kind(error: Exception) -> object:
-    """The key of the message for an error, in `MESSAGES`."""
+    """The key of the message for an error, in `MESSAGES`. To those who are not logged in the Hub answers 401 for
+    a repo that is private and for one that does not exist; the client takes any 401 so, also that of a
+    proxy."""
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS):
         return NOT_WRITABLE
     response = getattr(error, "response", None)
-    if response is not None and response.status_code in (401, 403) and not _is_hubs(error, response.headers):
+    headers = getattr(response, "headers", {})
+    is_hubs = "X-Error-Message" in headers or headers.get("X-Error-Code") in ("RepoNotFound", "GatedRepo")
+    if response is not None and response.status_code in (401, 403) and not is_hubs:
         return Exception
     return next(kind for kind in MESSAGES if isinstance(kind, type) and isinstance(error, kind))
-
-
-def _is_hubs(error: Exception, headers: Mapping[str, str]) -> bool:
-    """Whether it is the Hub that refuses a repo, and not its log-in, or something before the Hub. To those
-    who are not logged in it answers 401 for a repo that is private and for one that does not exist; the
-    client takes any 401 so."""
-    is_of_repo = type(error) is not errors.HfHubHTTPError
-    return is_of_repo and ("X-Error-Message" in headers or headers.get("X-Error-Code") in ("RepoNotFound", "GatedRepo"))
 
 
 def is_absent(error: ZooError) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
 
 from dcp_zoo.backbone._torch import skip_init
 from dcp_zoo.benchmark import Settings, plan_trials, store
@@ -30,7 +30,6 @@ from dcp_zoo.hub import (
     download_file,
     explained,
     forget_index,
-    is_offline,
 )
 from dcp_zoo.release import CARD_NAME, LICENSE, ONNX_FILE, accuracies, make_card, upload
 from dcp_zoo.zoo.factory import create_model
@@ -217,7 +216,7 @@ def passes(error: BaseException | None) -> bool:
     if response is not None:
         return response.status_code in PASSING
     is_lost = isinstance(error, (OSError, *HTTP_ERRORS)) and getattr(error, "errno", None) is None
-    return is_lost and not is_offline(error)
+    return is_lost and not isinstance(error, OfflineModeIsEnabled)
 
 
 def add_to_index(org: str, rows: Mapping[str, Values]) -> None:

@@ -11,7 +11,6 @@ from typing import Any, cast
 import open_clip
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -157,7 +156,7 @@ def build_clip(spec: ModelSpec, file: Path | None) -> nn.Module:
     failed = f"open_clip cannot load {spec.clip}, or it is not a CLIP of images and texts: {{}}."
     if file:
         failed += f" If its weights are damaged, delete {file.resolve()}, and try again."
-    with as_zoo_error(failed, RuntimeError, SafetensorError, FileNotFoundError, TypeError, ValueError):
+    with as_zoo_error(failed, Exception):
         with skip_init(file is not None):
             quick_gelu = weights.get("quick_gelu", config.get("quick_gelu", False))
             clip = build_open_clip(config, quick_gelu=bool(quick_gelu))
