@@ -39,7 +39,7 @@ from dcp_zoo.zoo import registry, specs
 
 NAMES = ["red", "green", "blue", "grey"]
 DEAD = Archive("http://127.0.0.1:9/images.tar")
-COUNTS = {"imagenet": (8, 0, 4), "fgvc_aircraft": (4, 4, 4)}
+COUNTS = {"imagenet": [8, 0, 4], "fgvc_aircraft": [4, 4, 4]}
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def small(tmp_path, manifest, monkeypatch) -> Iterator[Path]:
     put(packaged, "wnid_names", lambda: dict(zip(trees.WNIDS, NAMES, strict=True)))
     put(trees, "WNIDS", trees.WNIDS[: len(NAMES)])
     for name in list_datasets():
-        counts = COUNTS.get(name, (8, 4, 4))
+        counts = COUNTS.get(name, [8, 4, 4])
         DATASETS[name] = replace(full[name], num_classes=len(NAMES), counts=counts, archives=(DEAD,))
         trees.write_tree(tmp_path / "DATA", name, draw)
     mini = specs.MODELS["dcp_mini"]  # every step has all images, so that the loss falls
