@@ -160,7 +160,7 @@ def test_words_of_prompts_that_were_learned_from_a_phrase(clip):
     assert prompt_attention(head) == {}
     with pytest.raises(ZooError, match="stored statistics"):
         prompt_words(DCP(clip, NAMES, n_ctx=4))
-    with pytest.raises(ZooError, match="Only heads of dcp have coupled prompts, and this is a CLIP"):
+    with pytest.raises(ZooError, match="Only heads of dcp have coupled prompts: train one"):
         prompt_attention(clip.clip)
     with pytest.raises(ZooError, match="top_k"):
         prompt_words(head, top_k=0)

@@ -716,8 +716,8 @@ def test_prediction_names_a_class(model):
     for reader in (model, model.fuse(), model.predict):  # integers would be answered as if they were normalised
         with pytest.raises(ZooError, match=r"reads images \(n, 3, 32, 32\) of floats.*create_transform.*not \(2, "):
             reader(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
-    for wrong, message in ((x[:0], r"not a tensor \(0, 3, "), ("a.jpg", "not str")):
-        with pytest.raises(ZooError, match=rf"Expected images \(n, 3, H, W\).*{message}"):
+    for wrong in (x[:0], "a.jpg"):
+        with pytest.raises(ZooError, match=r"Expected images \(n, 3, H, W\)"):
             model.predict(wrong)
     names = [NAMES[i] for i in model(x).argmax(-1)]
     assert model.predict(x) == names

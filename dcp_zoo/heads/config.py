@@ -112,7 +112,7 @@ class HeadInfo(_Identity, total=False):
     """The `dcp` block of a `config.json`: how a head was made and measured. Others may be there that nothing
     reads."""
 
-    clip_fingerprint: str  # of all of CLIP's weights, see `Frozen.fingerprint`; none where they were not in float32
+    clip_fingerprint: str  # of all of CLIP's weights, see `Frozen.fingerprint`; "" where they were not in float32
     encoders: list[dict[str, str]]  # beside CLIP: "name", timm's, and "fingerprint"
     rest: str  # of a phrase, see `PromptHead`
     named: list[str]  # classes of the method's own classifier, where a layer of `reset_classifier` has others

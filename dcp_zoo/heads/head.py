@@ -16,7 +16,6 @@ prompts or by CLIP's weights, a text probe also reads plain CLIP, from inside it
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -109,9 +108,6 @@ class Head(Intermediates, ABC):
         self.info = Values()
         self.origin = Values()
         self.saved_as: frozenset[str] = frozenset()
-        with suppress(ZooError):  # a CLIP without blocks: what needs them says so
-            for encoder in (clip, self.frozen):
-                _ = encoder.parts  # cached before torch.compile traces a forward, which cannot take a lock
         self._clear_caches()
 
     # --- what a kind of head defines ---
@@ -269,8 +265,7 @@ class Head(Intermediates, ABC):
         for anything else."""
         threshold = self.rejection_threshold(reject) if reject else None
         if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
-            kind = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            problem = f"Expected images (n, 3, H, W), stacked from what create_transform returns, not {kind}"
+            problem = "Expected images (n, 3, H, W), stacked from what create_transform returns"
             raise ZooError(f"{problem}. For image files and PIL images: dcp_zoo.predict(model, images).")
         images = images.to(self.device)
         with in_eval_mode(self):
@@ -288,13 +283,14 @@ class Head(Intermediates, ABC):
     def fuse(self) -> FusedHead:
         """A plain module, images (B, 3, H, W) -> the same logits (B, C), for the stored statistics and these
         classes; it shares its frozen weights with this model. Raises ZooError like `linear`."""
-        cfg = self.pretrained_cfg
-        info: Values = {"model": self.encoder.architecture, "tag": cfg.get("tag")}
+        info: Values = {
+            "model": self.encoder.architecture,
+            "tag": self.origin.get("tag"),
+            "classnames": self.classnames,
+            "preprocessing": preprocessing_in(self.encoder.pretrained_cfg),
+        }
         if not self.cannot_reject:
-            info["threshold"] = self.rejection_threshold()
-            info["promises"] = self.promises
-        info["classnames"] = self.classnames
-        info["preprocessing"] = preprocessing_in(cfg)
+            info |= {"threshold": self.rejection_threshold(), "promises": self.promises}
         with in_eval_mode(self):  # do not pool over a batch
             view = copy.copy(self)  # with the same tensors: other threads may use this one
             view.stats = "stored"
@@ -406,18 +402,11 @@ class Head(Intermediates, ABC):
             self.set_classnames(num_classes)
             return
         check_range("num_classes", num_classes, 0)
-        layer = None
+        self._restore()
+        self.classes = [f"class {i}" for i in range(num_classes)]
         if num_classes:
             dtype = self.encoder.clip.logit_scale.dtype
-            layer = nn.Linear(self.num_features, num_classes, device=self.device, dtype=dtype)
-        self._replace([f"class {i}" for i in range(num_classes)], layer)
-
-    def _replace(self, classes: list[str], layer: nn.Linear | None) -> None:
-        """Classify into these classes by this layer in place of the head's own classifier."""
-        self._restore()
-        self.classes = classes
-        self.fc = layer
-        if layer is not None:
+            self.fc = nn.Linear(self.num_features, num_classes, device=self.device, dtype=dtype)
             self._drop_measured()
 
     def _restore(self) -> None:
@@ -483,10 +472,8 @@ class Head(Intermediates, ABC):
             "rest": self.rest,
             "texts": sentences_of(self.method_classes, texts) if isinstance(texts, Mapping) else texts,
             "versions": library_versions(),
+            "clip_fingerprint": self.frozen.fingerprint(),
         }
-        fingerprint = self.frozen.fingerprint()
-        if fingerprint:
-            block["clip_fingerprint"] = fingerprint
         if self.text_probe is not None:
             block["encoders"] = [{"name": e.source, "fingerprint": e.fingerprint()} for e in self.image_encoders]
         if self.fc is not None:
@@ -504,11 +491,11 @@ class Head(Intermediates, ABC):
         """Load what `to_state` gave of a head, and `path` holds. ZooError for tensors that are missing, too
         many, or of other shapes; some others may have been loaded then."""
         problem = f"{path} does not fit {self.encoder.architecture} {self.model_args or ''}"
-        with as_zoo_error(f"{problem}: {{}}. Create the model that it was trained with.", RuntimeError):
+        with as_zoo_error(f"{problem}: {{}} Create the model that it was trained with.", RuntimeError):
             missing, unexpected = self.load_state_dict(state, strict=False)
             wrong = sorted(unexpected) + sorted(self.to_state().keys() & missing)
             if wrong:
-                raise RuntimeError(f"missing or unexpected {shorten(wrong, 4)}")
+                raise RuntimeError(f"missing or unexpected {shorten(wrong, 4)}.")
 
     def from_state(self, config: HeadConfig, state: dict[str, Tensor], directory: str | Path) -> None:
         """Take over what `file.read` gave of a folder. The head keeps its classes, or gets those of the
@@ -571,19 +558,14 @@ class Head(Intermediates, ABC):
     def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:
         """A state with a text probe brings it, and one with other tensors of a head takes it away."""
         own = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
-        if not all(name.startswith(ENCODERS) for name in own):
-            self.text_probe = self._probe_like(own, self.method_classes)
+        if any(name.startswith(PREFIX) for name in own):
+            widths = [reading.widths for reading in self.available_readings]
+            changed = widths[0][0] if self.has_own_features else 0
+            lengths = [len(own.get(f"{PREFIX}{name}", ())) for name in ("examples", "gate")]
+            self.text_probe = TextProbe(self.method_classes, widths, changed, *lengths).to(self.device)
+        elif not all(name.startswith(ENCODERS) for name in own):
+            self.text_probe = None
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _probe_like(self, state: Mapping[str, Tensor], classes: Sequence[str]) -> TextProbe | None:
-        """An empty text probe of these classes on all that is `available_readings`, with as many examples as that of a
-        state, and with a gate if that has one; None if the state has no text probe."""
-        if not any(name.startswith(PREFIX) for name in state):
-            return None
-        widths = [reading.widths for reading in self.available_readings]
-        changed = widths[0][0] if self.has_own_features else 0
-        lengths = [len(state.get(f"{PREFIX}{name}", ())) for name in ("examples", "gate")]
-        return TextProbe(classes, widths, changed, *lengths).to(self.encoder.device)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:  # .to(), .half(): tensors change without a new version
         self._clear_caches()

@@ -79,5 +79,4 @@ def checked(model: Head) -> DCP:
     """The head, if it is a DCP; else ZooError."""
     if isinstance(model, DCP):
         return model
-    kind = f"a head of {model.method}" if isinstance(model, Head) else f"a {type(model).__name__}"
-    raise ZooError(f"Only heads of dcp have coupled prompts, and this is {kind}: train one with method dcp.")
+    raise ZooError("Only heads of dcp have coupled prompts: train one with method dcp.")

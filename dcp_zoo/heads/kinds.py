@@ -32,7 +32,6 @@ f (E,), so that its names are encoded anew for every image:
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ from torch.nn import functional as F
 from dcp_zoo.backbone.classes import NAME, TEMPLATE, Texts, check_classnames, class_texts, rows_of
 from dcp_zoo.backbone.clip import FrozenCLIP, WeightAndBias
 from dcp_zoo.backbone.towers.text import TextChunks, prompted_text
-from dcp_zoo.errors import ZooError
+from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.heads.config import HeadConfig, own_names, without
 from dcp_zoo.heads.fused import FusedClassifier
 from dcp_zoo.heads.head import Head
@@ -127,9 +126,8 @@ class LinearHead(Head):
         bias = self.bias[: len(kept)]
         if new:
             if not self.texts:
-                limit = "reads no descriptions" if texts else f"does not know {', '.join(new[:5])}"
-                advice = "For other classes use a head of a method that reads their names: dcp or zero-shot"
-                raise ZooError(f"A head of {self.method} is limited to its classes, and {limit}. {advice}.")
+                problem = f"A head of {self.method} is limited to its classes, and reads no texts of {shorten(new, 5)}"
+                raise ZooError(f"{problem}: use a head of dcp or zero-shot.")
             new_weight, new_bias = self.encoder.scaled(self.encoder.zero_shot_classifier(new, texts))
             weight = torch.cat([weight, new_weight])
             bias = torch.cat([bias, new_bias])
@@ -265,8 +263,7 @@ class PromptHead(Head):
         loads."""
 
         def prompts_of(tower: str) -> list[Tensor]:
-            names = takewhile(shapes.__contains__, (f"{tower}_prompts.{i}" for i in count()))
-            return [torch.zeros_like(shapes[name]) for name in names]
+            return [torch.zeros_like(t) for name, t in shapes.items() if name.startswith(f"{tower}_prompts.")]
 
         block = config["dcp"]
         text = prompts_of("text")
