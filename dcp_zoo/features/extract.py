@@ -43,6 +43,10 @@ class FeatureExtractor:
     """Computes features of photographs by a frozen CLIP, by what a method made of it, and by encoders
     beside it.
 
+    How an image becomes a row: `_read` decodes it and shows it in each view, `_encode` computes the readings
+    of a view, and `CachedRows` has the rows of one reading in one view, those that were kept and those that are
+    computed now.
+
     Args:
         clip: the plain CLIP, on its device, whose preprocessing images get.
         precision: in which features are computed; they are kept in float32.
@@ -124,17 +128,6 @@ class FeatureExtractor:
             setting = f"{view.name} {[*reading.parts]} {self.precision} {tower} {computed_by()}"
         return CachedRows(photos, setting, reading)
 
-    def _encode(self, columns: Sequence["CachedRows"], positions: Sequence[int], images: Any) -> None:
-        """Compute what is missing of images, which are shown in one view, in its columns."""
-        pending = [column for column in columns if column.missing]
-        of_clip = [column for column in pending if column.reading.encoder is self.clip]
-        is_shared = len(of_clip) > 1 and self.clip.vision_tower_or_none is not None
-        with autocast(self.clip.device, self.precision):
-            entered = self.clip.enter(images) if is_shared else images  # the stem is computed once
-            for column in pending:
-                features = column.reading.encode(entered if column in of_clip else images)
-                column.add(positions, features.float().cpu())
-
     def _read(
         self, photos: Photos, positions: Sequence[int], views: Views, inputs: KnownInputs | None
     ) -> Iterator[tuple[Sequence[int], dict[int, ZooError], Shown]]:
@@ -182,6 +175,17 @@ class FeatureExtractor:
         mean = torch.tensor(cfg["mean"], device=device)[:, None, None]
         std = torch.tensor(cfg["std"], device=device)[:, None, None]
         return (pixels.to(device) / 255 - mean) / std
+
+    def _encode(self, columns: Sequence["CachedRows"], positions: Sequence[int], images: Any) -> None:
+        """Compute what is missing of images, which are shown in one view, in its columns."""
+        pending = [column for column in columns if column.missing]
+        of_clip = [column for column in pending if column.reading.encoder is self.clip]
+        is_shared = len(of_clip) > 1 and self.clip.vision_tower_or_none is not None
+        with autocast(self.clip.device, self.precision):
+            entered = self.clip.enter(images) if is_shared else images  # the stem is computed once
+            for column in pending:
+                features = column.reading.encode(entered if column in of_clip else images)
+                column.add(positions, features.float().cpu())
 
 
 @dataclass(eq=False)
