@@ -139,8 +139,8 @@ def download_head(repo_id: str, revision: str | None = None, sha256: str | None 
     weights = download_file(repo_id, constants.SAFETENSORS_SINGLE_FILE, config.parent.name)
     if sha256 is not None and sha256_of(weights) != sha256:
         raise ZooError(
-            f"{weights} is rejected: its sha256 is {sha256_of(weights)}, but {sha256} is pinned. Delete "
-            f"{weights.resolve()} and try again; if it is still wrong, do not use it."
+            f"{weights} is rejected: its sha256 is not {sha256}, which is pinned. Delete {weights.resolve()} and try "
+            "again; if it is still wrong, do not use it."
         )
     return weights.parent
 

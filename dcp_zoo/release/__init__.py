@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from dcp_zoo.data.packaged import DATASETS, classnames, is_user_data
+from dcp_zoo.data.packaged import DATASETS, classnames
 from dcp_zoo.data.splits import split_sha256
 from dcp_zoo.errors import ZooError, writing_to
 from dcp_zoo.fields import Values
@@ -75,10 +75,10 @@ def not_of_dataset(model: Head) -> str:
     none of the table. Its classes, split and test images must be that dataset's, as far as the package knows
     them."""
     info = model.info
-    name = info.get("dataset")
-    if name not in DATASETS or is_user_data(name):
+    name = info.get("dataset") or ""
+    spec = DATASETS.get(name)
+    if spec is None or spec.num_classes is None:
         return ""
-    spec = DATASETS[name]
     split = split_sha256(name)
     others = []
     if spec.names and sorted(model.classes) != sorted(classnames(name)):

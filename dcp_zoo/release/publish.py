@@ -20,7 +20,7 @@ from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
-from dcp_zoo.heads.config import WEIGHTS_NAME, HeadConfig
+from dcp_zoo.heads.config import WEIGHTS_NAME, HeadConfig, read_config
 from dcp_zoo.heads.head import load_head
 from dcp_zoo.hub import (
     HTTP_ERRORS,
@@ -34,7 +34,6 @@ from dcp_zoo.hub import (
 from dcp_zoo.release import CARD_NAME, LICENSE, ONNX_FILE, accuracies, make_card, upload
 from dcp_zoo.zoo.factory import create_model
 from dcp_zoo.zoo.registry import HeadEntry, find_head
-from dcp_zoo.zoo.resolve import resolve
 
 WAITS = (2, 10, 60, 300)  # seconds before another attempt; the Hub counts requests in five minutes
 PASSING = (408, 412, 429, 500, 502, 503, 504)  # a rate limit, a server in trouble, or another commit
@@ -72,8 +71,7 @@ def prepare(
     """
     folder = Path(folder)
     name = f"local-dir:{folder}"
-    config = resolve(name).config
-    assert config is not None
+    config = read_config(folder)
     head = zoo_head(config, repo_id.rpartition("/")[2])
     with warnings.catch_warnings(), skip_init():
         warnings.simplefilter("ignore")  # CLIP has no weights: nothing is downloaded, and none are drawn
@@ -170,8 +168,7 @@ def refusals(release: Release, zero_shot: Values, split_note: str) -> list[str]:
 
 def chance(percent: float, images: int) -> float:
     """Two standard errors, in points, of an accuracy measured on that many images."""
-    share = min(max(percent / 100, 0.5 / images), 1 - 0.5 / images)  # at least half an image away from 0 and 1
-    return 200 * math.sqrt(share * (1 - share) / images)
+    return 2 * math.sqrt(percent * (100 - percent) / images)
 
 
 def publish(release: Release, replaces: str | None = None) -> str:

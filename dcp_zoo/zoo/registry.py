@@ -236,7 +236,7 @@ def list_models(
         include_tags: whether to list heads `model.tag`, without `pretrained` planned ones, too, and CLIP's
             own weights as `model.clip`. Default: `pretrained`.
     """
-    if module and "dcp" not in ([module] if isinstance(module, str) else module):
+    if module and "dcp" not in module:
         return []
     if include_tags is None:
         include_tags = pretrained

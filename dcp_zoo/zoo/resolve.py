@@ -15,7 +15,6 @@ from dcp_zoo.zoo.registry import CLIP_TAG, HeadEntry, get_head
 from dcp_zoo.zoo.specs import OPEN_CLIP, ModelSpec, get_spec
 
 FRESH = (False, CLIP_TAG)  # what `pretrained` is for fresh prompts
-SCHEMES = "hf-hub:org/repo[@revision], local-dir:path, open_clip:ARCH/TAG"
 
 
 class Name(NamedTuple):
@@ -32,7 +31,7 @@ class Name(NamedTuple):
 
 
 def parse_name(name: str) -> Name:
-    """Parse the name of a model, a head, a checkpoint folder or one of its two files, or one of `SCHEMES`;
+    """Parse the name of a model, a head, a checkpoint folder or one of its two files, or a name with a scheme;
     nothing is downloaded. ZooError, with the nearest names, if it is none of them."""
     kind, _, place = name.partition(":")
     if name.startswith(OPEN_CLIP):
@@ -53,8 +52,8 @@ def parse_name(name: str) -> Name:
     names = [*folders, *registry.trained_heads(), *specs.MODELS]
     hint = specs.open_clip_hint(name) or nearest_hint(path, names)
     raise ZooError(
-        f"{name!r} is neither a checkpoint folder nor a head of the zoo.{hint} "
-        f"All: dcp-zoo list, dcp_zoo.list_models(). Other sources: {SCHEMES}."
+        f"{name!r} is neither a checkpoint folder nor a head of the zoo.{hint} All: dcp-zoo list, "
+        "dcp_zoo.list_models(). Other sources: hf-hub:org/repo[@revision], local-dir:path, open_clip:ARCH/TAG."
     )
 
 
