@@ -104,8 +104,7 @@ class ImageLoader(LabelledItems):
             assert known is not None
             known.rows(*views)  # an error if a view is missing
             if not of_clip or any(reading.prompts for reading in readings):
-                problem = "this model reads images alone, not only what plain CLIP says of them"
-                raise ZooError(f"Features do not fit: {problem}.")
+                raise ZooError("Features do not fit: this model reads images, not only what plain CLIP says of them.")
             return replace(known, items=self.items)
         inputs = None
         if of_clip and known is not None and known.views.keys() >= set(views):

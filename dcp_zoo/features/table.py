@@ -61,8 +61,8 @@ class FeatureTable(LabelledItems):
         views = views or (PLAIN,)
         for view in views:
             if view not in self.views:
-                known = ", ".join(map(str, self.views))
-                raise ZooError(f"Features of the view {view} were not computed, only of {known}.")
+                known = ", ".join(other.name for other in self.views)
+                raise ZooError(f"Features of the view {view.name} were not computed, only of {known}.")
         return torch.stack([self.views[view] for view in views])
 
     def reading(self, index: int) -> "FeatureTable":

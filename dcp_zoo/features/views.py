@@ -12,9 +12,6 @@ class View(NamedTuple):
     name: str
     seed: int | None = None
 
-    def __str__(self) -> str:
-        return self.name if self.seed is None else f"{self.name} {self.seed}"
-
     def seed_of(self, key: str) -> int:
         """From which the crop of the image with this key is drawn."""
         return crc32(key.encode("utf-8", "surrogateescape"), self.seed or 0)
