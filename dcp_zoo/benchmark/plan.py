@@ -127,8 +127,7 @@ def images_id(dataset: str, data_root: Path | None) -> str:
     if dataset == FOLDER:
         name = file_name(Path(data_root or "").expanduser().resolve().name)
         return f"{name} ({text_sha256(f'{split.sha256} {image_hashes(split.items)}')[:8]})"
-    files = [Path(item.path) for item in split.items if item.is_file]
-    sizes = [file.stat().st_size if file.is_file() else 0 for file in files]
+    sizes = [Path(item.path).stat().st_size for item in split.items if item.is_file]
     return text_sha256(f"{split.sha256} {sizes}")[:16]
 
 
@@ -223,7 +222,7 @@ def plan_trials(
             trial = _canonical(Trial(protocol, model, method, dataset, k, seed, tested), changes)
             trials[trial] = None
             if tested and not trial.targets:
-                problem = f"{method} is limited to the classes of {dataset}, and {', '.join(tested)} has others"
+                problem = f"{method} is limited to the classes of {dataset}, which no target has"
                 raise ZooError(f"{problem}: choose other --targets or --methods.")
     fields = {field for trial in trials for field in trial.default_recipe.as_dict()}
     for name in options:

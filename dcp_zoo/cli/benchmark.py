@@ -100,9 +100,9 @@ def benchmark(
         opt.parse_changes(changes),
         split_commas(targets),
     )
-    done = store.done(output_dir) if output_dir else set()
-    todo = [trial for trial in trials if trial.key not in done]
     settings = Settings(output_dir or Path(os.devnull), data_root, device, precision, progress=progress_bar)
+    done = store.done(settings.output)
+    todo = [trial for trial in trials if trial.key not in done]
     if dry_run:
         output.print(grid_table(trials))
         output.print(f"{len(trials)} trials, {len(todo)} to run.")

@@ -13,7 +13,7 @@ from dcp_zoo.backbone import MINI_WEIGHTS
 from dcp_zoo.cli.console import output, plain_table, rejection_note
 from dcp_zoo.cli.options import AsJson, as_text
 from dcp_zoo.data import DATASETS
-from dcp_zoo.errors import ZooError, nearest_hint, shorten
+from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import CONFIG_NAME, accuracy_text, alone_and_probed, read_config, weights_file
 from dcp_zoo.promises import trust_note
@@ -52,8 +52,7 @@ def list_(
     found = [known[name] for name in registry.matching(known, filter)]
     models = {*registry.list_models(filter), *(head.model for head in found)}
     if not models:
-        hint = nearest_hint(filter.strip("*"), [*MODELS, *registry.all_heads()])
-        raise ZooError(f"No model or head matches {filter!r}.{hint} All: dcp-zoo list.")
+        raise ZooError(f"No model or head matches {filter!r}. All: dcp-zoo list.")
     show_models([spec for spec in MODELS.values() if spec.name in models])
     planned = [head for head in found if head.status == "planned"]
     show_heads([head for head in found if "." in filter or head.status != "planned"])
