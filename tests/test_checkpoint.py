@@ -284,8 +284,6 @@ def test_modes_are_the_users(mini, tmp_path):
         ({"prompts.text": None}, "does not fit dcp_mini .*: missing or unexpected prompts.text"),
         ({"prompts.extra": torch.ones(2)}, "does not fit dcp_mini .*: missing or unexpected prompts.extra"),
         ({"context": torch.ones(5, 4, 64)}, r"does not fit dcp_mini .*stored_stats.*\[5, 4, 64\]"),
-        ({"prompts.text": torch.zeros(4, DT).fill_diagonal_(float("nan"))}, "damaged: NaN or infinity in prompts.text"),
-        ({"context": torch.full((5, 4, 256), -1e30)}, r"in context, or numbers beyond 1e\+15"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(folder, mini, tensors, message):
@@ -294,9 +292,8 @@ def test_tensors_that_do_not_fit_are_refused(folder, mini, tensors, message):
     write_weights(folder, {name: tensor for name, tensor in state.items() if tensor is not None})
     with pytest.raises(ZooError, match=message):
         load_head(head, folder)
-    if "fit" in message:
-        with pytest.raises(ZooError, match="has no classes"):
-            head.predict(torch.ones(1, 3, 192, 192))
+    with pytest.raises(ZooError, match="has no classes"):
+        head.predict(torch.ones(1, 3, 192, 192))
 
 
 def test_a_damaged_file_or_another_heads_is_refused(folder):

@@ -35,12 +35,10 @@ def check_lengths(texts: Sequence[str], lengths: Tensor, most: int, n_ctx: int =
             "torch.export cannot trace this head, which reads the names of its classes: "
             "torch.export.export(model.fuse(), ...) reads images alone, and gives the same logits."
         )
-    advice = ": shorten it."
-    if n_ctx:
-        advice = f" next to {n_ctx} prompt tokens: shorten it or use fewer prompt tokens (n_ctx)."
+    beside = f" next to {n_ctx} prompt tokens, of which n_ctx sets the number" if n_ctx else ""
     for text, length in zip(texts, lengths.tolist(), strict=True):
         if length > most:
-            raise ZooError(f"The text {text!r} takes {length} tokens, but only {most} are left{advice}")
+            raise ZooError(f"The text {text!r} takes {length} tokens, but only {most} are left{beside}: shorten it.")
 
 
 def start_tokens(tokenizer: Tokenizer) -> int:

@@ -361,8 +361,7 @@ class DCP(Head):
 
     @stats.setter
     def stats(self, stats: str | None) -> None:
-        if stats is not None:
-            check_choice("stats", stats, STATS_MODES)
+        check_choice("stats", stats, (None, *STATS_MODES))
         if stats == "stored" and not self.has_stats:
             raise ZooError(NO_STATS)
         self._stats = stats
@@ -411,8 +410,12 @@ class DCP(Head):
 
     has_image_prompts = True
 
-    def method_linear(self) -> WeightAndBias:
+    def _method_linear(self) -> WeightAndBias:
         return self.encoder.scaled(self.encode_text())
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimizers do not decay: the prompts, as timm treats learned tokens."""
+        return {"prompts.text", "prompts.vision"}
 
     def image_prompts(self) -> list[Tensor]:
         """The prompts (M, Dv) that newly enter the first vision blocks, in the stored statistics: K + 1

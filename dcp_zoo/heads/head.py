@@ -13,7 +13,6 @@ prompts or by CLIP's weights, a text probe also reads plain CLIP, from inside it
 `VisionTower.read`.
 """
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,7 +65,7 @@ ENCODERS = ("encoder.", "image_encoders.", "_original.")  # how names of tensors
 class Head(Intermediates, ABC):
     """A classifier on a frozen CLIP, see the module: the base of `LinearHead`, `CacheHead`, `PromptHead` and
     `DCP`. These define the abstract methods below; all else follows from them. It also is a model of timm's,
-    see the end.
+    see `Intermediates` and the end.
 
     Args:
         clip: the CLIP whose features and texts it reads.
@@ -89,6 +88,7 @@ class Head(Intermediates, ABC):
     """
 
     kind: ClassVar[str]  # as `config.json` calls it
+    is_linear: ClassVar[bool] = True  # whether its logits are a linear function of its features
     model_args: Values = {}  # options, as `config.json` has them
     rest = ""  # of a phrase, see `PromptHead`
 
@@ -113,9 +113,8 @@ class Head(Intermediates, ABC):
     # --- what a kind of head defines ---
 
     @abstractmethod
-    def method_linear(self) -> WeightAndBias:
-        """The method's own logits, without a text probe, as a function of its own features: weight (C, E)
-        and bias (C,). ZooError if they are no linear function of these."""
+    def _method_linear(self) -> WeightAndBias:
+        """`method_linear` of a head that is linear."""
 
     @abstractmethod
     def _set_method_classes(self, names: list[str], texts: Texts) -> None:
@@ -143,8 +142,7 @@ class Head(Intermediates, ABC):
 
     @stats.setter
     def stats(self, stats: str | None) -> None:
-        if stats is not None:
-            check_choice("stats", stats, self.stats_modes)
+        check_choice("stats", stats, (None, *self.stats_modes))
 
     # --- features ---
 
@@ -248,6 +246,14 @@ class Head(Intermediates, ABC):
         start = linear_of(self.readings)
         return start if self.text_probe is None else self.text_probe.linear(start, self.classes)
 
+    def method_linear(self) -> WeightAndBias:
+        """The method's own logits, without a text probe, as a function of its own features: weight (C, E)
+        and bias (C,). ZooError if they are no linear function of these."""
+        if self.is_linear:
+            return self._method_linear()
+        problem = f"The logits of a head of {self.method} are no linear function of features"
+        raise ZooError(f"{problem}: use another method, such as text-probe, to explain, fuse or export a head.")
+
     @torch.compiler.disable  # reads texts, and is kept
     def zero_shot_linear(self) -> WeightAndBias:
         """Zero-shot CLIP's logits of these classes as a function of its image features."""
@@ -292,9 +298,7 @@ class Head(Intermediates, ABC):
         if not self.cannot_reject:
             info |= {"threshold": self.rejection_threshold(), "promises": self.promises}
         with in_eval_mode(self):  # do not pool over a batch
-            view = copy.copy(self)  # with the same tensors: other threads may use this one
-            view.stats = "stored"
-            return FusedHead(view.readings, view._fused_classifier(), info)
+            return FusedHead(self.readings, self._fused_classifier(), info)
 
     def _fused_classifier(self) -> FusedClassifier:
         """The classifier of the present classes; it shares no memory with the model. Raises ZooError like
@@ -586,14 +590,10 @@ class Head(Intermediates, ABC):
             return nn.Identity()
         if self.fc is not None:
             return self.fc
-        if self.gated_probe is not None or not self.abilities.linear:
+        if self.gated_probe is not None or not self.is_linear:
             return self._fused_classifier()
         weight, bias = self.linear()
         return layer_of(weight.clone(), bias.clone() if bias.any() else None)
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimizers do not decay: the prompts, as timm treats learned tokens."""
-        return {"prompts.text", "prompts.vision"}
 
     @property
     def device(self) -> torch.device:

@@ -50,13 +50,6 @@ from dcp_zoo.heads.head import Head
 CACHED = ("keys", "values", "alpha", "beta")  # tensors of a `CacheHead`, besides its weight
 
 
-def not_linear(head: Head, reason: str, uses: str) -> ZooError:
-    return ZooError(
-        f"A head of {head.method} {reason}, and its logits are no linear function of features: it cannot be {uses} or "
-        "followed by a text probe. Use a head of gda or text-probe, for example."
-    )
-
-
 class LinearHead(Head):
     """A head whose own classifier is stored: weight (C, E) and bias (C,), by the features of a CLIP of which
     a method may have changed the towers. No text is encoded, except for the names of new classes. Nothing
@@ -113,7 +106,7 @@ class LinearHead(Head):
             original=clip if changed else None,
         )
 
-    def method_linear(self) -> WeightAndBias:
+    def _method_linear(self) -> WeightAndBias:
         return self.weight, self.bias
 
     def _set_method_classes(self, names: list[str], texts: Texts) -> None:
@@ -166,6 +159,7 @@ class AdapterHead(LinearHead):
     gradients, in training."""
 
     kind = "adapter"
+    is_linear = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -180,15 +174,13 @@ class AdapterHead(LinearHead):
             return super()._fused_classifier()
         return FusedClassifier(self.adapter, weight=self.weight, bias=self.bias)
 
-    def method_linear(self) -> WeightAndBias:
-        raise not_linear(self, "changes features by a network", "explained")
-
 
 class CacheHead(LinearHead):
     """See the module; its arguments are those of `LinearHead`, without a bias, and how many images it keeps,
     whose tensors are at first 0. Only the keys require gradients, in training."""
 
     kind = "cache"
+    is_linear = False
     keys: Tensor
     values: Tensor
     alpha: Tensor
@@ -214,9 +206,6 @@ class CacheHead(LinearHead):
     def cached(self, features: Tensor, beta: float | Tensor) -> Tensor:
         """The logits of the training images, without alpha: features (B, E) -> (B, C)."""
         return (-beta * (1 - features @ self.keys.T)).exp() @ self.values
-
-    def method_linear(self) -> WeightAndBias:
-        raise not_linear(self, "keeps its training images", "fused, exported")
 
     def _set_method_classes(self, names: list[str], texts: Texts) -> None:
         """Among its own classes."""
@@ -294,7 +283,7 @@ class PromptHead(Head):
         """The prompts (M, Dv) that enter the first vision blocks."""
         return self.encoder.embed_prompts(list(self.vision_prompts))
 
-    def method_linear(self) -> WeightAndBias:
+    def _method_linear(self) -> WeightAndBias:
         return self.encoder.scaled(self.encode_text())
 
     @property
@@ -306,6 +295,7 @@ class ConditionalHead(PromptHead):
     """See the module; its arguments are those of `PromptHead`, with one set of prompts, in the text."""
 
     kind = "conditional"
+    is_linear = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -322,6 +312,3 @@ class ConditionalHead(PromptHead):
             text = prompted_text(self.encoder.text_tower, self.name_tokens, prompts)
             rows.append(self.encoder.logits(image, text))
         return torch.cat(rows)
-
-    def method_linear(self) -> WeightAndBias:
-        raise not_linear(self, "encodes its names anew for every image", "fused, exported")
