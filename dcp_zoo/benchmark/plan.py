@@ -19,7 +19,7 @@ from dcp_zoo.files import file_name, sha256_of, text_sha256
 from dcp_zoo.progress import Progress, no_progress
 from dcp_zoo.training.methods import METHODS
 from dcp_zoo.training.recipes import BaseRecipe, check_seed
-from dcp_zoo.zoo.registry import SHOTS
+from dcp_zoo.zoo.registry import SEEDS, SHOTS
 from dcp_zoo.zoo.specs import get_spec
 
 SAVED_HEADS = "heads"  # folder of the heads that a sweep saves
@@ -151,9 +151,6 @@ def weights_id(model: str) -> str:
         return sha256_of(MINI_WEIGHTS)[:12]
     revision = f"@{spec.clip_revision[:12]}" if spec.clip_revision else ""
     return f"{spec.clip_pretrained}{revision}"
-
-
-SEEDS = (1, 2, 3)
 
 
 class Protocol(NamedTuple):

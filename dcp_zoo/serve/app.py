@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import yaml
@@ -72,9 +72,8 @@ class Service:
                 raise refused[0]
             rows = []
             for image, answer in zip(images, answers, strict=True):
-                rows.append(
-                    {"name": image["path"]} | ({"error": str(answer)} if isinstance(answer, ZooError) else answer)
-                )
+                told: Values = {"error": str(answer)} if isinstance(answer, ZooError) else {**answer}
+                rows.append({"name": image["path"]} | told)
             return JSONResponse({"images": rows})
         except ClientDisconnect:
             return Response(status_code=499)  # as nginx calls it; nobody receives it
@@ -112,9 +111,11 @@ class Service:
             pixels = await asyncio.to_thread(attempted, pixels_of, image, preprocessing, self.limits.max_pixels)
         if isinstance(pixels, ZooError):
             return pixels
-        outputs = asyncio.Future[Outputs]()
-        self.queue.put_nowait((pixels, outputs))
-        return (await outputs).rows(self.classifier.classnames, top_k, promises)[0]
+        begun = asyncio.Future[tuple[asyncio.Task[Outputs], int]]()
+        self.queue.put_nowait((pixels, begun))
+        computing, position = await begun
+        outputs = await asyncio.shield(computing)  # others wait for it, too
+        return outputs.of([position]).rows(self.classifier.classnames, top_k, promises)[0]
 
     async def _classify(self) -> None:
         """Classify what waits as one batch, again and again."""
@@ -122,15 +123,12 @@ class Service:
             batch = [await self.queue.get()]
             while len(batch) < BATCH and not self.queue.empty():
                 batch.append(self.queue.get_nowait())
-            try:
-                outputs = await asyncio.to_thread(self.classifier.compute, np.stack([pixels for pixels, _ in batch]))
-                results: list[Any] = [outputs.of([i]) for i in range(len(batch))]
-            except Exception as error:  # the next batch may work
-                results = [error] * len(batch)
-            for (_, future), result in zip(batch, results, strict=True):
-                if not future.done():  # it was cancelled
-                    settle = future.set_exception if isinstance(result, Exception) else future.set_result
-                    settle(result)
+            pixels = np.stack([one for one, _ in batch])
+            computing = asyncio.create_task(asyncio.to_thread(self.classifier.compute, pixels))
+            for i, (_, begun) in enumerate(batch):
+                if not begun.done():  # it was cancelled
+                    begun.set_result((computing, i))
+            await asyncio.wait([computing])  # if it fails, those who wait for it are told, and the next batch may work
 
 
 async def images_of(request: Request, body: bytes, most: int) -> list[Values]:
