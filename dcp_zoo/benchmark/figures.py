@@ -43,13 +43,12 @@ def draw_accuracies(axis: Any, results: "pd.DataFrame", colours: Mapping[str, st
     for label, part in results.groupby("label", sort=False):
         over_seeds = part.groupby("shots").top1.agg(["mean", "std"]).fillna({"std": 0})
         mean = over_seeds["mean"]
+        std = over_seeds["std"]
         if mean.index.max() == 0:
             axis.axhline(mean.iloc[0], color=colours[label], linestyle="--")
             continue
         axis.plot(mean.index, mean, color=colours[label], marker=".")
-        low = mean - over_seeds["std"]
-        high = mean + over_seeds["std"]
-        axis.fill_between(mean.index, low, high, color=colours[label], alpha=0.2)
+        axis.fill_between(mean.index, mean - std, mean + std, color=colours[label], alpha=0.2)
     shots = sorted(results.shots[results.shots > 0].unique())
     if shots:
         axis.set_xscale("log", base=2)

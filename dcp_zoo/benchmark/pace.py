@@ -5,7 +5,6 @@ import http.client
 import urllib.request
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,10 +134,11 @@ def gigabytes(specs: Sequence[DatasetSpec]) -> float | None:
     """What the sources say they would send; None if one of them does not answer."""
     total = 0
     try:
-        for archive in chain.from_iterable(spec.archives for spec in specs):
-            request = urllib.request.Request(archive.url, headers=AGENT, method="HEAD")
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                total += int(answer.headers["Content-Length"])
+        for spec in specs:
+            for archive in spec.archives:
+                request = urllib.request.Request(archive.url, headers=AGENT, method="HEAD")
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    total += int(answer.headers["Content-Length"])
     except (OSError, http.client.HTTPException, TypeError, ValueError):
         return None
     return total / 1e9

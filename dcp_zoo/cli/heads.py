@@ -218,8 +218,8 @@ def show_comparison(answers: Sequence[Measured], place: str, as_json: bool) -> N
 
 def is_spot_check(table: Path) -> bool:
     """Whether a labels file is a table that --label wrote."""
-    with as_zoo_error(f"Cannot read {table} ({{}}).", OSError, ValueError):
-        return any(STRATUM in header for header in read_csv(table)[:1])
+    with as_zoo_error(f"Cannot read {table} ({{}})."):
+        return STRATUM in read_csv(table)[0]
 
 
 def show_spot_check(found: "SpotCheck", output_dir: Path | None, as_json: bool) -> None:
@@ -288,8 +288,8 @@ def trained_on(name: str, head: "Head", data_root: Path | None) -> str:
     """The dataset of a head's training images; ZooError for the user's own if they are not given."""
     dataset: str = head.info.get("dataset") or "folder"
     if dataset == "folder" and data_root is None:
-        classes = shorten(head.classnames)
-        raise ZooError(f"{name} was trained on your own images: pass a folder with images of its classes, {classes}.")
+        problem = f"{name} was trained on your own images"
+        raise ZooError(f"{problem}: pass a folder with images of its classes, {shorten(head.classnames)}.")
     return dataset
 
 
