@@ -92,7 +92,6 @@ def test_what_cannot_be_built_is_explained(monkeypatch):
             create_model(name)
     monkeypatch.setattr(zoo_build, "fetch_clip", lambda *_: pytest.fail("downloaded"))
     monkeypatch.setattr(open_clip, "get_tokenizer", mock.Mock(side_effect=OSError("no such file")))
-    monkeypatch.setattr(zoo_build, "import_extra", lambda *_: None)
     with pytest.raises(ZooError, match=r"of ViT-B-16-SigLIP2 cannot be loaded: no such file.*tokenizer="):
         create_model("dcp_siglip2_b16", "clip", classnames=["ant"])
 

@@ -42,12 +42,11 @@ def export(model: Head | FusedHead, path: str | Path) -> Path:
     path = Path(path)
     fused = model.fuse()
     size = fused.info["preprocessing"].get("input_size")
-    if size is None:
+    if size is None or fused.device.type != "cpu":
         raise ZooError(
-            'The input size of this model is unknown: set model.pretrained_cfg = {"input_size": (3, H, W)} first.'
+            "Export needs a model on the CPU that knows the size of its images: call model.cpu(), or set "
+            'model.pretrained_cfg = {"input_size": (3, H, W)}.'
         )
-    if fused.device.type != "cpu":
-        raise ZooError(f"The model is on {fused.device.type}, but export needs it on the CPU: call model.cpu() first.")
     images = torch.randn(3, *size, generator=torch.Generator().manual_seed(0))
 
     def write_and_check(temporary: str) -> None:

@@ -36,8 +36,8 @@ def server(app: Callable[..., Awaitable[None]], shutdown_seconds: float) -> Any:
     """A uvicorn.Server that on shutdown gives requests in progress so many seconds to finish."""
     import uvicorn
 
-    stop = round(shutdown_seconds)
-    return uvicorn.Server(uvicorn.Config(app, ws="none", log_level="warning", timeout_graceful_shutdown=stop))
+    config = uvicorn.Config(app, ws="none", log_level="warning", timeout_graceful_shutdown=round(shutdown_seconds))
+    return uvicorn.Server(config)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -21,7 +21,7 @@ from dcp_zoo.backbone.clip import FrozenCLIP, ImageEncoder
 from dcp_zoo.backbone.mini import build_mini_clip
 from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.data import classnames as dataset_classnames
-from dcp_zoo.errors import ZooError, as_zoo_error, import_extra, nearest_hint, warn, without_warnings
+from dcp_zoo.errors import ZooError, as_zoo_error, nearest_hint, warn, without_warnings
 from dcp_zoo.fields import Values
 from dcp_zoo.heads import file as head_file
 from dcp_zoo.heads.config import WEIGHTS_NAME, Abilities, DCPConfig, without
@@ -196,14 +196,12 @@ def build_tokenizer(spec: ModelSpec) -> Tokenizer | None:
     """The tokenizer of a model's text tower; None means open_clip's default."""
     if spec.clip is None:
         return None
-    try:
+    failed = (
+        f"The tokenizer of {spec.clip} cannot be loaded: {{}}. If transformers is missing, pip install "
+        "'dcp_zoo[tokenizers]'. Check the connection, or pass your own: create_model(..., tokenizer=...)."
+    )
+    with as_zoo_error(failed, Exception):  # `transformers` reports a missing file in many ways
         return open_clip.get_tokenizer(spec.clip, cache_dir=DOWNLOADS.get())
-    except Exception as error:  # of `transformers`, which reports a missing file in many ways
-        import_extra("transformers", "tokenizers")
-        raise ZooError(
-            f"The tokenizer of {spec.clip} cannot be loaded: {error}. Check the connection, or pass your own: "
-            "create_model(..., tokenizer=...)."
-        ) from error
 
 
 # --- image encoders ---

@@ -208,8 +208,8 @@ def get_head(name: str) -> HeadEntry:
     tags = [entry.tag for entry in all_heads().values() if entry.model == unknown.model]
     not_asked = problem and f" It may be on the Hub: {problem}"
     raise ZooError(
-        f"{unknown.model} has no head {unknown.tag!r}.{nearest_hint(unknown.tag, tags)} All: dcp-zoo list "
-        f"'{unknown.model}*'. For fresh prompts on CLIP's weights, use pretrained='clip'.{not_asked}"
+        f"{unknown.model} has no head {unknown.tag!r}.{nearest_hint(unknown.tag, tags)} All: dcp-zoo list. For fresh "
+        f"prompts on CLIP's weights, use pretrained='clip'.{not_asked}"
     )
 
 
@@ -296,8 +296,7 @@ def list_heads(filter: str = "", status: str | None = None, hub: bool = False) -
         from dcp_zoo.hub import search_heads  # slow to import
 
         return [found for found in search_heads() if matching([found.head, f"{found.owner}/{found.head}"], filter)]
-    if status is not None:
-        check_choice("status", status, ("bundled", "published", "planned"))
+    check_choice("status", status, (None, "bundled", "published", "planned"))
     names = [head.name for head in known_heads().values() if status in (None, head.status)]
     return matching(names, filter)
 
