@@ -67,6 +67,9 @@ class Head(Intermediates, ABC):
     `DCP`. These define the abstract methods below; all else follows from them. It also is a model of timm's,
     see `Intermediates` and the end.
 
+    In this order: what it answers; what a kind of head defines; what it reads, and the logits of that;
+    images of none of the classes; its classes; its checkpoint; the rest of timm's interface.
+
     Args:
         clip: the CLIP whose features and texts it reads.
         original: the CLIP before a method changed its weights, if one did.
@@ -110,6 +113,56 @@ class Head(Intermediates, ABC):
         self.saved_as: frozenset[str] = frozenset()
         self._clear_caches()
 
+    # --- what it answers ---
+
+    def forward(self, images: Images) -> Tensor:
+        """Images (B, 3, H, W), normalised as `create_transform` does -> logits (B, C), without classes
+        features."""
+        features = self.encode_image(images)
+        return self.classify(features) if self.classes else features
+
+    def encode_image(self, images: Images) -> Tensor:
+        """Images (B, 3, H, W), or other `Inputs` -> f, the normalised features (B, F) that the classifier
+        reads."""
+        readings = self.readings
+        tokens = images
+        if sum(reading.encoder is self.encoder for reading in readings) > 1:  # what both need is computed once
+            tokens = self.encoder.enter(images)
+        features = []
+        for reading in readings:
+            inputs = tokens if reading.encoder is self.encoder else images
+            features.append(reading.encode(inputs))
+        return joined(features, parts_of(readings))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """f (B, F) -> logits z (B, C), in the precision of the classifier's weights. Raises ZooError like
+        `linear`."""
+        if self.fc is None:
+            return self._classify(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.fc(features.to(self.fc.weight.dtype))
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor, reject: float | None = None) -> list[str | None]:
+        """The most probable class of each of images (B, 3, H, W), normalised as `create_transform` does;
+        with `reject`, None for those that belong to none of the classes, see `rejection_threshold`. ZooError
+        for anything else."""
+        threshold = self.rejection_threshold(reject) if reject else None
+        if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
+            problem = "Expected images (n, 3, H, W), stacked from what create_transform returns"
+            raise ZooError(f"{problem}. For image files and PIL images: dcp_zoo.predict(model, images).")
+        images = images.to(self.device)
+        with in_eval_mode(self):
+            features = self.encode_image(images)
+            outputs = self.classify(features) if self.stats == "stored" else self(images)
+            logits = outputs.float().cpu().numpy()
+            names: list[str | None] = [self.classes[label] for label in logits.argmax(-1)]
+            if threshold is None:
+                return names
+            distances = self.distances(features).cpu().numpy()
+        rejected = in_distribution_score(logits, distances) < threshold
+        return [None if is_out else name for name, is_out in zip(names, rejected, strict=True)]
+
     # --- what a kind of head defines ---
 
     @abstractmethod
@@ -144,7 +197,7 @@ class Head(Intermediates, ABC):
     def stats(self, stats: str | None) -> None:
         check_choice("stats", stats, (None, *self.stats_modes))
 
-    # --- features ---
+    # --- what it reads ---
 
     @property
     def frozen(self) -> FrozenCLIP:
@@ -189,34 +242,7 @@ class Head(Intermediates, ABC):
         """F, the width of the features that the classifier reads."""
         return sum(sum(reading.widths) for reading in self.readings)
 
-    def forward(self, images: Images) -> Tensor:
-        """Images (B, 3, H, W), normalised as `create_transform` does -> logits (B, C), without classes
-        features."""
-        features = self.encode_image(images)
-        return self.classify(features) if self.classes else features
-
-    def encode_image(self, images: Images) -> Tensor:
-        """Images (B, 3, H, W), or other `Inputs` -> f, the normalised features (B, F) that the classifier
-        reads."""
-        reads = self.readings
-        tokens = images
-        if sum(reading.encoder is self.encoder for reading in reads) > 1:  # what both need is computed once
-            tokens = self.encoder.enter(images)
-        features = []
-        for reading in reads:
-            inputs = tokens if reading.encoder is self.encoder else images
-            features.append(reading.encode(inputs))
-        return joined(features, parts_of(reads))
-
     # --- logits ---
-
-    def classify(self, features: Tensor) -> Tensor:
-        """f (B, F) -> logits z (B, C), in the precision of the classifier's weights. Raises ZooError like
-        `linear`."""
-        if self.fc is None:
-            return self._classify(features)
-        with torch.autocast(features.device.type, enabled=False):
-            return self.fc(features.to(self.fc.weight.dtype))
 
     def _classify(self, features: Tensor) -> Tensor:
         """`classify` by the head's own classifier."""
@@ -263,27 +289,6 @@ class Head(Intermediates, ABC):
         scale = clip.clip.logit_scale
         text = self._zero_shot_cache(lambda: clip.zero_shot_classifier(names, texts), [scale], names, texts)
         return clip.scaled(text)
-
-    @torch.inference_mode()
-    def predict(self, images: Tensor, reject: float | None = None) -> list[str | None]:
-        """The most probable class of each of images (B, 3, H, W), normalised as `create_transform` does;
-        with `reject`, None for those that belong to none of the classes, see `rejection_threshold`. ZooError
-        for anything else."""
-        threshold = self.rejection_threshold(reject) if reject else None
-        if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
-            problem = "Expected images (n, 3, H, W), stacked from what create_transform returns"
-            raise ZooError(f"{problem}. For image files and PIL images: dcp_zoo.predict(model, images).")
-        images = images.to(self.device)
-        with in_eval_mode(self):
-            features = self.encode_image(images)
-            outputs = self.classify(features) if self.stats == "stored" else self(images)
-            logits = outputs.float().cpu().numpy()
-            names: list[str | None] = [self.classes[label] for label in logits.argmax(-1)]
-            if threshold is None:
-                return names
-            distances = self.distances(features).cpu().numpy()
-        rejected = in_distribution_score(logits, distances) < threshold
-        return [None if is_out else name for name, is_out in zip(names, rejected, strict=True)]
 
     @torch.no_grad()
     def fuse(self) -> FusedHead:
