@@ -19,6 +19,7 @@ from dcp_zoo.backbone.towers.open_clip import (
     MIDDLE,
     STAGE,
     STEM,
+    Block,
     VisionTower,
     append_prompts,
     attend,
@@ -104,24 +105,6 @@ def _shares(tower: VisionTower, reading: Reading, weights: Mapping[str, Tensor],
         """The tokens (1, N, Dv) that enter a block."""
         return tower.run(embedded, prompts, 0, block)
 
-    def shares_by_class_token(i: int, value: Callable[[Tensor], Tensor]) -> Tensor:
-        """Shares of the patches in a value of the class token after block i: by its attention to their
-        values."""
-        x = tokens_into(i)
-        block = tower.blocks[i]
-        if i < len(prompts):
-            x = append_prompts(x, prompts[i])
-        normed = block.norm(x)
-        key, taken = block.key_value(normed)
-        query = block.query(normed[:, :1])
-
-        def value_of(taken: Tensor) -> Tensor:
-            return value(block.finish(x[:, :1], attend(query, key, taken, None, False)))
-
-        values = taken[0, :, patches]
-        shares = _gradient(value_of, taken)[0, :, patches] * (values - values.mean(1, keepdim=True))
-        return shares.sum((0, 2)).view(tower.grid)
-
     def logit_of_last(x: Tensor) -> Tensor:
         hidden = tower.hidden(x[:, : tower.pooled])
         logits = []
@@ -136,7 +119,10 @@ def _shares(tower: VisionTower, reading: Reading, weights: Mapping[str, Tensor],
         if STAGE in weights:
             yield from _of_means(earlier, weights[STAGE])
     if tower.pooled == 1:
-        yield shares_by_class_token(last, logit_of_last)
+        x = tokens_into(last)
+        if last < len(prompts):
+            x = append_prompts(x, prompts[last])
+        yield _by_class_token(tower.blocks[last], x, patches, logit_of_last).view(tower.grid)
     else:
         x = tower.run(embedded, prompts)
         tokens = x[0, patches]
@@ -150,13 +136,33 @@ def _shares(tower: VisionTower, reading: Reading, weights: Mapping[str, Tensor],
         w = weights[MIDDLE] / torch.cat([token, mean]).norm()
         yield (x[0, patches] @ w[len(token) :] / (patches.stop - patches.start)).view(tower.grid)
         if len(token):
-            yield shares_by_class_token(middle - 1, lambda x: norm(x)[0, 0] @ w[: len(token)])
+
+            def logit_of_token(x: Tensor) -> Tensor:
+                return norm(x)[0, 0] @ w[: len(token)]
+
+            x = tokens_into(middle - 1)
+            yield _by_class_token(tower.blocks[middle - 1], x, patches, logit_of_token).view(tower.grid)
     if LAST in weights:
         x = tower.norm(tower.blocks[last](tokens_into(last), rows=slice(0, None, EVERY)))[0]
         shown = torch.arange(0, tower.num_tokens, EVERY) >= tower.num_prefix
         shares = x.new_zeros(tower.num_tokens)
         shares[::EVERY] = x @ weights[LAST] / x[shown].mean(0).norm() / shown.sum()
         yield shares[patches].view(tower.grid)
+
+
+def _by_class_token(block: Block, x: Tensor, patches: slice, value: Callable[[Tensor], Tensor]) -> Tensor:
+    """The shares of the patches in a value of the class token after a block, which the tokens x (1, N, Dv)
+    enter: by its attention to their values."""
+    normed = block.norm(x)
+    key, taken = block.key_value(normed)
+    query = block.query(normed[:, :1])
+
+    def value_of(taken: Tensor) -> Tensor:
+        return value(block.finish(x[:, :1], attend(query, key, taken, None, False)))
+
+    values = taken[0, :, patches]
+    shares = _gradient(value_of, taken)[0, :, patches] * (values - values.mean(1, keepdim=True))
+    return shares.sum((0, 2))
 
 
 def _gradient(value: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
