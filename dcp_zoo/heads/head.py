@@ -344,9 +344,7 @@ class Head(Intermediates, ABC):
     def promises(self) -> Values:
         """What holds of images like those of training for exactly these classes, see
         `dcp_zoo.probe.threshold.promises_of`; {} if nothing is known."""
-        if self.cannot_reject:
-            return {}
-        return self.info.get("text_probe", {}).get(PROMISES, {})
+        return {} if self.cannot_reject else self.info.get("text_probe", {}).get(PROMISES, {})
 
     def distances(self, features: Tensor) -> Tensor:
         """f (B, F) -> how far each image is from what the head was trained on (B,), see `TextProbe.measure`;
@@ -561,7 +559,7 @@ class Head(Intermediates, ABC):
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         if self.text_probe is not None:
             tensors = self.text_probe.tensors(self.method_classes)
-            state |= {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+            state |= {f"{prefix}{PREFIX}{name}": tensor for name, tensor in tensors.items()}
         return state
 
     def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:

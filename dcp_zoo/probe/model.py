@@ -186,15 +186,13 @@ class TextProbe(nn.Module):
             "it with its own class names (omit --classes), or train it again with images of these."
         )
 
-    def tensors(self, classes: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """What a checkpoint holds, with the rows of `classes`, default its own; no threshold for others than
-        these, and no empty tensors."""
-        classes = self.classes if classes is None else classes
+    def tensors(self, classes: Sequence[str]) -> dict[str, Tensor]:
+        """Its state with the rows of these classes; no threshold, unless it has seen images of all."""
         state = self.state_dict()
         state |= {name: self._ordered(state[name], classes) for name in PER_CLASS}
         if self.cannot_reject(classes):
             state["threshold"] = torch.full_like(self.threshold, NEVER)
-        return {f"{PREFIX}{name}": t for name, t in state.items() if t.numel()}
+        return state
 
 
 def nearest(x: Tensor, means: Tensor) -> Tensor:
