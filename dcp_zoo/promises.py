@@ -9,7 +9,6 @@ COVERAGES = (0.8, 0.9, 0.95)  # the shares of images whose class is in their set
 WRONG = (0.01, 0.02, 0.05, 0.1)  # the largest shares of trusted predictions that are wrong
 TRUSTED = 0.05  # the one that the column `trusted` is about
 SURE = 0.9  # of the share that is wrong
-OVERALL = "Sets and trust hold over all images, not for each class."
 
 
 def images_for_set(coverage: float) -> int:
@@ -38,8 +37,10 @@ def trust_note(info: Mapping[str, Any]) -> str:
         return ""
     most = f"at most {100 * TRUSTED:g} % wrong"
     if promises.get("share") is not None:
-        share = f"{promises['share']:.0f} % of images like these"
-        return f"{share} can be trusted to be {most} ({100 * SURE:g} % sure). {OVERALL}"
+        return (
+            f"{promises['share']:.0f} % of images like these can be trusted to be {most} ({100 * SURE:g} % sure). "
+            "Sets and trust hold over all images, not for each class."
+        )
     needed = images_for_trust(TRUSTED)
     images = promises.get("images", 0)
     if images < needed:

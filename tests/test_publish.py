@@ -174,7 +174,7 @@ def test_the_index_keeps_what_others_list(uploads, monkeypatch):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             publish.retried(lambda entries=entries: publish.add_to_index("our-org", entries))
-        attempts = [f"Attempt {2 + i} of 5 follows in" in str(warning.message) for i, warning in enumerate(told)]
+        attempts = [f"Attempt {2 + i} follows in" in str(warning.message) for i, warning in enumerate(told)]
         assert attempts == [True] * len(faults)
         listed = json.loads(uploads.files(INDEX)["heads.json"])
         assert listed == {f"dcp_vitb16.dtd-{n}shot": row for n in range(1, number + 2)}

@@ -70,12 +70,11 @@ def prepare(
         others: top-1 accuracies in percent, by protocol, that the card and the index have besides.
     """
     folder = Path(folder)
-    name = f"local-dir:{folder}"
     config = read_config(folder)
     head = zoo_head(config, repo_id.rpartition("/")[2])
     with warnings.catch_warnings(), skip_init():
         warnings.simplefilter("ignore")  # CLIP has no weights: nothing is downloaded, and none are drawn
-        model = create_model(name, False)
+        model = create_model(f"local-dir:{folder}", False)
         model.encoder.remember_weights(config["dcp"].get("clip_fingerprint", ""))
         load_head(model, folder)
     weights = folder / WEIGHTS_NAME
@@ -202,7 +201,7 @@ def retried(call: Callable[[], T]) -> T:
         except ZooError as told:
             if not passes(told.__cause__):
                 raise
-            warn(f"{told} Attempt {attempt} of {len(WAITS) + 1} follows in {wait} s.")
+            warn(f"{told} Attempt {attempt} follows in {wait} s.")
             time.sleep(wait)
     return call()
 

@@ -112,7 +112,7 @@ def create_model(
         resolved = resolve(name, pretrained, 0 if features_only else fresh_classes)
         model = build_head(resolved, classnames, descriptions, tokenizer, without_fixed(resolved.spec, options))
     model.stats = stats
-    model.pretrained_cfg = without(overlay, NOT_PREPROCESSING)
+    model.pretrained_cfg = without(overlay, (*PLACES.values(), "num_classes"))  # the preprocessing
     if classifier == "none":
         model.drop_text_probe()
     if num_classes not in (None, model.num_classes):
@@ -126,9 +126,6 @@ def create_model(
 
 
 PLACES = {"local-dir": "file", "hf-hub": "hf_hub_id"}  # where timm's configs have the rest of such a name
-# what an overlay may have besides preprocessing: where the head is, and its number of classes, which its
-# config has
-NOT_PREPROCESSING = (*PLACES.values(), "num_classes")
 
 
 def _head_of_cfg(name: str, pretrained_cfg: Any, overlay: Values) -> str:
