@@ -41,9 +41,8 @@ def load_labelled(name: str, root: str | os.PathLike | None = None, labels: Labe
     folder = _locate(spec, root)
     images = readers.read_labels(spec, folder, _files(labels)) if labels else READERS[spec.layout](spec, folder)
     if len(images.classnames) == 1:
-        source = folder if name == "folder" else name
-        only = images.classnames[0]
-        raise ZooError(f"{source} has one class only, {only!r}: pass a place with a folder of images for each class.")
+        only = f"{images.source} has one class only, {images.classnames[0]!r}"
+        raise ZooError(f"{only}: pass a place with a folder of images for each class.")
     if spec.split_file:
         missing = [item.path for item in images.items if not Path(item.path).exists()]
         if missing:
