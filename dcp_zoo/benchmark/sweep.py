@@ -206,7 +206,6 @@ def run_in_process(trials: Sequence[Trial], settings: Settings) -> Iterator[Even
 # --- on Ray ---
 
 
-LOCAL = "local"
 RETRIES = 2  # after a worker died, a machine was lost, or memory was exhausted
 
 
@@ -219,7 +218,7 @@ def import_ray() -> Any:
 
 
 @contextmanager
-def connected(address: str = LOCAL) -> Iterator[Any]:
+def connected(address: str) -> Iterator[Any]:
     """The ray module while it is connected, as it was or to this address: "10.0.0.1:6379", "auto" or "local"."""
     ray = import_ray()
     if ray.is_initialized():
@@ -242,7 +241,7 @@ def sweep_on_ray(
     trials: Sequence[Trial],
     settings: Settings,
     *,
-    address: str = LOCAL,
+    address: str = "local",
     cpus: float = 1,
     gpus: float | None = None,
 ) -> Iterator[Event]:

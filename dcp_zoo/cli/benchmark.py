@@ -192,7 +192,7 @@ def report(
     path = (output_dir or folders[0] / "report") / "report.md"
     check_output(path, overwrite)
     files = write_report(folders, path)
-    output.print(f"Wrote {', '.join(str(file) for file in files)}", soft_wrap=True)
+    output.print(f"Wrote {', '.join(map(str, files))}", soft_wrap=True)
     if importlib.util.find_spec("matplotlib") is None:
         log("For figures: pip install 'dcp_zoo[plots]'.")
 

@@ -23,7 +23,6 @@ from dcp_zoo.zoo.registry import list_models, trained_heads
 from dcp_zoo.zoo.specs import SIZES
 
 Text = str | None
-File = Path | None
 MODEL = "small, medium or large, or a model's name; see `dcp-zoo list`."
 HEAD = "A head (dcp_mini.caltech101-16shot), a checkpoint folder, or hf-hub:ORG/REPO."
 
@@ -58,7 +57,7 @@ GroupBy = Annotated[
     ),
 ]
 Images = Annotated[Text, Argument(metavar="PHOTOS", help="Your images: a folder per class. Or a dataset's name.")]
-DataRoot = Annotated[File, Option(help="Folder with the datasets; for `folder`, the dataset itself.")]
+DataRoot = Annotated[Path | None, Option(help="Folder with the datasets; for `folder`, the dataset itself.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[
     str,
@@ -68,7 +67,9 @@ Precision = Annotated[
     ),
 ]
 Classes = Annotated[Text, Option("--classes", help='Other names: cat,dog,"dandelion, yellow"; or a file of them.')]
-Report = Annotated[File, Option(help="Write a page that shows the mistakes.", metavar="FILE.html", dir_okay=False)]
+Report = Annotated[
+    Path | None, Option(help="Write a page that shows the mistakes.", metavar="FILE.html", dir_okay=False)
+]
 Agree = Annotated[bool, Option("--agree", help="Agree to the datasets' terms without being asked.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing output.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
