@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -161,14 +160,7 @@ def download_file(repo_id: str, filename: str, revision: str | None = None) -> P
         known = try_to_load_from_cache(repo_id, filename, cache_dir, revision)
         if not isinstance(known, str):
             check_connection(constants.ENDPOINT)
-        path = hf_hub_download(
-            repo_id,
-            filename,
-            revision=revision,
-            cache_dir=cache_dir,
-            library_name=HUB_LIBRARY,
-            library_version=version("dcp_zoo"),
-        )
+        path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir, library_name=HUB_LIBRARY)
     return Path(path)
 
 

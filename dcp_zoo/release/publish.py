@@ -199,14 +199,14 @@ def retried(call: Callable[[], T]) -> T:
         try:
             return call()
         except ZooError as told:
-            if not passes(told.__cause__):
+            if not may_pass(told.__cause__):
                 raise
             warn(f"{told} Attempt {attempt} follows in {wait} s.")
             time.sleep(wait)
     return call()
 
 
-def passes(error: BaseException | None) -> bool:
+def may_pass(error: BaseException | None) -> bool:
     """Whether a failure of the client may be gone at the next attempt."""
     response = getattr(error, "response", None)
     if response is not None:

@@ -69,7 +69,7 @@ def create_model(
         classnames: the classes to classify into. Default: the classes of the head, or of the model's default
             head.
         descriptions: sentences of each class, in place of its name. Default: the head's, if it has some.
-        stats: see `DCP.stats`.
+        stats: "stored" or "batch", see `DCP.stats`. Default: stored, if the head has these.
         classifier: "none" leaves out the text probe of a head, as in the papers. Default: with it, if it has
             one.
         tokenizer: of CLIP's text tower. Default: the one open_clip names for it, which may be downloaded.
@@ -101,7 +101,8 @@ def create_model(
     """
     check_choice("classifier", classifier, (None, "none"))
     check_choice("feature_cls", feature_cls, (None, "getter"))
-    if not features_only and not (out_indices is output_fmt is feature_cls is None):
+    of_maps = (out_indices, output_fmt, feature_cls)
+    if not features_only and of_maps != (None, None, None):
         raise ZooError("out_indices, output_fmt and feature_cls are of feature maps: pass features_only=True as well.")
     if classnames and num_classes not in (None, 0, len(classnames)):
         raise ZooError(f"num_classes={num_classes}, but there are {len(classnames)} class names: pass one of both.")
