@@ -22,7 +22,6 @@ from dcp_zoo.heads.head import Head
 from dcp_zoo.pages import templates
 from dcp_zoo.prediction.onnx import INPUT, METADATA_KEY, OnnxClassifier
 
-REPORT = "Please report this, with the versions of torch, onnx and onnxruntime."
 LOGIT_TOLERANCE = 1e-3  # in logits, which are about 10 to 40
 
 
@@ -68,7 +67,10 @@ def check_same(what: str, found: np.ndarray, expected: np.ndarray, most: float) 
     """Raise ZooError if what a file and the model compute differs by more than this."""
     error = np.abs(found - expected).max()
     if error > most:
-        raise ZooError(f"The ONNX file does not match the model ({what} differ by {error:.2g}): not kept. {REPORT}")
+        raise ZooError(
+            f"The ONNX file does not match the model ({what} differ by {error:.2g}): it is not kept. Please report "
+            "this, with the versions of torch, onnx and onnxruntime."
+        )
 
 
 def check_export() -> None:
