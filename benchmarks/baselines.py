@@ -162,7 +162,9 @@ class Known:
 
     def table(self, items: Sequence[Item], views: Tensor) -> ImageLoader:
         """These images, of which features (V, n, F) are given."""
-        return ImageLoader.of_features(given_table(items, [view.split(self.clip.widths, -1) for view in views]))
+        return ImageLoader.of_features(
+            given_table(items, [view.split([*self.clip.parts.values()], -1) for view in views])
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- measure

@@ -43,6 +43,7 @@ from dcp_zoo.features.views import MIRRORED, PLAIN
 from dcp_zoo.fields import Values
 from dcp_zoo.files import check_writable, sha256_of
 from dcp_zoo.training.methods import METHODS
+from dcp_zoo.training.run import Source
 
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 SCALE = 100.0  # of logits, if the features come without
@@ -80,7 +81,7 @@ class GivenCLIP(FrozenCLIP):
         return torch.stack([self.given_texts[name] for name in classnames])
 
 
-class GivenFeatures:
+class GivenFeatures(Source):
     """`sweep.TrialImages` of a folder with features."""
 
     def __init__(self, folder: Path) -> None:

@@ -177,7 +177,8 @@ def coupling(data_root: Data, draws: Draws = 3) -> None:
             head, seconds = trained(split, method, changes, seed)
             test = test_images(tuple(split.test))
             logits = torch.from_numpy(outputs_of_loader(head, test, EVAL_BATCH).logits)
-            sizes = (p.numel() for part, p in head.named_parameters() if part.startswith(head.trained))
+            own = head.to_state()
+            sizes = (parameter.numel() for part, parameter in head.named_parameters() if part in own)
             table.add([(*key, top1(logits, test.labels), len(logits), sum(sizes), seconds)])
 
 
