@@ -110,6 +110,7 @@ def locked(file: Path, taken: str, seconds: float = 0.1) -> Iterator[None]:
     where the file system has none."""
     from huggingface_hub.utils import WeakFileLock  # slow to import
 
+    is_new = not file.parent.exists()
     with ExitStack() as stack:
         with writing_to(file.parent):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -122,6 +123,8 @@ def locked(file: Path, taken: str, seconds: float = 0.1) -> Iterator[None]:
         finally:
             with suppress(OSError):  # Windows keeps a file that is open
                 file.unlink()
+                if is_new:
+                    file.parent.rmdir()  # which fails unless nothing was written there
 
 
 _alone: ContextVar[frozenset[Path]] = ContextVar("_alone", default=frozenset())  # folders whose lock this thread has
