@@ -267,7 +267,7 @@ def test_a_stopped_training_goes_on_with_the_same_images_only(pictures, small_mo
     with pytest.raises(KeyboardInterrupt):
         dcp_zoo.train(small_model, images, labels, callbacks=[stop], **options)
     others = [*images[:-1], Image.new("RGB", images[-1].size)]
-    with pytest.raises(ZooError, match=r"the state of another run: hash of the images \w{12} instead of \w{12}\. To"):
+    with pytest.raises(ZooError, match="another run, which differs in .*image_hashes. To resume"):
         dcp_zoo.train(small_model, others, labels, **options)
     head = dcp_zoo.train(small_model, [image.copy() for image in images], labels, **options)
     assert head.info["subset_sha256"] != dcp_zoo.train(small_model, others, labels, method="gda").info["subset_sha256"]

@@ -206,7 +206,7 @@ def test_gaussian_discriminant_without_spread_finds_the_nearest_mean(copies):
     means, queries = F.normalize(torch.randn(5, 16), dim=-1), F.normalize(torch.randn(40, 16), dim=-1)
     rows = means.repeat(copies, 1)
     rows += 1e-8 * torch.randn_like(rows) * (copies > 1)
-    weight, bias = gaussian_discriminant(rows, torch.arange(5).repeat(copies), 5)
+    weight, bias = gaussian_discriminant(rows[None], torch.arange(5).repeat(copies), 5)
     assert torch.equal((queries @ weight.T + bias).argmax(-1), torch.cdist(queries, means).argmin(-1))
     assert 1 < weight.norm(dim=-1).mean() < 100
 
@@ -216,7 +216,7 @@ def test_gaussian_discriminant_of_more_images_than_features():
     torch.manual_seed(0)
     x = F.normalize(torch.randn(200, 8, dtype=torch.float64) + 3, dim=-1)  # in a cone, as CLIP's features
     y = torch.arange(200) % 5
-    for found, wanted in zip(gaussian_discriminant(x, y, 5), gaussian(x, y, 5), strict=True):
+    for found, wanted in zip(gaussian_discriminant(x[None], y, 5), gaussian(x, y, 5), strict=True):
         assert close(found, wanted, 1e-9)
 
 
@@ -277,7 +277,7 @@ def test_gda_without_validation_images_leaves_training_images_out(clip, photos):
     hits = [int(((cosine(clip, x, texts) + alpha * scores).argmax(-1) == y).sum()) for alpha in ALPHAS]
     assert fit_head("gda", given).info == {"alpha": ALPHAS[hits.index(max(hits))], "selection": "cross-validation"}
     found = fit_head("gda", replace(given, images=given.images.of([0, 1, 2]))).info["alpha"]
-    weight, bias = gaussian_discriminant(x[:3], y[:3], 3)
+    weight, bias = gaussian_discriminant(x[None, :3], y[:3], 3)
     spread = (x[:3] @ weight.T + bias).std().item()
     assert 2 * found * spread == pytest.approx(cosine(clip, x[:3], texts).std().item(), rel=1e-3)
 
@@ -290,7 +290,7 @@ def test_gda_chooses_alpha_on_images_as_they_are(clip, photos):
     given = replace(given, images=given.images.of([0, 1, 2]))
     views = crop_views(2, given.seed)
     crops = given.images.table(views=views).embeddings.rows(*views)
-    weight, bias = gaussian_discriminant(crops.flatten(0, 1), y.repeat(2), 3)
+    weight, bias = gaussian_discriminant(crops, y, 3)
     spread = (x @ weight.T + bias).std().item()
     found = fit_head("gda", given).info["alpha"]
     assert 2 * found * spread == pytest.approx(cosine(clip, x, texts).std().item(), rel=1e-3)

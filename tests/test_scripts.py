@@ -236,6 +236,6 @@ def test_image_features_alone_are_enough_for_gda(folder, run):
     assert sweep(run, folder, "--methods", "gda", "--set", "text=false")[0] == 0
     (row,) = read_csv(folder / "sweep" / "results.csv")
     train, test = (F.normalize(torch.from_numpy(arrays[f"{p}_vector"]).float(), dim=-1) for p in ("train4", "test"))
-    weight, bias = gaussian_discriminant(train, torch.from_numpy(arrays["train4_label"]), C)
+    weight, bias = gaussian_discriminant(train[None], torch.from_numpy(arrays["train4_label"]), C)
     hits = (test @ weight.T + bias).argmax(-1).numpy() == arrays["test_label"]
     assert float(row["top1"]) == round(100 * hits.mean(), 2)

@@ -207,7 +207,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
             labels = labels.astype(object)
             labels[outputs.rejected] = None
         if broken.any():
-            labels = labels if labels.dtype.kind == "f" else labels.astype(object)
+            labels = labels.astype(object)
             labels[broken] = np.nan
         return labels
 
@@ -246,7 +246,7 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         info: Values = {}
         labels = self.classes_.tolist()
         if labels != model.classnames:
-            info[LABELS] = [list(pair) for pair in zip(model.classnames, labels, strict=True)]
+            info[LABELS] = list(zip(model.classnames, labels, strict=True))
         return model.save_pretrained(folder, overwrite=overwrite, **info)
 
     @classmethod
@@ -308,10 +308,10 @@ def weighted(split: Split, sample_weight: Weights) -> tuple[Split, tuple[float, 
     weights = np.asarray(sample_weight, float)
     if weights.shape != (len(split.train),) or not np.isfinite(weights).all() or (weights < 0).any():
         raise ZooError(f"sample_weight needs {len(split.train)} numbers from 0, one per image.")
-    items = list(compress(split.train, weights))
-    if len({item.label for item in items}) < 2:
+    used = replace(split, train=list(compress(split.train, weights)))
+    if len({item.label for item in used.train}) < 2:
         raise ZooError("sample_weight leaves images of fewer than two classes: raise some of the weights above 0.")
-    return replace(split, train=items), tuple(weights[weights > 0].tolist())
+    return used, tuple(weights[weights > 0].tolist())
 
 
 def seed_of(random_state: object) -> int:

@@ -47,23 +47,19 @@ def labelled(
         if len(names) != len(items):
             raise ZooError(f"{len(items)} images need as many groups, not {len(names)}.")
         items = [item._replace(group=f"given {name}") for item, name in zip(items, names, strict=True)]
-    has_class = [not (isinstance(label, str) and is_none(label)) for label in labels]
-    of_classes = labels if all(has_class) else list(compress(labels, has_class))
-    classes, indices = np.unique(np.asarray(of_classes), return_inverse=True)
+    is_example = np.array([isinstance(label, str) and is_none(label) for label in labels])
+    classes, indices = np.unique(list(compress(labels, ~is_example)), return_inverse=True)
     if len(classes) < 2:
         raise ZooError(f"Training needs at least two classes, not {len(classes)}.")
-    in_classes = compress(items, has_class)
-    in_their_classes = [item._replace(label=i) for item, i in zip(in_classes, indices.tolist(), strict=True)]
-    none = [item for item, has in zip(items, has_class, strict=True) if not has]
-    return classes, Split(OWN_IMAGES, _names(classes, classnames), in_their_classes, no_class=none)
+    of_classes = compress(items, ~is_example)
+    train = [item._replace(label=i) for item, i in zip(of_classes, indices.tolist(), strict=True)]
+    no_class = list(compress(items, is_example))
+    return classes, Split(OWN_IMAGES, _names(classes, classnames), train, no_class=no_class)
 
 
 def with_classes(images: Images, labels: Labels, classes: Sequence[Any], names: Sequence[str] = ()) -> list[Item]:
     """Images with their labels among known classes: these, as text, too, or their `names`."""
-    index: dict[Any, int] = {name: i for i, name in enumerate(names)}
-    for i, label in enumerate(classes):
-        index |= {str(label): i, label: i}
-    return _in_classes(*with_labels(images, labels), index, classes)
+    return _in_classes(*with_labels(images, labels), classes, names)
 
 
 def among(items: Sequence[Item], names: Sequence[str], classes: Sequence[str]) -> list[Item]:
@@ -71,15 +67,16 @@ def among(items: Sequence[Item], names: Sequence[str], classes: Sequence[str]) -
     image of a class that it does not have."""
     if list(names) == list(classes):  # of which some may be repeated
         return list(items)
-    index = {label: i for i, label in enumerate(classes)}
-    return _in_classes(items, [names[item.label] for item in items], index, classes)
+    return _in_classes(items, [names[item.label] for item in items], classes)
 
 
 def _in_classes(
-    items: Sequence[Item], labels: Sequence[Any], index: Mapping[Any, int], classes: Sequence[Any]
+    items: Sequence[Item], labels: Sequence[Any], classes: Sequence[Any], names: Sequence[str] = ()
 ) -> list[Item]:
-    """Images in the classes of their labels, by the index of labels; ZooError for a label of no class, or of
-    several."""
+    """Images in the classes of their labels; ZooError for a label of no class, or of several."""
+    index: dict[Any, int] = {name: i for i, name in enumerate(names)}
+    for i, label in enumerate(classes):
+        index |= {str(label): i, label: i}
     unknown = sorted({str(label) for label in labels if label not in index})
     if unknown:
         known = shorten([str(label) for label in classes])

@@ -334,15 +334,6 @@ def image_hashes(items: Sequence[Item], known: Mapping[str, Facts] | None = None
     return {kind: " ".join(name[:DIGITS] for name in names) for kind, names in hashes.items() if names}
 
 
-def in_several_classes(items: Sequence[Item], hashes: Mapping[str, str]) -> list[list[Item]]:
-    """The items that are the same image with several labels, by the `image_hashes` of all."""
-    names = " ".join(hashes.values()).split()
-    same = defaultdict[str, list[Item]](list)
-    for name, item in zip(names, sorted(items, key=lambda item: not item.is_file), strict=False):  # files come first
-        same[name].append(item)
-    return [images for images in same.values() if len({item.label for item in images}) > 1]
-
-
 def not_trained_on(items: Sequence[Item], info: Values) -> list[Item]:
     """The images that are not among the training images in a head's `info`."""
     hashes = info.get("image_hashes", {})

@@ -24,7 +24,6 @@ from dcp_zoo.data.images import Facts
 from dcp_zoo.data.splits import (
     all_for_training,
     image_hashes,
-    in_several_classes,
     subset_sha256,
     training_split,
     warn_of_numbers,
@@ -44,7 +43,7 @@ from dcp_zoo.features import (
     shared_features,
 )
 from dcp_zoo.fields import Values
-from dcp_zoo.files import alone_in, text_sha256
+from dcp_zoo.files import alone_in
 from dcp_zoo.heads.config import MEASURED, NO_CLASSIFIER
 from dcp_zoo.heads.head import Head
 from dcp_zoo.probe.folds import all_but, folds
@@ -164,27 +163,23 @@ class Run:
         if self.is_own:
             counts = Counter(item.label for item in subset.train)
             stored["class_images"] = {name: counts[label] for label, name in enumerate(subset.classnames)}
-            stored["image_hashes"] = image_hashes(learnt_from(subset), facts)
+            stored["image_hashes"] = image_hashes(subset.train + subset.val + subset.no_class, facts)
         if self.test_share is not None:
             stored["test_share"] = self.test_share
         stored["recipe"] = self.recipe_with_epochs.training | {"precision": self.precision}
         return stored
 
     def identity(self, source: "Source") -> Values:
-        """What the state of a training belongs to: its `info`, with one hash of its images in place of
-        several, and more. The state of another run is rejected."""
+        """What the state of a training belongs to: its `info`, and more. The state of another run is rejected."""
         info = self.info(source.facts)
-        of_images = [info.pop(name, None) for name in ("split_sha256", "subset_sha256", "image_hashes")]
-        del info["recipe"]
+        del info["recipe"]  # of which this has all fields
         clip = source.clip
         return {
             **info,
             **self.recipe_with_epochs.as_dict(),
             "precision": self.precision,
-            "hash of the images": text_sha256(repr(of_images))[:12],
             "model": self.model,
             "method": self.method,
-            "clip": clip.source,
             "CLIP weights": clip.fingerprint(),
             "CLIP architecture": construction(clip.clip),
             "preprocessing": clip.preprocessing,
@@ -319,7 +314,7 @@ def train_head(
         evaluation = _measure(run, head, task, options, source, by_folds)
         if run.is_own and run.test_share != 0 and not evaluation:
             options.log("There are too few images, or groups, of a class to leave any out: the accuracy is not known.")
-        _save(run, head, output)
+        _save(head, output)
         if evaluation:  # last, as a report that cannot be written must not cost the head
             options.show(evaluation)
     return head, head.info.get("metrics", {})
@@ -385,16 +380,10 @@ def _measure(
     return evaluation
 
 
-def _save(run: Run, head: Head, output: Path | None) -> None:
-    """Save a head that is measured; a warning for own training images that are in several classes."""
+def _save(head: Head, output: Path | None) -> None:
+    """Save a head that is measured."""
     if head.text_probe is not None:
         head.text_probe.held_out = None
-    if run.needs_images:
-        several = in_several_classes(learnt_from(run.subset), head.info.get("image_hashes", {}))
-        pairs = [f"{group[0].name} and {group[1].name}" for group in several]
-        if pairs:
-            problem = f"The same image is in several classes: {shorten(pairs)}"
-            warn(f"{problem}. Leave out the wrong ones: a head learns both.")
     if output:
         head.save_pretrained(output, overwrite=True)  # as was checked before
         remove_state(output)
@@ -413,23 +402,17 @@ def _tell_smallest(subset: Split, evaluation: Evaluation, log: Log) -> None:
         log(f"smallest classes: {shorten(told)}")
 
 
-def learnt_from(subset: Split) -> list[Item]:
-    """All images that a head is fitted to or chosen by, the examples of no class included."""
-    return subset.train + subset.val + subset.no_class
-
-
 def _warn_of_shared_groups(given: Sequence[Item], train: ImageLoader, test: ImageLoader) -> None:
     """Warn of test images that were taken together with training images, which are `given` without the
     groups that were found. How accurate the head is without them is not said: there may be others that are
     not found."""
     both = group_images([train.with_items(given), test])
-    first = {item.group: item for item in reversed(both[: len(train.items)]) if item.group}
-    shared = [item for item in both[len(train.items) :] if item.group in first]
+    groups = {item.group for item in both[: len(train)] if item.group}
+    shared = [item.name for item in both[len(train) :] if item.group in groups]
     if shared:
-        pair = f"{shared[0].name} and {first[shared[0].group].name}"
         warn(
-            f"{len(shared)} of {len(test.items)} test images were taken together with training images or are copies of "
-            f"them, such as {pair}: the accuracy is too high. Keep such images in one part."
+            f"{len(shared)} of {len(test)} test images were taken together with training images or are copies of them, "
+            f"such as {shared[0]}: the accuracy is too high. Keep such images in one part."
         )
 
 
@@ -499,7 +482,7 @@ def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> t
         options.log(f"Refitting on all {len(final.split.train):,} images; the first fit took {took}.")
         head, _ = _fit(final, output, options, source)
         head.info |= {name: value for name, value in first.info.items() if name in MEASURED}
-        _save(final, head, output)
+        _save(head, output)
         shutil.rmtree(measured_in, ignore_errors=True)
         if evaluation:
             options.show(evaluation)

@@ -147,10 +147,9 @@ class TrainingState:
             saved = state["run"]
         names = [name for name in {**saved, **self.run} if saved.get(name) != self.run.get(name)]
         if names:
-            different = [f"{name} {saved.get(name)} instead of {self.run.get(name)}" for name in names]
             raise ZooError(
-                f"{self.path} is the state of another run: {'; '.join(different)}. To resume, repeat its command; "
-                "otherwise choose another --output, or pass --overwrite."
+                f"{self.path} is the state of another run, which differs in {', '.join(names)}. To resume, repeat its "
+                "command; otherwise choose another --output, or pass --overwrite."
             )
         return state
 

@@ -112,28 +112,25 @@ class Task:
         features = self.images.table([plain_reading(clip or self.clip)], self.images.training_views).embeddings
         return ImageLoader.of_features(features, self.images.augment)
 
-    def linear_head(
-        self, weight: Tensor, bias: Tensor, *, clip: FrozenCLIP | None = None, texts: Texts = ""
-    ) -> LinearHead:
-        """A head with this classifier, weight (C, E) and bias (C,).
+    def linear_head(self, weight: Tensor, bias: Tensor) -> LinearHead:
+        """A head with this classifier, weight (C, E) and bias (C,), of these classes alone."""
+        return LinearHead(self.clip, self.classnames, weight, bias)
+
+    def text_head(self, text: Tensor, *, clip: FrozenCLIP | None = None, texts: Texts = "") -> LinearHead:
+        """A head whose logits are exp(logit_scale) times the cosine with normalised text features (C, E).
 
         Args:
             clip: a copy of the task's CLIP that the method trained. Default: the task's.
             texts: what CLIP reads of new classes: a template, or sentences. Default: the head is limited to
                 its classes.
         """
-        if clip is None:
-            return LinearHead(self.clip, self.classnames, weight, bias, texts=texts)
-        before = self.clip.clip.state_dict()
-        after = clip.clip.state_dict()
-        changed = [name for name in before if not torch.equal(after[name], before[name])]
+        changed: list[str] = []
+        if clip is not None:
+            before = self.clip.clip.state_dict()
+            changed = [name for name, after in clip.clip.state_dict().items() if not torch.equal(after, before[name])]
         original = self.clip if changed else None
         if not texts:  # the text tower is not read again
             changed = [name for name in changed if name.startswith("visual.")]
+        clip = clip or self.clip
+        weight, bias = clip.scaled(text)
         return LinearHead(clip, self.classnames, weight, bias, texts=texts, changed=changed, original=original)
-
-    def text_head(self, text: Tensor, *, clip: FrozenCLIP | None = None, texts: Texts = "") -> LinearHead:
-        """`linear_head` whose logits are exp(logit_scale) times the cosine with normalised text features (C,
-        E)."""
-        weight, bias = (clip or self.clip).scaled(text)
-        return self.linear_head(weight, bias, clip=clip, texts=texts)

@@ -227,7 +227,7 @@ def fit_gda(task: Task) -> LinearHead:
     recipe: GDARecipe = task.recipe
     text = task.text
     views = task.train.rows(*augmented(task))  # (V, n, E)
-    weight, bias = gaussian_of_views(views, task.train.labels, len(text))
+    weight, bias = gaussian_discriminant(views, task.train.labels, len(text))
     alpha = recipe.alpha
     info = dict[str, str]()
     if alpha is None:
@@ -265,7 +265,7 @@ def chosen_alpha(task: Task, text: Tensor, views: Tensor, weight: Tensor, bias: 
         return best(val, val @ weight.T + bias, task.val.labels), {}
 
     def fit_without_plain(views: Tensor, labels: Tensor) -> WeightAndBias:
-        return gaussian_of_views(views[1:], labels, len(text))
+        return gaussian_discriminant(views[1:], labels, len(text))
 
     # the first view is the one that is scored, the others are fitted to
     held_out = left_out(torch.cat([unaugmented[None], views]), labels, task.train.groups, fit_without_plain)
@@ -276,18 +276,16 @@ def chosen_alpha(task: Task, text: Tensor, views: Tensor, weight: Tensor, bias: 
     return (zero_shot(unaugmented).std() / 2 / spread.clamp(min=1e-6)).item(), {}
 
 
-def gaussian_of_views(views: Tensor, labels: Tensor, classes: int) -> WeightAndBias:
-    """`gaussian_discriminant` of features (V, n, E), each view of an image being a row of its own."""
-    return gaussian_discriminant(views.flatten(0, 1), labels.repeat(len(views)), classes)
-
-
-def gaussian_discriminant(features: Tensor, labels: Tensor, classes: int) -> WeightAndBias:
-    """The linear classifier of equally likely Gaussian classes with a shared covariance, from features (n,
-    E), where n may be smaller than E, and labels (n,): weight (C, E), whose rows are m_c P, and bias (C,),
-    -m_c P m_c / 2. Computed in float64 on the CPU. ZooError for a class without features."""
-    means = class_means(features, labels, classes)
-    weight = means @ shared_precision(features, labels, means)
-    return weight.to(features), -(weight * means).sum(-1).to(features) / 2
+def gaussian_discriminant(views: Tensor, labels: Tensor, classes: int) -> WeightAndBias:
+    """The linear classifier of equally likely Gaussian classes with a shared covariance, from features (V, n, E),
+    each view of an image being a row of its own, and labels (n,); rows may be fewer than E: weight (C, E), whose
+    rows are m_c P, and bias (C,), -m_c P m_c / 2. Computed in float64 on the CPU. ZooError for a class without
+    features."""
+    rows = views.flatten(0, 1)
+    labels = labels.repeat(len(views))
+    means = class_means(rows, labels, classes)
+    weight = means @ shared_precision(rows, labels, means)
+    return weight.to(rows), -(weight * means).sum(-1).to(rows) / 2
 
 
 def shared_precision(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
