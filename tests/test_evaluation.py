@@ -18,8 +18,10 @@ from dcp_zoo import FewShotClassifier
 from dcp_zoo.accuracy import Accuracy
 from dcp_zoo.answers import Outputs
 from dcp_zoo.data import Item, load_split
+from dcp_zoo.data.packaged import sample_images
+from dcp_zoo.features import FeatureExtractor, ImageLoader, Photos
 from dcp_zoo.heads.config import read_config
-from dcp_zoo.training.evaluation import Confusion, Evaluation
+from dcp_zoo.training.evaluation import Confusion, Evaluation, evaluations
 from dcp_zoo.training.mistakes import write_mistakes
 
 
@@ -36,6 +38,20 @@ def evaluation(tmp_path) -> Evaluation:
     for row, (label, value) in zip(logits, answers, strict=True):
         row[label] = value
     return Evaluation(["cat", "dog & co", "owl"], items, logits)
+
+
+@pytest.mark.filterwarnings("ignore:dcp_mini:dcp_zoo.errors.ZooWarning")
+def test_a_head_is_measured_as_in_eval_mode_and_a_layer_of_its_own_in_no_other_way():
+    """In training mode, too, by the stored statistics; a layer answers with and without a text probe alike."""
+    head = dcp_zoo.create_model("dcp_mini", "caltech101-16shot").train()
+    images = ImageLoader(
+        Photos([Item(path, path, i % 2) for i, path in enumerate(sample_images()[:2])]),
+        FeatureExtractor(head.frozen),
+    )
+    told = next(iter(evaluations(head, images, all_modes=False).values()))
+    assert torch.equal(told.logits, next(iter(evaluations(head.eval(), images).values())).logits)
+    head.reset_classifier(2)
+    assert {one.logits.shape for one in evaluations(head, images).values()} == {(2, 2)}
 
 
 def test_the_interval_is_wilsons():

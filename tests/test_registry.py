@@ -89,6 +89,9 @@ def test_pretrained_means_can_be_loaded(monkeypatch):
     with pytest.raises(ZooError, match="bundled, published, planned"):
         dcp_zoo.list_heads(status="trained")
     assert (get_head("dcp_vitb16.dtd-4shot-seed2").seed, get_head("dcp_vitb16.dtd-4shot").seed) == (2, 1)
+    for alias in ("dcp_vitb16.dtd-04shot", "dcp_vitb16.dtd-4shot-seed02", "dcp_vitb16.dtd-0shot"):
+        with pytest.raises(ZooError):
+            get_head(alias)
     monkeypatch.setenv("DCP_ZOO_HUB_ORG", "us")
     assert get_head("dcp_vitb16.dtd-4shot-seed3").place[0] == "us/dcp_vitb16.dtd-4shot-seed3"
 

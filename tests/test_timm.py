@@ -214,8 +214,18 @@ def test_features_the_head_and_another_classifier():
         head.reset_classifier(count)
         assert head(IMAGES).shape == (2, count or head.num_features)
     assert "metrics" not in head.info
+    for wrong in ([], ["cat", ""], -1, 2.5):
+        with pytest.raises((ZooError, TypeError)):
+            head.reset_classifier(wrong)
+        assert head.fc is not None, "the layer, which may be trained, is still there"
+    head.classes = [*"abcdefg"]
+    assert head.classnames == [*"abcdefg"]
     head.reset_classifier(names)
     torch.testing.assert_close(head(IMAGES), logits)
+    with pytest.raises(ZooError, match="set_classnames"):  # logits would have the wrong names
+        head.classes = names[::-1]
+    head.classes.reverse()
+    assert head.classnames == names
 
 
 @pytest.fixture(scope="module")
@@ -391,6 +401,8 @@ def test_a_state_brings_its_statistics_or_their_absence(golden, with_stats, assi
     model, expected = small_model(golden, seed=2, with_statistics=not assign), logits(with_stats)
     state = {name: t.clone() for name, t in with_stats.state_dict().items()}
     model.load_state_dict(state, strict=True, assign=assign)
+    with pytest.raises(RuntimeError, match="stored_stats"):
+        model.load_state_dict(state | {"stored_stats": state["stored_stats"][:1]}, assign=assign)
     assert model.stats == "stored"
     assert matches_alone(model, expected)
     assert (model.stored_stats is state["stored_stats"]) == assign

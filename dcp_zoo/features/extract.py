@@ -156,7 +156,7 @@ class FeatureExtractor:
             if view.seed is not None:
                 shown[view] = self._crops(images, photos, view)
             else:
-                shown[view] = plain.flip(-1) if view == MIRRORED else plain
+                shown[view] = {PLAIN: plain, MIRRORED: plain.flip(-1)}[view]
         return shown
 
     def _crops(self, images: Mapping[int, Any], photos: Photos, view: View) -> Tensor:

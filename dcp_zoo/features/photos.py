@@ -49,7 +49,7 @@ class Photos:
     def __init__(self, items: Sequence[Item], keep: int = 0, facts: dict[str, Facts] | None = None) -> None:
         self.items = items
         self.facts = facts
-        self._capacity = keep  # bytes that are left
+        self._capacity = [keep]  # bytes that are left: in a list, as copies share it like the images
         # by the id of what an image was read from, which is kept beside it, as ids of what is gone are used again
         self._decoded: dict[int, tuple[Any, Image.Image]] = {}
 
@@ -83,8 +83,8 @@ class Photos:
         else:
             image, self.facts[item.key] = load_with_facts(item.path)
         size = 3 * image.width * image.height
-        if size <= self._capacity:
-            self._capacity -= size
+        if size <= self._capacity[0]:
+            self._capacity[0] -= size
             self._decoded[id(item.path)] = item.path, image
         return image
 

@@ -387,14 +387,16 @@ class DCP(Head):
             for _ in self.couple(measured):
                 pass
         self.stored_stats = torch.stack(measured.stats) if measured.stats else None
+        self._drop_measured()  # by other statistics
 
     def _load_from_state_dict(self, state_dict: Values, prefix: str, *args: Any) -> None:
         """A state with statistics brings them; one with prompts alone leaves none behind."""
-        known = state_dict.keys() & {f"{prefix}stored_stats", f"{prefix}prompts.text"}
-        if known:
-            prompts = self.prompts["vision"]
-            unknown = prompts.new_empty(self.num_coupled, *prompts.shape)
-            self.stored_stats = unknown if f"{prefix}stored_stats" in known else None
+        prompts = self.prompts["vision"]
+        stats = state_dict.get(f"{prefix}stored_stats")
+        if stats is not None and stats.shape == (self.num_coupled, *prompts.shape):  # others are refused by torch
+            self.stored_stats = prompts.new_empty(stats.shape)
+        elif stats is None and f"{prefix}prompts.text" in state_dict:
+            self.stored_stats = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _set_method_classes(self, names: list[str], texts: Texts) -> None:

@@ -15,6 +15,7 @@ prompts or by CLIP's weights, a text probe also reads plain CLIP, from inside it
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -102,7 +103,7 @@ class Head(Intermediates, ABC):
         self._original = original
         self.text_probe: TextProbe | None = None
         self.fc: nn.Linear | None = None
-        self.classes = list[str]()
+        self._classes = list[str]()
         self.method_classes = list[str]()  # of the method's own classifier, while `reset_classifier` has replaced it
         self.texts: Texts = TEMPLATE
         self.template = TEMPLATE
@@ -394,6 +395,16 @@ class Head(Intermediates, ABC):
             problem = f"This head has a linear layer for {shorten(self.classes, 5)}, which reads no names"
             raise ZooError(f"{problem}. Let CLIP read them: model.reset_classifier([...]).")
 
+    @property
+    def classes(self) -> list[str]:
+        return list(self._classes)
+
+    @classes.setter
+    def classes(self, names: Sequence[str]) -> None:
+        if self.fc is None or len(names) != self.fc.out_features:
+            raise ZooError("Only the classes of a layer `fc` can be set, as many as it has: call set_classnames.")
+        self._classes = list(names)
+
     def reset_classifier(self, num_classes: int | Sequence[str], global_pool: str | None = None) -> None:
         """Classify into other classes. ZooError for another pooling than "token".
 
@@ -404,23 +415,24 @@ class Head(Intermediates, ABC):
             global_pool: None or "token".
         """
         check_choice("global_pool", global_pool, (None, "token"))  # CLIP pools its class token
-        if not isinstance(num_classes, int):
+        if isinstance(num_classes, Sequence):
+            self._set_method_classes(check_classnames(num_classes), self.texts or TEMPLATE)
             self._restore()
-            self.set_classnames(num_classes)
             return
-        check_range("num_classes", num_classes, 0)
+        n = index(num_classes)
+        check_range("num_classes", n, 0)
         self._restore()
-        self.classes = [f"class {i}" for i in range(num_classes)]
-        if num_classes:
+        self._classes = [f"class {i}" for i in range(n)]
+        if n:
             dtype = self.encoder.clip.logit_scale.dtype
-            self.fc = nn.Linear(self.num_features, num_classes, device=self.device, dtype=dtype)
+            self.fc = nn.Linear(self.num_features, n, device=self.device, dtype=dtype)
             self._drop_measured()
 
     def _restore(self) -> None:
         """Classify by the head's own classifier."""
         del self.fc  # torch would drop the weights of a state for a module that it knows as None
         self.fc = None
-        self.classes = self.method_classes
+        self._classes = self.method_classes
 
     def drop_text_probe(self) -> None:
         """Classify by the method alone, if there is a text probe; the accuracy is then what was measured
@@ -441,7 +453,7 @@ class Head(Intermediates, ABC):
         if probe is not None and not same_texts(probe.classes, texts, self.texts):
             probe.threshold = torch.full_like(probe.threshold, NEVER)
         is_same = sorted(classes) == sorted(self.method_classes) and same_texts(classes, texts, self.texts)
-        self.classes = classes
+        self._classes = classes
         self.method_classes = classes
         self.texts = texts
         if not is_same:
@@ -514,7 +526,7 @@ class Head(Intermediates, ABC):
         sentences = self.texts if isinstance(self.texts, Mapping) else None
         class_texts(classes, sentences or block["texts"])
         self._restore()
-        self.classes = []
+        self._classes = []
         self.method_classes = own_names(config)  # those of the tensors
         self.texts = block["texts"]
         if "fc.weight" in state:
@@ -524,7 +536,7 @@ class Head(Intermediates, ABC):
         self.info = without(block, OWN)
         self._set_method_classes(classes, sentences or self.texts)
         if self.fc is not None:
-            self.classes = config["label_names"]
+            self._classes = config["label_names"]
         self.pretrained_cfg = preprocessing_in(config["pretrained_cfg"])
         self.saved_as |= {config["weights_sha256"]}
 

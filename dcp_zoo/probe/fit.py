@@ -96,7 +96,7 @@ def fit_on_features(
         groups = torch.arange(len(labels))
     training_sets = _training_sets(labels, readings, shares(groups, weights), total)
     frozen = training_sets[-1]  # what the method has not changed
-    if unseen is not None and not torch.equal(unseen[0], frozen.text[0]):
+    if unseen is not None and not all(map(torch.equal, unseen, frozen.text)):
         frozen = replace(frozen, text=unseen)
     scale = frozen.scales(frozen.all)
     folds_out = folds(labels, groups)
@@ -119,10 +119,10 @@ def fit_on_features(
         logits, text_logits, bias = validation.logits(inverse_temperature)
         probe.bias += bias
         info |= _set_threshold(probe, validation, logits, text_logits, typical, examples)
-    if describes and "thresholds" in info:
-        scores = _scores_of_unknown(probe, frozen, scale, sharpened, bias)
-        if scores:
-            info["like_accepted"] = share_above(info["thresholds"], np.concatenate(scores))
+        if describes and "thresholds" in info:
+            scores = _scores_of_unknown(probe, frozen, scale, sharpened, bias)
+            if scores:
+                info["like_accepted"] = share_above(info["thresholds"], np.concatenate(scores))
     return probe, info
 
 

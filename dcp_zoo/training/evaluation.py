@@ -185,16 +185,15 @@ def evaluations(
     statistics, where it also says which images it rejects, with those of batches as the release evaluates,
     and without the text probe. With `all_modes` False, only as the head is."""
     thresholds = Thresholds(None if head.cannot_reject else head.rejection_threshold())
-    modes = head.stats_modes if all_modes else [head.stats]
     view = copy.copy(head)  # with the same tensors, and statistics of its own
     outputs: dict[str, Outputs] = {}
     without_probe: dict[str, Outputs] = {}
     with in_eval_mode(view):
-        for stats in modes:
+        for stats in head.stats_modes if all_modes else [view.stats]:
             view.stats = stats
             outputs[stats] = outputs_of_loader(view, images, batch_size, thresholds)
             features = outputs[stats].features
-            if all_modes and features is not None and view.text_probe is not None:
+            if all_modes and features is not None and view.text_probe is not None and view.fc is None:
                 weight, bias = (part.detach().float().cpu() for part in view.method_linear())
                 own = torch.from_numpy(features[:, : weight.shape[1]]) * math.sqrt(parts_of(view.readings))
                 without_probe[NO_CLASSIFIER] = Outputs(F.linear(own, weight, bias).numpy())

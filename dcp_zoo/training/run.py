@@ -392,7 +392,7 @@ def _save(head: Head, output: Path | None) -> None:
 def _tell_smallest(subset: Split, evaluation: Evaluation, log: Log) -> None:
     """Log the recall of the smallest classes, if they have at most half of the images of the largest."""
     sizes = Counter(subset.classnames[item.label] for item in subset.train)
-    least = min(sizes.values())
+    least = min(sizes.values(), default=0)
     told = [
         f"{row.name} {least} image{'s' * (least > 1)}, recall {row.percent:.0f} %"
         for row in evaluation.per_class

@@ -64,7 +64,7 @@ class HeadEntry:
         """The head of a name `model.dataset-Kshot[-seedS]`, with what else is known of it; ZooError for other
         names."""
         model, _, tag = name.partition(".")
-        match = re.fullmatch(r"(\w+)-(\d+)shot(?:-seed(?!1$)(\d+))?", tag)  # no other name for the first seed
+        match = re.fullmatch(r"(\w+)-([1-9]\d*)shot(?:-seed(?!1$)([1-9]\d*))?", tag)  # no other name for the first seed
         if match is None:
             raise ZooError(f"{tag!r} is not the tag of a head: tags look like imagenet-16shot or eurosat-4shot-seed2.")
         dataset, shots, seed = match.groups(default="1")
