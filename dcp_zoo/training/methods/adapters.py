@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dcp_zoo.backbone.classes import class_texts
 from dcp_zoo.fields import option
 from dcp_zoo.heads.config import Abilities
 from dcp_zoo.heads.kinds import AdapterHead, LinearHead
@@ -36,13 +37,17 @@ class TaskResRecipe(RowsRecipe, optimizer="adam", lr=2e-3, epochs=200):
 def fit_taskres(task: Task) -> LinearHead:
     """TaskRes: a learned residual x of each class on its text features.
 
-    With image features f (B, E), text features t (C, E) as the tower gives them, not normalised (of sentences of
-    the classes their normalised mean), residuals x (C, E), at first 0, and s = exp(logit_scale):
+    With image features f (B, E), text features t (C, E) as the tower gives them, not normalised (the mean over
+    the sentences of a class), residuals x (C, E), at first 0, and s = exp(logit_scale):
 
         w_c      = t_c + alpha x_c
         logits_c = s f w_c^T / |w_c|                                         (B,)
     """
+    sentences, counts = class_texts(task.classnames, task.texts)
     text = task.clip.encode_sentences(task.classnames, task.texts)
+    if counts is not None:
+        raw = task.clip.encode_sentences(sentences, "{}")
+        text = torch.stack([of_class.mean(0) for of_class in raw.split(counts)])
     residuals = torch.zeros_like(text, requires_grad=True)
 
     def moved() -> Tensor:
