@@ -108,14 +108,17 @@ def test_one_image_per_class_trains_and_is_not_measured(run, flowers):
 
 
 def test_notes_are_of_the_head_that_is_saved(run, flowers):
-    """Not of those that folds measure, which have fewer images."""
+    """Not of those that folds measure, which have fewer images. One image in two classes is named."""
     for name in ("rose", "tulip"):
         for i in range(6, 10):
             photo(flowers / name / f"{i}.jpg", i)
     photo(flowers / "none of these" / "0.jpg")
+    shutil.copy(flowers / "rose" / "0.jpg", flowers / "tulip" / "0.jpg")
     code, out, err = run("train", flowers)
     assert (code, "are not used" in err, "will be refused" in out) == (0, False, False), err
     assert "It rejects what is much like its 1 examples" in " ".join(out.split())
+    pair = "The same image is in several classes: MY_PHOTOS/rose/0.jpg and MY_PHOTOS/tulip/0.jpg."
+    assert err.count(pair) == 1, err
 
 
 def test_photographs_of_one_group_are_on_one_side(run, flowers, small_model):

@@ -86,6 +86,11 @@ class Split:
         """Those, and the images of no class."""
         return self.items + self.no_class
 
+    @property
+    def learnt_from(self) -> list[Item]:
+        """All that a head is fitted to or chosen by."""
+        return self.train + self.val + self.no_class
+
     @cached_property
     def sha256(self) -> str:
         """Hash of a line `part<TAB>key<TAB>label<TAB>classname` for every image of train, then val,
@@ -332,6 +337,13 @@ def image_hashes(items: Sequence[Item], known: Mapping[str, Facts] | None = None
     pixels = [item.key for item in items if not item.is_file]
     hashes = {"files": files, "pixels": pixels}
     return {kind: " ".join(name[:DIGITS] for name in names) for kind, names in hashes.items() if names}
+
+
+def in_several_classes(items: Sequence[Item], hashes: Mapping[str, str]) -> list[list[Item]]:
+    """The items that are the same image with several labels, by the `image_hashes` of all."""
+    files_first = sorted(items, key=lambda item: not item.is_file)
+    same = by_key(files_first, " ".join(hashes.values()).split())
+    return [images for images in same.values() if len({item.label for item in images}) > 1]
 
 
 def not_trained_on(items: Sequence[Item], info: Values) -> list[Item]:

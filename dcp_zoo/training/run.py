@@ -24,6 +24,7 @@ from dcp_zoo.data.images import Facts
 from dcp_zoo.data.splits import (
     all_for_training,
     image_hashes,
+    in_several_classes,
     subset_sha256,
     training_split,
     warn_of_numbers,
@@ -163,7 +164,7 @@ class Run:
         if self.is_own:
             counts = Counter(item.label for item in subset.train)
             stored["class_images"] = {name: counts[label] for label, name in enumerate(subset.classnames)}
-            stored["image_hashes"] = image_hashes(subset.train + subset.val + subset.no_class, facts)
+            stored["image_hashes"] = image_hashes(subset.learnt_from, facts)
         if self.test_share is not None:
             stored["test_share"] = self.test_share
         stored["recipe"] = self.recipe_with_epochs.training | {"precision": self.precision}
@@ -314,7 +315,7 @@ def train_head(
         evaluation = _measure(run, head, task, options, source, by_folds)
         if run.is_own and run.test_share != 0 and not evaluation:
             options.log("There are too few images, or groups, of a class to leave any out: the accuracy is not known.")
-        _save(head, output)
+        _save(run, head, output)
         if evaluation:  # last, as a report that cannot be written must not cost the head
             options.show(evaluation)
     return head, head.info.get("metrics", {})
@@ -380,8 +381,13 @@ def _measure(
     return evaluation
 
 
-def _save(head: Head, output: Path | None) -> None:
-    """Save a head that is measured."""
+def _save(run: Run, head: Head, output: Path | None) -> None:
+    """Save a head that is measured; a warning for own images that are in several classes."""
+    if run.needs_images and run.is_own:
+        several = in_several_classes(run.subset.learnt_from, head.info["image_hashes"])
+        pairs = [f"{images[0].name} and {images[1].name}" for images in several]
+        if pairs:
+            warn(f"The same image is in several classes: {shorten(pairs)}. Leave out the wrong ones.")
     if head.text_probe is not None:
         head.text_probe.held_out = None
     if output:
@@ -482,7 +488,7 @@ def train_on_all(run: Run, output: Path, options: RunOptions | None = None) -> t
         options.log(f"Refitting on all {len(final.split.train):,} images; the first fit took {took}.")
         head, _ = _fit(final, output, options, source)
         head.info |= {name: value for name, value in first.info.items() if name in MEASURED}
-        _save(head, output)
+        _save(final, head, output)
         shutil.rmtree(measured_in, ignore_errors=True)
         if evaluation:
             options.show(evaluation)
