@@ -201,4 +201,5 @@ def text_sha256(text: str) -> str:
 
 def cache_folder(name: str) -> Path:
     """A folder in DCP_ZOO_CACHE or in the user's cache, which whoever writes there makes."""
-    return Path(os.environ.get("DCP_ZOO_CACHE") or "~/.cache/dcp_zoo").expanduser() / name
+    users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dcp_zoo")
+    return Path(os.environ.get("DCP_ZOO_CACHE") or users).expanduser() / name
