@@ -50,7 +50,7 @@ from dcp_zoo.probe.estimates import class_means, text_scale
 from dcp_zoo.probe.folds import left_out
 from dcp_zoo.training.evaluation import EVAL_BATCH
 from dcp_zoo.training.methods import METHODS, fit_head
-from dcp_zoo.training.methods.base import mirrored
+from dcp_zoo.training.methods.base import mirrored, plain
 from dcp_zoo.training.methods.linear import LinearProbeRecipe, regression
 from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.training.recipes import BaseRecipe
@@ -220,7 +220,7 @@ def loss_left_out(task: Task, recipe: LinearProbeRecipe) -> float:
 
 def to_nearest_mean(task: Task) -> LinearHead:
     """By the cosine with the mean of each class, as zero-shot CLIP by that with its text."""
-    table = replace(task, method=METHODS["ss-text"]).train
+    table = task.images.table(views=plain(task)).embeddings
     means = class_means(task.embeddings(table), table.labels, len(task.classnames))
     return task.text_head(F.normalize(means, dim=-1).float())
 
