@@ -63,6 +63,7 @@ def test_labels_are_checked(folder, pictures, fitted):
         ((paths, ["red"] * 8), "at least two classes"),
         ((folder, labels), "omit labels"),
         ((paths, [float("nan"), *labels[1:]]), "no label"),
+        ((paths, [0.5, *[1.0] * 7]), "Labels name classes, .* these are measurements"),
         ((np.ones((8, 20)), labels), r"an array \(H, W\) is one grey image, and features need another classifier"),
         (
             (np.full((8, 9, 9, 3), 300, np.uint16), labels),
@@ -76,6 +77,8 @@ def test_labels_are_checked(folder, pictures, fitted):
     ):
         with pytest.raises(ZooError, match=message):
             FewShotClassifier(method="zero-shot").fit(*args)
+    with pytest.raises(ZooError, match="gda has no epochs, after which to call callbacks"):
+        FewShotClassifier(method="gda", callbacks=[print]).fit(paths, labels)
     for names, message in ((["a", "b", "c"], "3 class names for 2 classes"), ({"red": "red"}, "no name for blue")):
         with pytest.raises(ZooError, match=message):
             FewShotClassifier(classnames=names).fit(paths, labels)

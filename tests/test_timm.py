@@ -278,6 +278,7 @@ def test_unsupported_arguments_are_rejected():
             {"features_only": True, "out_indices": (0, 6)},
             r"Unknown blocks \(0, 6\): feature index 6 is out of range \(0 to 5\)",
         ),
+        ({"dtype": "float16"}, "dtype='float16': .* Pass a torch.dtype"),
         ({"output_fmt": "NLC"}, "output_fmt and feature_cls are of feature maps: pass features_only=True"),
         ({"features_only": True, "feature_cls": "hook"}, "feature_cls 'hook'.* getter"),
     ):
@@ -302,8 +303,12 @@ def test_the_zoos_create_model_takes_timms_arguments(tmp_path, model):
     torch.save(model.state_dict(), file)
     assert same(dcp_zoo.create_model(DEFAULT, True, checkpoint_path=file).eval(), model)
     torch.save({}, file)
-    with pytest.raises(RuntimeError, match="Missing key"):
-        dcp_zoo.create_model("dcp_mini", checkpoint_path=file)
+    for wrong, message in (
+        (file, "Missing key"),
+        (tmp_path, "is no file with a state of this model: FileNotFoundError"),
+    ):
+        with pytest.raises(ZooError, match=message):
+            dcp_zoo.create_model("dcp_mini", checkpoint_path=wrong)
 
 
 @torch.inference_mode()

@@ -137,7 +137,6 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
         if sample_weight is not None:
             split, sample_weight = weighted(split, sample_weight)
         history: list[Epoch] = []
-        callbacks = [lambda model, epoch: history.append(epoch), *(self.callbacks or ())]
         with kept_features(self.memory):
             self.model_ = train_labelled(
                 split,
@@ -145,7 +144,8 @@ class FewShotClassifier(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Class
                 validation,
                 self.model,
                 self.method,
-                RunOptions(progress=self._progress(), callbacks=callbacks),
+                RunOptions(progress=self._progress(), callbacks=self.callbacks or ()),
+                history=lambda model, epoch: history.append(epoch),
                 recipe=self.recipe,
                 classifier=self.classifier,
                 device=self.device,

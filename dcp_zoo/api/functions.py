@@ -38,6 +38,7 @@ from dcp_zoo.threads import fair_threads
 from dcp_zoo.training.evaluation import Evaluation
 from dcp_zoo.training.methods.table import DEFAULT_METHOD, METHODS, RecipeLike
 from dcp_zoo.training.run import RunOptions, plan, train_head
+from dcp_zoo.training.task import Callback
 
 
 @fair_threads()
@@ -118,12 +119,14 @@ def train_labelled(
     settings: RunOptions,
     output: Path | None = None,
     *,
+    history: Callback | None = None,
     sample_weight: Sequence[float] | None = None,
     errors: str = "raise",
     **options: Any,
 ) -> Head:
     """A head trained on the images of `labelled`, with images for validation or None; `errors` as of `train`,
-    `sample_weight` one number for each image, and `options` as of `plan`."""
+    `sample_weight` one number for each image, and `options` as of `plan`. `history` is called after each epoch, if
+    there are any."""
     check_choice("errors", errors, ERRORS)
     items = split.train
     if validation is not None:
@@ -140,6 +143,8 @@ def train_labelled(
             raise ZooError(f"{method} does not support sample_weight: choose method={DEFAULT_METHOD!r}.")
         pairs = zip(items, sample_weight, strict=True)
         run = replace(run, sample_weight=tuple(weight for item, weight in pairs if item.key in readable))
+    if history and run.recipe.is_trained:
+        settings = replace(settings, callbacks=[history, *settings.callbacks])
     with all_named(run.split.all_items):
         return train_head(run, output, settings)[0]
 

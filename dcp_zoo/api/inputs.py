@@ -122,6 +122,8 @@ def with_labels(images: Images, labels: Labels, examples: bool = False) -> tuple
     values = np.asarray(labels)
     if values.ndim != 1:
         raise ZooError(f"Labels must be one-dimensional, not of shape {values.shape}.")
+    if values.dtype.kind == "f" and (values % 1).any():
+        raise ZooError("Labels name classes, by text or whole numbers: these are measurements.")
     last_label: dict[str, Any] = {}
     for item, label in zip(items, labels, strict=True):
         if item.is_file and last_label.setdefault(item.path, label) != label:

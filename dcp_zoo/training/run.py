@@ -322,8 +322,10 @@ def train_head(
 
 
 def _check(run: Run, output: Path | None, options: RunOptions) -> None:
-    """ZooError for an output folder that is not free."""
+    """ZooError for callbacks of a method without epochs, or an output folder that is not free."""
     resumes = run.recipe.is_trained
+    if options.callbacks and not resumes:
+        raise ZooError(f"{run.method} has no epochs, after which to call callbacks: use another method, such as dcp.")
     if output:
         if options.overwrite and resumes:
             remove_state(output)

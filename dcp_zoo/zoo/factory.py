@@ -19,7 +19,7 @@ from dcp_zoo.backbone.preprocessing import PREPROCESSING
 from dcp_zoo.backbone.tokens import Tokenizer
 from dcp_zoo.backbone.towers import FORMATS, take_blocks
 from dcp_zoo.data.images import crop, normalise
-from dcp_zoo.errors import ZooError, check_choice
+from dcp_zoo.errors import ZooError, as_zoo_error, check_choice
 from dcp_zoo.fields import Values
 from dcp_zoo.heads.config import without
 from dcp_zoo.heads.fused import FusedHead
@@ -96,8 +96,8 @@ def create_model(
         h, w), by block.
 
     Raises:
-        ZooError: unknown names, a head that has not been trained yet, options that do not fit.
-        RuntimeError, OSError: timm's and torch's own, of `checkpoint_path`, which does not fit or is not there.
+        ZooError: unknown names, a head that has not been trained yet, a checkpoint or options that do not
+            fit.
     """
     check_choice("classifier", classifier, (None, "none"))
     check_choice("feature_cls", feature_cls, (None, "getter"))
@@ -119,10 +119,12 @@ def create_model(
     if num_classes not in (None, model.num_classes):
         model.reset_classifier(num_classes)
     if checkpoint_path:
-        load_checkpoint(model, str(checkpoint_path), weights_only=True)
+        with as_zoo_error(f"{checkpoint_path} is no file with a state of this model: {{}}.", OSError, RuntimeError):
+            load_checkpoint(model, str(checkpoint_path), weights_only=True)
         if classifier == "none":
             model.drop_text_probe()
-    model.to(device=device, dtype=dtype)
+    with as_zoo_error(f"dtype={dtype!r}: {{}}. Pass a torch.dtype, such as torch.float16.", TypeError):
+        model.to(device=device, dtype=dtype)
     return feature_extractor(model, out_indices, output_fmt) if features_only else model
 
 
