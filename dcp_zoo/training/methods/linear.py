@@ -225,19 +225,19 @@ def fit_gda(task: Task) -> LinearHead:
     CLIP's twice the weight.
     """
     recipe: GDARecipe = task.recipe
-    text = task.text
+    device = task.clip.device
     views = task.train.rows(*augmented(task))  # (V, n, E)
-    weight, bias = gaussian_discriminant(views, task.train.labels, len(text))
+    weight, bias = gaussian_discriminant(views, task.train.labels, len(task.classnames))
     alpha = recipe.alpha
     info = dict[str, str]()
     if alpha is None:
         alpha = 1.0
         if recipe.text:
-            alpha, info = chosen_alpha(task, text, views, weight, bias)
-    weight = alpha * weight.to(text)
-    bias = alpha * bias.to(text)
+            alpha, info = chosen_alpha(task, task.text, views, weight, bias)
+    weight = alpha * weight.to(device)
+    bias = alpha * bias.to(device)
     if recipe.text:
-        text_weight, text_bias = task.clip.scaled(text)
+        text_weight, text_bias = task.clip.scaled(task.text)
         weight = text_weight + weight
         bias = text_bias + bias
     head = task.linear_head(weight, bias)
