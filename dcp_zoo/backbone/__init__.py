@@ -6,8 +6,6 @@ import lazy_loader
 
 from dcp_zoo.fields import Values
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-
 MINI_WEIGHTS = Path(__file__).parents[1] / "weights" / "dcp_mini" / "clip.safetensors"
 # The miniature's stem scales pixels to (x - 127) / 128; mean and std are equivalent for a [0, 1] tensor.
 MINI_CFG: Values = {
@@ -33,3 +31,6 @@ MINI_CFG: Values = {
     "mean": (127 / 255,) * 3,
     "std": (128 / 255,) * 3,
 }
+
+# last, as with EAGER_IMPORT it imports modules that read the names above
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -13,10 +13,11 @@ shuffled batches of an `ImageLoader`. Only `photos` and `views` are needed witho
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-
 # that read images and compute features
 LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "Pillow")
 PRECISIONS = ("float32", "bfloat16", "float16")
 AUTO = "auto"  # for a precision or a device: what suits the machine
 MANY = 2000  # images: of more training images, mirror images are left out, and decoding takes processes
+
+# last, as with EAGER_IMPORT it imports modules that read the names above
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
