@@ -128,6 +128,8 @@ GDA = ["train", "MY_PHOTOS", "--method", "gda", "--output", "OUT"]
         (["train", "--head", "dcp_vitb16.dtd-1shot", "--method", "coop"], "already sets PHOTOS"),
         (["train", "floder"], "no dataset of this name. Nearest: oxford_flowers"),
         ([*GDA, "--recipe", "release"], "The recipe release is for DCP: omit it, or use --method dcp"),
+        ([*GDA, "--data-root", "MY_PHOTOS"], "MY_PHOTOS has your own images: omit --data-root"),
+        ([*DIGITS, "--warmup-lr=3"], "no option --warmup-lr, but a field of the recipe: --set warmup_lr="),
         ([*GDA, "--set", "beta=2"], "--set: beta is none of augment"),
         ([*GDA, "--set", "classifier=svm"], "classifier must be none or text-probe, not 'svm'"),
         ([*DIGITS, "--set", "depth=1,3"], "--set depth has 2 values: pass one"),

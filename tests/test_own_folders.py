@@ -13,6 +13,7 @@ from PIL import Image
 
 import dcp_zoo
 from dcp_zoo.data import Item, load_labelled, load_split
+from dcp_zoo.errors import ZooWarning
 from dcp_zoo.features.extract import FeatureExtractor
 from dcp_zoo.features.photos import Photos
 from dcp_zoo.probe.threshold import thresholds_of
@@ -53,13 +54,15 @@ def test_subfolders_are_read_and_what_computers_add_is_skipped(flowers):
 def test_answers_are_no_classes(flowers, tmp_path):
     for folder in ("none of these", "Leave out"):
         photo(flowers / folder / "new.jpg")
-    found = load_labelled("folder", flowers)
+    with pytest.warns(ZooWarning, match=r"Ignored in .*: 1 folder Leave out\."):
+        found = load_labelled("folder", flowers)
     assert found.classnames == ["rose", "tulip"]
     assert [item.key for item in found.no_class] == ["none of these/new.jpg"]
     for part in ("train", "test"):
         for name in ("rose", "tulip", "none of these/day"):
             photo(tmp_path / "PARTS" / part / name / "a.jpg")
-    found = load_labelled("folder", tmp_path / "PARTS")
+    with pytest.warns(ZooWarning, match="1 folder test/none of these"):
+        found = load_labelled("folder", tmp_path / "PARTS")
     assert [item.key for item in found.no_class] == ["train/none of these/day/a.jpg"]
 
 

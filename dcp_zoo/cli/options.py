@@ -103,6 +103,8 @@ def data_source(
         if labels:
             raise ZooError(f"--labels is for your own images: omit it, or {images}.")
         return images, data_root
+    if is_folder and data_root:
+        raise ZooError(f"{images} has your own images: omit --data-root, which is for datasets.")
     if is_folder:
         return "folder", Path(images)
     others = [name for name in DATASETS if name != "folder"]  # which stands for any folder
@@ -166,7 +168,7 @@ def recipe_help(method: str = "") -> str:
 
 class Command(TyperCommand):
     """A command whose help shows flags without Typer's <bool>, as they take no value, and of one with --method and
-    --set the recipe of the method."""
+    --set the recipe of the method. One with --set answers --epochs with a hint to --set epochs=VALUE."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         parameters: list[Any] = super().get_params(ctx)
@@ -177,6 +179,12 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         declared = {name for parameter in self.params for name in parameter.opts}
+        for arg in args:
+            name = arg.partition("=")[0]
+            field = name.removeprefix("--").replace("-", "_")
+            is_option = name.startswith("--") and name not in declared
+            if is_option and "--set" in declared and field in Recipe.__dataclass_fields__:
+                raise ZooError(f"There is no option {name}, but a field of the recipe: --set {field}=VALUE.")
         if "--help" in args and {"--method", "--set"} <= declared:
             given, _, _ = self.make_parser(ctx).parse_args(list(args))
             self.epilog = recipe_help(given.get("method", ""))

@@ -137,10 +137,15 @@ def read_folder(spec: DatasetSpec, folder: Path) -> Split:
     for entry in os.scandir(folder):
         if is_visible(entry.name) and is_image(entry.name):
             skipped["images in no class folder"] += 1
-    warn_of_skipped(folder, skipped)
     no_class: list[Item] = []
-    for name in filter(is_none, _folders(folder / given[0])):
-        no_class += _images(folder, Path(given[0], name).as_posix(), NO_CLASS, Counter())
+    for part in given:
+        for name in filter(is_reserved, _folders(folder / part)):
+            key = Path(part, name).as_posix()
+            if is_none(name) and part == given[0]:
+                no_class += _images(folder, key, NO_CLASS, Counter())
+            else:
+                skipped[f"folder {key}"] += 1
+    warn_of_skipped(folder, skipped)
     return Split(spec.name, classes, **parts, no_class=no_class, source=str(folder))
 
 
