@@ -84,6 +84,18 @@ def test_the_next_call_continues_and_never_joins_two_versions(server, tmp_path, 
             assert fetch_archive(archive, tmp_path).read_bytes() == later
 
 
+@pytest.mark.parametrize("part", [CONTENT, CONTENT[::-1], CONTENT + b"more"], ids=["whole", "other", "longer"])
+def test_nothing_follows_a_part_that_was_whole_when_its_process_died(server, tmp_path, part):
+    archive = offer(server, "a.tar", CONTENT)
+    (tmp_path / "a.tar.part").write_bytes(part)
+    if part == CONTENT:
+        assert fetch_archive(archive, tmp_path).read_bytes() == CONTENT
+    else:
+        with pytest.raises(ZooError, match="has not the published md5 .*deleted"):
+            fetch_archive(archive, tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_a_dead_link_says_what_to_do(server, tmp_path):
     archive = offer(server, "a.tar", CONTENT)
     server.faults.append(("GET", 404))

@@ -98,6 +98,16 @@ def test_labels_in_a_table(flowers, text):
     assert [(item.key, found.classnames[item.label]) for item in found.items] == rows
 
 
+def test_a_column_that_is_called_class_says_the_class(flowers):
+    """Also beside one called label, which says it where it is alone."""
+    Path("labels.csv").write_text("file,class,label,image\nrose/0.jpg,rose,0,a\ntulip/0.jpg,tulip,1,b\n")
+    found = load_labelled("folder", flowers, "labels.csv")
+    assert [(item.key, found.classnames[item.label]) for item in found.items] == [
+        ("rose/0.jpg", "rose"),
+        ("tulip/0.jpg", "tulip"),
+    ]
+
+
 def test_the_last_table_says_the_class(flowers, monkeypatch):
     """A link is its file, parts stay, and what the first table does not list is no sample."""
     for i in range(4):

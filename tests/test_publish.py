@@ -19,7 +19,8 @@ from dcp_zoo import release as cards
 from dcp_zoo.data import DATASETS
 from dcp_zoo.data.packaged import classnames, sample_images
 from dcp_zoo.data.splits import split_sha256
-from dcp_zoo.heads.config import accuracy_text
+from dcp_zoo.files import sha256_of
+from dcp_zoo.heads.config import WEIGHTS_NAME, accuracy_text, waiting_file
 from dcp_zoo.heads.kinds import LinearHead
 from dcp_zoo.release import publish
 from dcp_zoo.zoo import registry
@@ -161,6 +162,17 @@ def test_what_a_build_refuses_is_refused_alone(folder, uploads, run, tmp_path, m
     assert "pass --data-root DIR" in run.refused("publish", folder, *options)
     error = run.refused("publish", folder, *options, "--data-root", folder, "--dry-run")
     assert re.search(r"top-1 89\.57 is too far below zero-shot CLIP's 95\.00; its split is", error)
+    assert uploads.requests == []
+
+
+def test_a_head_whose_save_was_killed_is_not_published(folder, uploads, run):
+    """Its new weights wait beside the old ones."""
+    old = (folder / WEIGHTS_NAME).read_bytes()
+    dcp_zoo.create_model("dcp_mini", "clip", classnames=["a", "b"]).save_pretrained(folder, overwrite=True)
+    new = folder / WEIGHTS_NAME
+    new.rename(waiting_file(folder, sha256_of(new)))
+    new.write_bytes(old)
+    assert f"{WEIGHTS_NAME} is not the head's yet" in run.refused("publish", folder, "--to", "me/mine")
     assert uploads.requests == []
 
 

@@ -13,6 +13,7 @@ from dcp_zoo.errors import ZooError, as_zoo_error, writing_to
 
 ARCHIVES = ".downloads"  # under the data root: archives while they are needed
 AGENT = {"User-Agent": "dcp_zoo"}  # some servers refuse Python's own
+NOTHING_FOLLOWS = 416  # what a server answers that is asked for what follows the last byte
 
 
 def downloadable() -> list[str]:
@@ -48,7 +49,8 @@ def fetch_archive(archive: Archive, folder: Path) -> Path:
     """The archive in `folder`, downloaded if it is not there yet, by the Hub's client, which tries
     again. What arrived is continued, also by the next call, if a published checksum tells whether the
     whole is right. ZooError if the source does not answer or has another file, or the disk is full."""
-    from huggingface_hub.file_download import http_get  # slow to import, as the next
+    from huggingface_hub.errors import HfHubHTTPError  # slow to import, as the next ones
+    from huggingface_hub.file_download import http_get
     from torchvision.datasets.utils import check_md5
 
     target = folder / archive.filename
@@ -58,13 +60,13 @@ def fetch_archive(archive: Archive, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             with part.open("ab" if archive.md5 else "wb") as file:
-                http_get(
-                    archive.url,
-                    file,
-                    resume_size=file.tell(),
-                    headers=AGENT,
-                    displayed_filename=target.name,
-                )
+                start = file.tell()
+                try:
+                    http_get(archive.url, file, resume_size=start, headers=AGENT, displayed_filename=target.name)
+                except HfHubHTTPError as error:
+                    # nothing follows a part that was whole when its process died: its checksum decides
+                    if not (start and error.response.status_code == NOTHING_FOLLOWS):
+                        raise
             part.rename(target)
         if archive.md5 and not check_md5(str(target), archive.md5):
             target.unlink()

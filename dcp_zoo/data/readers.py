@@ -166,7 +166,10 @@ def label_rows(file: Path, folder: Path) -> list[LabelRow]:
     class that are not there."""
     with as_zoo_error(f"Cannot read {file} ({{}}): {LABELS_FORM}."):
         header, *rows = [[cell.strip() for cell in row] for row in read_csv(file)]
-    columns = [ALSO_CALLED.get(cell.lower(), cell.lower()) for cell in header]
+    columns = [cell.lower() for cell in header]
+    for name, other in ALSO_CALLED.items():
+        if other not in columns:
+            columns = [other if column == name else column for column in columns]
     if not {"file", "class"}.issubset(columns):
         raise ZooError(f"{file} has the columns {', '.join(header)}: {LABELS_FORM}.")
     listed = []

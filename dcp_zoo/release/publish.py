@@ -20,7 +20,7 @@ from dcp_zoo.benchmark.sweep import sweep
 from dcp_zoo.errors import ZooError, warn
 from dcp_zoo.fields import Values
 from dcp_zoo.files import sha256_of
-from dcp_zoo.heads.config import WEIGHTS_NAME, HeadConfig, read_config
+from dcp_zoo.heads.config import WEIGHTS_NAME, HeadConfig, read_config, weights_file
 from dcp_zoo.heads.head import load_head
 from dcp_zoo.hub import (
     HTTP_ERRORS,
@@ -78,6 +78,9 @@ def prepare(
         model.encoder.remember_weights(config["dcp"].get("clip_fingerprint", ""))
         load_head(model, folder)
     weights = folder / WEIGHTS_NAME
+    if weights_file(folder) != weights:
+        problem = f"A save into {folder} was killed, or is going on: {WEIGHTS_NAME} is not the head's yet"
+        raise ZooError(f"{problem}. Load the head, and publish what save_pretrained writes into another folder.")
     card = make_card(model, repo_id, license, weights.stat().st_size, (folder / ONNX_FILE).exists(), others)
     row: Values = {
         "revision": "",
