@@ -359,10 +359,13 @@ def test_results_under_other_conditions_are_rejected(tables, small_model, tmp_pa
         (json.dumps(result | {"weights": "other"}), "made with other weights: choose another --output"),
         (json.dumps(result | {"made_by": result["made_by"] | {"timm": "0.1"}}), "made with other timm"),
         (whole[:100], "json cannot be read .* Delete it"),
+        ("{}", "json cannot be read .* Delete it"),
     ):
         path.write_text(text)
         with pytest.raises(ZooError, match=message):
             sweep.sweep(few, settings)
+    with pytest.raises(ZooError, match="json cannot be read .* Delete it"):
+        store.gather(settings.output)
     path.write_text(whole)
     with pytest.raises(ZooError, match="made with other precision: choose another --output"):
         sweep.sweep(few, replace(settings, precision="bfloat16"))

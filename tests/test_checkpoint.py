@@ -212,6 +212,15 @@ def test_a_head_may_not_know_its_clip(folder):
     assert len(caught) == 1
 
 
+def test_heads_on_one_clip_prepare_images_each_in_their_way(mini):
+    """The weights are shared, and nothing that the other head reads."""
+    other = LinearHead(mini.frozen, NAMES, torch.zeros(len(NAMES), mini.frozen.num_features), torch.zeros(len(NAMES)))
+    other.pretrained_cfg = {"crop_pct": 0.8}
+    assert mini.pretrained_cfg["crop_pct"] != 0.8
+    assert other.encoder.clip is mini.encoder.clip
+    assert other.encoder.preprocessing != mini.encoder.preprocessing
+
+
 def test_images_become_what_the_checkpoint_says(folder, mini, tmp_path):
     """In the model, by name, in workers that decode, in what is exported."""
     image = Image.effect_noise((250, 200), 90).convert("RGB")

@@ -34,6 +34,7 @@ from dcp_zoo import Predictor, ZooError, hub
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.files import sha256_of
 from dcp_zoo.heads.config import CONFIG_NAME, WEIGHTS_NAME
+from dcp_zoo.release import publish, upload
 from dcp_zoo.zoo import registry, specs
 from dcp_zoo.zoo.build import plain_clip
 
@@ -493,6 +494,8 @@ def test_without_a_network_there_is_one_try(client, tmp_path, monkeypatch):
         message = r"http://127.0.0.1:9.* does not answer.*HF_ENDPOINT.*local-dir:PATH"
         with pytest.raises(ZooError, match=message):
             dcp_zoo.create_model(other, pretrained)
+    with pytest.raises(ZooError, match="does not answer.*HF_ENDPOINT"):
+        publish.retried(lambda: upload(tmp_path, "org/name"))
     assert time.perf_counter() - started < 5
 
 

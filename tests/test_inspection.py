@@ -94,6 +94,17 @@ def test_changed_copies_are_the_same_picture(cache):
     assert same == expected | {copy: photo for photo, copy in expected.items()}
 
 
+def test_an_image_whose_class_has_a_copy_of_it_is_superfluous(cache):
+    """It is not moved there, where it would be twice."""
+    cup, cat, flower = (load_image(sample_images()[i]) for i in (1, 0, 5))
+    classes = {"cup": [*parts_of(cup), ImageOps.mirror(cup)], "cat": [*parts_of(cat), cup], "flower": parts_of(flower)}
+    images = [image for each in classes.values() for image in each]
+    labels = [name for name, each in classes.items() for _ in each]
+    wrong = dcp_zoo.inspect(images, labels).in_order[9]
+    assert (wrong.label, wrong.looks_like, wrong.same_as) == ("cat", "cup", "image 4")
+    assert (wrong.problems, wrong.suggestion) == ("label?;twice", "leave out")
+
+
 def test_swapped_labels_and_images_of_no_class_are_found():
     shown = torch.arange(5).repeat(8)
     labels = shown.clone()

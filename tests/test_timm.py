@@ -303,8 +303,11 @@ def test_the_zoos_create_model_takes_timms_arguments(tmp_path, model):
     torch.save(model.state_dict(), file)
     assert same(dcp_zoo.create_model(DEFAULT, True, checkpoint_path=file).eval(), model)
     torch.save({}, file)
+    garbage = tmp_path / "garbage.safetensors"
+    garbage.write_bytes(b"no checkpoint")
     for wrong, message in (
         (file, "Missing key"),
+        (garbage, "is no file with a state of this model: .*header"),
         (tmp_path, "is no file with a state of this model: FileNotFoundError"),
     ):
         with pytest.raises(ZooError, match=message):

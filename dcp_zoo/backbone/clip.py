@@ -12,6 +12,7 @@ f_P] / sqrt(P).
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -135,7 +136,16 @@ class FrozenCLIP(Frozen):
         self.tokenizer = tokenizer or tokens.default_tokenizer()
         self.architecture = architecture
         self.source = source
-        self.pretrained_cfg = {} if pretrained_cfg is None else pretrained_cfg  # shared by copies of this encoder
+        self.pretrained_cfg = {} if pretrained_cfg is None else pretrained_cfg
+
+    def prepared_as(self, changes: Values) -> "FrozenCLIP":
+        """This CLIP, reading images with these changes of its preprocessing: a shallow copy, as other heads may
+        share it."""
+        if changes.items() <= self.pretrained_cfg.items():
+            return self
+        changed = copy(self)
+        changed.pretrained_cfg = self.pretrained_cfg | changes
+        return changed
 
     def with_clip(self, clip: nn.Module) -> "FrozenCLIP":
         """Another CLIP of the same kind, such as a copy that a method trains."""

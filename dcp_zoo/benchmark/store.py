@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,7 +68,8 @@ def finished(trial: Trial, settings: Settings) -> bool:
 def _read_checked(path: Path, conditions: Values) -> Values:
     """The content of a trial's file; ZooError if it was made under other conditions."""
     content = _read_json(path)
-    before = _by_name(content)
+    with _reading(path):
+        before = _by_name(content)
     now = _by_name(conditions)
     differ = [name for name in now if before.get(name, now[name]) != now[name]]  # a target may still come
     if differ:
@@ -111,9 +113,14 @@ def read_folder(folder: Path) -> Values:
 
 
 def _read_json(path: Path) -> Values:
-    with as_zoo_error(f"{path} cannot be read ({{}}). Delete it and run the trial again."):
+    with _reading(path):
         content: Values = json.loads(read_plain(path))
     return content
+
+
+def _reading(path: Path) -> AbstractContextManager[None]:
+    """Raise what is wrong with a file, also one that is JSON and not of a trial, as a ZooError that names it."""
+    return as_zoo_error(f"{path} cannot be read ({{}}). Delete it and run the trial again.")
 
 
 def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
@@ -127,14 +134,16 @@ def gather(outputs: Path | Sequence[Path]) -> "pd.DataFrame":
     for folder in outputs:
         for path in sorted(Path(folder, "results").glob("*.json")):
             result = _read_json(path)
-            trial = Trial(**result["trial"])
-            dataset = _shown(trial.dataset, result)
-            for entry in result["results"]:
-                shown = {"options": trial.changes, "dataset": dataset, "target": _shown(entry["target"], result)}
-                row = result | result["trial"] | entry | shown  # whose other fields are no columns
-                rows.append([row[name] for name in COLUMNS])
-            images = f"the images of {dataset} for {result['weights']}"
-            shared = {"--precision": result["precision"], images: result["split_sha256"]}  # no column tells these apart
+            with _reading(path):
+                trial = Trial(**result["trial"])
+                dataset = _shown(trial.dataset, result)
+                for entry in result["results"]:
+                    shown = {"options": trial.changes, "dataset": dataset, "target": _shown(entry["target"], result)}
+                    row = result | result["trial"] | entry | shown  # whose other fields are no columns
+                    rows.append([row[name] for name in COLUMNS])
+                images = f"the images of {dataset} for {result['weights']}"
+                # no column tells these apart
+                shared = {"--precision": result["precision"], images: result["split_sha256"]}
             for name, value in shared.items():
                 before, other = first.setdefault(name, (value, path))
                 if value != before:

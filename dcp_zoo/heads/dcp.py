@@ -156,7 +156,7 @@ class MeasuredPrompts(StoredPrompts):
         tower = self.encoder.vision_tower
         start = self.done - 1 if self.kept else 0
         new_prompts = self.entering[start:]
-        for i, x in enumerate(self.kept or self._embedded()):
+        for i, x in enumerate(list(self.kept) or self._embedded()):
             own = x[:, : tower.num_tokens] if new_prompts else x
             x = tower.run(own, new_prompts, start, self.done)
             if self.has_room:

@@ -645,8 +645,9 @@ class Head(Intermediates, ABC):
         if others:
             raise ZooError(f"pretrained_cfg: of {PREPROCESSING}, {', '.join(others)} is none.")
         check("pretrained_cfg", problems(changes, Preprocessing))
-        for clip in (self.encoder, self.frozen):
-            clip.pretrained_cfg |= changes
+        self.encoder = self.encoder.prepared_as(changes)
+        if self._original is not None:
+            self._original = self._original.prepared_as(changes)
         for encoder in self.image_encoders:
             encoder.read_as(self.encoder.pretrained_cfg)
 

@@ -150,14 +150,15 @@ class Inspection:
                 kept.add(items[i].label)
         rows = []
         for i, item in enumerate(items):
-            copies = [items[other].key for other in copies_of.get(i, []) if other != i]
+            copies = [items[other] for other in copies_of.get(i, []) if other != i]
             looks_like = ""
             label_probability = None
             if i in probabilities:
                 looks_like = names[int(probabilities[i].argmax())]
                 label_probability = round(float(probabilities[i][item.label]), 4)
+            is_there = looks_like in [names[copy.label] for copy in copies]
             suggestion = looks_like if i in problems["label?"] else ""
-            if i in superfluous:
+            if i in superfluous or (suggestion and is_there):
                 suggestion = LEAVE_OUT
             rows.append(
                 Inspected(
@@ -167,7 +168,7 @@ class Inspection:
                     problems=";".join(problem for problem, images in problems.items() if i in images),
                     looks_like=looks_like,
                     label_probability=label_probability,
-                    same_as=copies[0] if copies else "",
+                    same_as=copies[0].key if copies else "",
                     group=group_of.get(i, ""),
                     suggestion=suggestion,
                 )

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData, constants
 
 from dcp_zoo.data.packaged import DATASETS, classnames
 from dcp_zoo.data.splits import split_sha256
@@ -18,7 +18,7 @@ from dcp_zoo.fields import Values
 from dcp_zoo.files import check_empty, write_file
 from dcp_zoo.heads.config import CONFIG_NAME, COUPLINGS, NO_CLASSIFIER, WEIGHTS_NAME, accuracy_text
 from dcp_zoo.heads.head import Head
-from dcp_zoo.hub import HUB_LIBRARY, download_file, explained
+from dcp_zoo.hub import HUB_LIBRARY, check_connection, download_file, explained
 from dcp_zoo.pages import templates
 from dcp_zoo.promises import trust_note
 from dcp_zoo.release.onnx import export, take_any_size
@@ -178,6 +178,7 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
         raise ZooError(f"{repo_id!r} names no organisation or user of the Hub: use ORG/NAME.")
     api = HfApi(library_name=HUB_LIBRARY)
     with explained(repo_id):
+        check_connection(constants.ENDPOINT)
         api.create_repo(repo_id, private=private, exist_ok=True)
         return api.upload_folder(
             repo_id=repo_id,

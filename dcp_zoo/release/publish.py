@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from dcp_zoo.backbone._torch import skip_init
 from dcp_zoo.benchmark import Settings, plan_trials, store
@@ -197,7 +197,8 @@ def publish(release: Release, replaces: str | None = None) -> str:
 
 def retried(call: Callable[[], T]) -> T:
     """The result of `call`, tried again after a pause, with a warning, if the Hub is busy or a connection is
-    lost, or another commit came first: the client tries again what it downloads, and not what it commits."""
+    lost, or another commit came first: the client tries again what it downloads, and not what it commits. Not
+    if the Hub did not answer from the first."""
     for attempt, wait in enumerate(WAITS, 2):
         try:
             return call()
@@ -215,7 +216,7 @@ def may_pass(error: BaseException | None) -> bool:
     if response is not None:
         return response.status_code in PASSING
     is_lost = isinstance(error, (OSError, *HTTP_ERRORS)) and getattr(error, "errno", None) is None
-    return is_lost and not isinstance(error, OfflineModeIsEnabled)
+    return is_lost and not isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled))
 
 
 def add_to_index(org: str, rows: Mapping[str, Values]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +96,7 @@ class Task:
     probe: ProbeInputs = IMAGES_ALONE
     train: FeatureTable = field(init=False, repr=False)
 
-    @property
+    @cached_property
     def text(self) -> Tensor:
         """Zero-shot CLIP's normalised text features (C, E) of the class names."""
         return self.clip.zero_shot_classifier(self.classnames, self.texts)

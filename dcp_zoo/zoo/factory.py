@@ -119,7 +119,7 @@ def create_model(
     if num_classes not in (None, model.num_classes):
         model.reset_classifier(num_classes)
     if checkpoint_path:
-        with as_zoo_error(f"{checkpoint_path} is no file with a state of this model: {{}}.", OSError, RuntimeError):
+        with as_zoo_error(f"{checkpoint_path} is no file with a state of this model: {{}}.", Exception):
             load_checkpoint(model, str(checkpoint_path), weights_only=True)
         if classifier == "none":
             model.drop_text_probe()

@@ -233,7 +233,7 @@ def fit_gda(task: Task) -> LinearHead:
     if alpha is None:
         alpha = 1.0
         if recipe.text:
-            alpha, info = chosen_alpha(task, task.text, views, weight, bias)
+            alpha, info = chosen_alpha(task, views, weight, bias)
     weight = alpha * weight.to(device)
     bias = alpha * bias.to(device)
     if recipe.text:
@@ -245,14 +245,14 @@ def fit_gda(task: Task) -> LinearHead:
     return head
 
 
-def chosen_alpha(task: Task, text: Tensor, views: Tensor, weight: Tensor, bias: Tensor) -> tuple[float, dict[str, str]]:
-    """alpha, and what it was chosen on if not on validation images: text features (C, E), and the `weight`
-    (C, E) and `bias` (C,) that were fitted to the `views` of training images (V, n, E)."""
+def chosen_alpha(task: Task, views: Tensor, weight: Tensor, bias: Tensor) -> tuple[float, dict[str, str]]:
+    """alpha, and what it was chosen on if not on validation images: of the `weight` (C, E) and `bias` (C,) that
+    were fitted to the `views` of training images (V, n, E)."""
     labels = task.train.labels
     unaugmented = task.train.rows(PLAIN)[0]  # images are held out as they are, not as random crops
 
     def zero_shot(rows: Tensor) -> Tensor:
-        return task.clip.logits(rows.to(text.device), text).cpu()
+        return task.clip.logits(rows.to(task.clip.device), task.text).cpu()
 
     def best(rows: Tensor, gaussian: Tensor, truth: Tensor) -> float:
         """The alpha of highest accuracy, the smallest on a tie: features (n, E), Gaussian scores (n, C),
@@ -265,7 +265,7 @@ def chosen_alpha(task: Task, text: Tensor, views: Tensor, weight: Tensor, bias: 
         return best(val, val @ weight.T + bias, task.val.labels), {}
 
     def fit_without_plain(views: Tensor, labels: Tensor) -> WeightAndBias:
-        return gaussian_discriminant(views[1:], labels, len(text))
+        return gaussian_discriminant(views[1:], labels, len(task.classnames))
 
     # the first view is the one that is scored, the others are fitted to
     held_out = left_out(torch.cat([unaugmented[None], views]), labels, task.train.groups, fit_without_plain)
