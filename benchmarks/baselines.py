@@ -117,7 +117,7 @@ def features(data: Path, output: Path) -> None:
 def read(clip: FrozenCLIP, items: Sequence[Item], views: int) -> dict[str, Tensor]:
     """Each reading (V, n, E) of the images and, for two views, their mirror images."""
     whole = FeatureExtractor(clip, progress=progress_bar)(Photos(items), views=(PLAIN, MIRRORED)[:views])
-    parts = whole.rows(*whole.views).split(clip.widths, -1)
+    parts = whole.rows(*whole.views).split([*clip.parts.values()], -1)
     return dict(zip(("x", "stem", "stage"), parts, strict=True))
 
 

@@ -157,7 +157,17 @@ class Drawn:
         text = (weight.detach(), bias.detach())
         tested = read(clip, shown)
         labels = torch.tensor(of)
-        return Drawn(names, text, clip.widths, views, facts, labels, torch.tensor(made), tested, torch.tensor(truth))
+        return Drawn(
+            names,
+            text,
+            tuple(clip.parts.values()),
+            views,
+            facts,
+            labels,
+            torch.tensor(made),
+            tested,
+            torch.tensor(truth),
+        )
 
     def fit(self, kept: Tensor, groups: Tensor | None) -> TextProbe:
         inside = len(self.widths) - 2  # parts

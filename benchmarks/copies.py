@@ -49,7 +49,7 @@ def main(
 
     def looked_at(images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
         facts = np.stack([load_with_facts(image)[1].numbers for image in images])
-        return read(clip, images)[:, : sum(clip.widths[:2])].numpy(), facts
+        return read(clip, images)[:, : sum(list(clip.parts.values())[:2])].numpy(), facts
 
     for name in REPORTING if report else CHOOSING:
         if (weights, name, "alone") in table:
