@@ -13,7 +13,7 @@ many as there are.
 import io
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.backbone.clip import FrozenCLIP
+from dcp_zoo.backbone.towers.open_clip import EMBEDDING
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.data import Item, load_image
 from dcp_zoo.data.groups import find_groups, group_ids
@@ -114,7 +115,7 @@ class Drawn:
 
     classes: list[str]
     text: tuple[Tensor, Tensor]
-    widths: tuple[int, ...]
+    parts: Mapping[str, int]
     views: Tensor  # (2, n, W)
     facts: np.ndarray
     labels: Tensor
@@ -160,7 +161,7 @@ class Drawn:
         return Drawn(
             names,
             text,
-            tuple(clip.parts.values()),
+            clip.parts,
             views,
             facts,
             labels,
@@ -170,14 +171,13 @@ class Drawn:
         )
 
     def fit(self, kept: Tensor, groups: Tensor | None) -> TextProbe:
-        inside = len(self.widths) - 2  # parts
-        reading = ReadingFeatures(self.views[:, kept], self.text, self.widths, inside)
+        reading = ReadingFeatures(self.views[:, kept], self.text, self.parts)
         return fit_on_features(self.classes, self.labels[kept], [reading], groups=groups)[0]
 
     def answers(self, probe: TextProbe, parts: Tensor) -> tuple[Tensor, np.ndarray]:
         """Logits (m, C), and which images are refused (m,)."""
-        joined = parts / len(self.widths) ** 0.5
-        logits = probe(F.linear(parts[:, : self.widths[0]], *self.text), joined, self.classes)
+        joined = parts / len(self.parts) ** 0.5
+        logits = probe(F.linear(parts[:, : self.parts[EMBEDDING]], *self.text), joined, self.classes)
         scores = in_distribution_score(logits.numpy(), probe.measure(self.classes)(joined).numpy())
         return logits, scores < probe.threshold.item()
 
@@ -187,7 +187,7 @@ class Drawn:
         they refuse; and the accuracy that is told by folds, with its interval, beside that on other
         photographs."""
         names = [""] * len(self.labels)
-        joined = self.views[0, :, : sum(self.widths[:2])].numpy()  # which images are compared by
+        joined = self.views[0, :, : sum(list(self.parts.values())[:2])].numpy()  # which images are compared by
         for number, group in enumerate(find_groups(joined, self.facts), 1):
             for i in group:
                 names[i] = str(number)

@@ -26,9 +26,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.backbone.clip import FrozenCLIP
+from dcp_zoo.backbone.towers.open_clip import EMBEDDING
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item, Split, load_split
+from dcp_zoo.features.extract import plain_reading
 from dcp_zoo.features.groups import comparable
 from dcp_zoo.inspection.inspection import learning_curve, of_no_class, out_of_fold, suspected
 from dcp_zoo.inspection.search import spread
@@ -105,7 +107,7 @@ class Images:
         parts = table.rows()[0]
         weight, bias = clip.scaled(clip.zero_shot_classifier(split.classnames, TEMPLATE))
         self.text = (weight.detach(), bias.detach())
-        self.widths = table.widths[0]
+        self.parts = plain_reading(clip).only(len(table.widths[0])).parts
         self.train = parts[: len(split.train)]
         self.test = parts[len(split.train) :]
         self.labels, self.test_labels = (
@@ -119,7 +121,7 @@ class Images:
 
     def read(self, kept: Sequence[int]) -> ReadingFeatures:
         """Some of the training images."""
-        return ReadingFeatures(self.train[None, kept], self.text, self.widths)
+        return ReadingFeatures(self.train[None, kept], self.text, self.parts)
 
     def top1(self, kept: list[int], labels: Tensor | None = None, tested: list[int] | None = None) -> float:
         """Accuracy on the test images, or on others `tested`, of the text probe, fitted to these images
@@ -128,8 +130,8 @@ class Images:
         classes = self.split.classnames
         probe, _ = fit_on_features(classes, labels[kept], [self.read(kept)])
         parts, truth = (self.test, self.test_labels) if tested is None else (self.train[tested], self.labels[tested])
-        text = F.linear(parts[:, : self.widths[0]], *self.text)
-        return top1(probe(text, parts / len(self.widths) ** 0.5, classes), truth)
+        text = F.linear(parts[:, : self.parts[EMBEDDING]], *self.text)
+        return top1(probe(text, parts / len(self.parts) ** 0.5, classes), truth)
 
 
 def draw(folder: Folder, data_root: Path, images: Path, seed: int) -> Split:
@@ -218,7 +220,7 @@ def strangers(images: Images, others: Images, seed: int) -> Measured:
     planted = rng.sample(range(len(others.labels)), max(2, round(SWAPPED * len(rows))))
     parts = torch.cat([images.train[rows], others.train[planted]])
     labels = torch.cat([images.labels[rows], torch.tensor([rng.randrange(classes) for _ in planted])])
-    judged = out_of_fold(ReadingFeatures(parts[None], images.text, images.widths), labels, torch.arange(len(labels)))
+    judged = out_of_fold(ReadingFeatures(parts[None], images.text, images.parts), labels, torch.arange(len(labels)))
     found = of_no_class(judged)
     right = sum(i >= len(rows) for i in found)
     yield "images", len(rows)

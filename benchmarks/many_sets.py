@@ -128,9 +128,10 @@ def read_in_three_ways(head: Head, train: ImageLoader, test: ImageLoader, second
     started = time.process_time()
     fitted = train.table(head.available_readings, train.with_flips)
     starts = on_cpu(head.method_linear()), on_cpu(head.zero_shot_linear())
-    tables = [fitted.reading(i) for i in range(len(head.available_readings))]
-    pairs = zip(tables, starts, strict=False)
-    readings = [ReadingFeatures(table.rows(*table.views), start, table.widths[0]) for table, start in pairs]
+    readings = []
+    for i, (reading, start) in enumerate(zip(head.available_readings, starts, strict=False)):
+        table = fitted.reading(i)
+        readings.append(ReadingFeatures(table.rows(*table.views), start, reading.parts))
     for name, count in (("own", 1), ("both", 2)) if len(readings) > 1 else (("both", 1),):
         read = readings[:count]
         unseen = starts[1] if name == "both" else None

@@ -184,14 +184,12 @@ def coupling(data_root: Data, draws: Draws = 3) -> None:
 
 @app.command()
 def coupling_elsewhere(data_root: Data, draws: Draws = 3) -> None:
-    """Measure what `coupling` does in other styles and on new classes, with 16 images per class, but for
-    CoCoOp, which would take hours."""
+    """Measure what `coupling` does in other styles and on new classes, with 16 images per class."""
     table = GrowingTable(RESULTS / "coupling_elsewhere.csv", ELSEWHERE, ELSEWHERE[:6])
-    methods = [each for each in PROMPTED if each[0] != "cocoop"]
     trained_on = [(protocol, name) for protocol, name in TRAINED if protocol != CROSS]
     with TemporaryDirectory() as folder:
         pools = Pools(data_root, Path(folder))
-        for seed, (method, changes), (protocol, name) in product(range(1, draws + 1), methods, trained_on):
+        for seed, (method, changes), (protocol, name) in product(range(1, draws + 1), PROMPTED, trained_on):
             changed = as_text(changes)
             key = (weights_id(MODEL), protocol, name, seed, method, changed)
             if key in table or not applies(method, protocol):

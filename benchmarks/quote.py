@@ -501,9 +501,10 @@ def coupling_elsewhere() -> str:
                 with_changes(method, changes),
                 *(f"{means[name]:.1f}" for name in columns),
                 "" if (method, changes) == PAPERS_COUPLING else report.difference_cell(gaps),
+                found[method, changes].groupby(["tested", "trained_on"]).count().min(),
             ]
         )
-    return as_table(["prompts, 16 images", *columns, "difference on other styles"], lines)
+    return as_table(["prompts, 16 images", *columns, "difference on other styles", "draws"], lines)
 
 
 def rejection() -> str:

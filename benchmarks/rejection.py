@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dcp_zoo.answers import DISTANCE_WEIGHT
+from dcp_zoo.backbone.towers.open_clip import EMBEDDING
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
@@ -86,7 +87,7 @@ class RealFeatures:
         self.test = vectors[~first]
         self.test_labels = labels[~first]
         self.text = torch.zeros(len(self.names), vectors.shape[1]), torch.zeros(len(self.names))
-        self.widths = vectors.shape[1:]
+        self.parts = {EMBEDDING: vectors.shape[1]}
         self.everyday = None
 
 
@@ -103,8 +104,8 @@ class Features:
         extract = FeatureExtractor(clip, progress=progress_bar)
         trained = extract(Photos(train), views=(PLAIN, MIRRORED))
         tested = extract(Photos(test))
-        self.widths = clip.widths
-        scale = len(clip.widths) ** -0.5
+        self.parts = clip.parts
+        scale = len(clip.parts) ** -0.5
         self.train = trained.rows(PLAIN, MIRRORED) * scale
         self.labels = trained.labels
         self.test = tested.joined
@@ -125,17 +126,17 @@ def fitted(own: Any, rows: Sequence[int], classes: Sequence[int], examples: Sequ
     `examples` are those of none of the classes."""
     labels = torch.tensor([classes.index(label) for label in own.labels[rows].tolist()])
     text = own.text[0][classes], own.text[1][classes]
-    views = own.train[:, rows] * len(own.widths) ** 0.5
+    views = own.train[:, rows] * len(own.parts) ** 0.5
     named = [own.names[label] for label in classes]
-    none = own.train[0, examples] * len(own.widths) ** 0.5 if examples else None
-    return fit_on_features(named, labels, [ReadingFeatures(views, text, own.widths)], examples=none)
+    none = own.train[0, examples] * len(own.parts) ** 0.5 if examples else None
+    return fit_on_features(named, labels, [ReadingFeatures(views, text, own.parts)], examples=none)
 
 
 def whole(own: Any, classes: Sequence[int]) -> Linear:
     """The text logits of these classes as a function of all features, of which the first part reads text."""
     weight = own.text[0][classes]
     bias = own.text[1][classes]
-    return F.pad(weight * len(own.widths) ** 0.5, (0, sum(own.widths[1:]))), bias
+    return F.pad(weight * len(own.parts) ** 0.5, (0, sum(own.parts.values()) - own.parts[EMBEDDING])), bias
 
 
 def scores(views: Tensor, text: Linear, probe: Any, f: Tensor) -> dict[str, Tensor]:

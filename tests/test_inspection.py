@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import dcp_zoo
 from dcp_zoo import ZooError
+from dcp_zoo.backbone.towers.open_clip import EMBEDDING, HIDDEN
 from dcp_zoo.data import load_image, load_labelled
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.heads.config import read_config
@@ -118,17 +119,18 @@ def test_swapped_labels_and_images_of_no_class_are_found():
     assert sorted(of_no_class(found)[:2]) == [5, 26]
 
 
-def noise(parts: int, per_class: int, seed: int) -> tuple[ReadingFeatures, torch.Tensor]:
-    """Images of four classes that show nothing, as so many parts of features, with texts that say nothing;
+def noise(per_class: int, seed: int) -> tuple[ReadingFeatures, torch.Tensor]:
+    """Images of four classes that show nothing, as two parts of features, with texts that say nothing;
     labels."""
     labels, generator = torch.arange(4).repeat(per_class), torch.Generator().manual_seed(seed)
-    features = F.normalize(torch.randn(1, len(labels), parts, 8, generator=generator), dim=-1).flatten(2)
-    return ReadingFeatures(features, (5 * torch.randn(4, 8, generator=generator), torch.zeros(4)), (8,) * parts), labels
+    features = F.normalize(torch.randn(1, len(labels), 2, 8, generator=generator), dim=-1).flatten(2)
+    text = 5 * torch.randn(4, 8, generator=generator), torch.zeros(4)
+    return ReadingFeatures(features, text, dict.fromkeys((EMBEDDING, HIDDEN), 8)), labels
 
 
 def test_the_learning_curve_is_of_probes_that_know_nothing_of_what_they_are_tested_on():
     """Each is the probe that `train` fits to the images that were drawn, and to nothing else."""
-    given, labels = noise(2, 4, seed=0)
+    given, labels = noise(4, seed=0)
     curve = learning_curve(out_of_fold(given, labels, torch.arange(16)))
     assert [point.images for point in curve] == [1, 2]
     for point in curve:

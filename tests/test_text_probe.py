@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from dcp_zoo.answers import in_distribution_score
 from dcp_zoo.backbone.clip import FrozenCLIP, linear_of
 from dcp_zoo.backbone.inputs import Pixels
+from dcp_zoo.backbone.towers.open_clip import EMBEDDING, HIDDEN
 from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import everyday_pictures
 from dcp_zoo.errors import ZooError
@@ -58,7 +59,7 @@ def built(golden):
     model = copied(plain)
     with torch.no_grad():
         read = [
-            ReadingFeatures(each.encode(images(12))[None], each.linear(), each.widths)
+            ReadingFeatures(each.encode(images(12))[None], each.linear(), each.parts)
             for each in model.available_readings
         ]
         model.text_probe, _ = fit_on_features(model.classes, torch.arange(12) % 3, read)
@@ -522,7 +523,7 @@ def test_the_probe_is_the_mean_of_all_candidates_by_evidence(counts):
     and fewer, and so many images that one fold is left out."""
     views, labels, text = in_a_cone(counts, views=2 if sum(counts) < 100 else 1)
     views, widths = with_backbone(views, labels), (12, 6)
-    probe, info = fit_on_features(NAMES, labels, [ReadingFeatures(views, text, widths)])
+    probe, info = fit_on_features(NAMES, labels, [ReadingFeatures(views, text, {EMBEDDING: 12, HIDDEN: 6})])
     scale = plain_scale(F.linear(views[0, :, :12], *text), labels)
     assert info["text_scale"] == pytest.approx(scale, rel=1e-3)
     scaled = times(scale, text)
@@ -635,7 +636,7 @@ def test_a_head_reads_its_own_features_and_the_frozen_towers(plain):
     views = [table.reading(i).rows(PLAIN, MIRRORED) for i in (0, 1)]
     text, zero_shot = plain.method_linear(), plain.zero_shot_linear()
     with_frozen = torch.cat([views[0], views[1][..., width:]], -1)
-    alone, parts = [ReadingFeatures(views[1], zero_shot, frozen.widths, frozen.inside)], len(frozen.widths)
+    alone, parts = [ReadingFeatures(views[1], zero_shot, frozen.parts)], len(frozen.widths)
     expected, wanted = fit_on_features(plain.classes, train.labels, alone)
     assert not close(with_frozen, views[1])
     x_own, x_frozen = own.encode(x), frozen.encode(x)

@@ -378,7 +378,7 @@ class Reading:
     @property
     def inside(self) -> int:
         """How many of its parts, the last ones, are intermediate features of an image tower."""
-        return len(self.parts.keys() - JOINED)
+        return count_inside(self.parts)
 
     def only(self, parts: int = 1) -> "Reading":
         """The same with its first parts alone."""
@@ -386,6 +386,11 @@ class Reading:
             return self
         kept = dict(islice(self.parts.items(), parts))
         return replace(self, parts=kept, encode=lambda images: self.encode(images)[:, : sum(kept.values())])
+
+
+def count_inside(parts: Mapping[str, int]) -> int:
+    """How many kinds of features, the last ones, are intermediate ones of an image tower."""
+    return len(parts.keys() - JOINED)
 
 
 def parts_of(readings: Sequence[Reading]) -> int:

@@ -30,6 +30,7 @@ from dcp_zoo.data import (
 )
 from dcp_zoo.errors import ZooError, shorten
 from dcp_zoo.features import FeatureTable, comparable, looks_few, pick_device, users_cache, with_subjects
+from dcp_zoo.features.extract import plain_reading
 from dcp_zoo.files import write_file
 from dcp_zoo.pages import templates
 from dcp_zoo.probe.candidates import TrainingSet, columns_of, fit_candidates
@@ -242,7 +243,8 @@ def inspect(
         broken = unreadable_summary(data.items, seen.errors)
         raise ZooError(f"No image of {shorten(empty)} can be read. {broken}. Replace them, or remove the class.")
     text = on_cpu(clip.scaled(clip.zero_shot_classifier(data.classnames)))
-    features = ReadingFeatures(seen.rows()[:, readable], text, seen.widths[0])
+    read = plain_reading(clip).only(len(seen.widths[0]))
+    features = ReadingFeatures(seen.rows()[:, readable], text, read.parts)
     copies = near_copies(seen.joined.numpy(), facts)
     items = data.items
     if not any(item.group for item in items):

@@ -21,8 +21,9 @@ What the candidates say of the fold that they have not seen, `TextProbe.held_out
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from dcp_zoo.answers import in_distribution_score
-from dcp_zoo.backbone.clip import WeightAndBias
+from dcp_zoo.backbone.clip import WeightAndBias, count_inside
 from dcp_zoo.errors import ZooError
 from dcp_zoo.fields import Values
 from dcp_zoo.probe.candidates import CandidateWeights, Fits, TrainingSet, columns_of, fit_candidates
@@ -52,12 +53,11 @@ class ReadingFeatures(NamedTuple):
 
     features: Tensor  # (V, n, ..), of the images and their mirror images: the reading's groups of features
     start: WeightAndBias | None  # the logits by the first group that the probe starts at, if the encoder reads text
-    parts: tuple[int, ...] = ()  # their widths; empty for one group
-    inside: int = 0  # how many of them, the last ones, are intermediate features of an image tower
+    parts: Mapping[str, int] = MappingProxyType({})  # as the reading has them; empty for one group
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return self.parts or self.features.shape[-1:]
+        return tuple(self.parts.values()) or self.features.shape[-1:]
 
 
 def fit_on_features(
@@ -147,19 +147,20 @@ def _training_sets(
     for reading in readings:
         first = end
         end += len(reading.widths)
-        intermediate += range(end - reading.inside, end)
+        inside = count_inside(reading.parts)
+        intermediate += range(end - inside, end)
         if reading.start:
             texts.append(reading.start)
             embeddings.append(first)
-            clip_groups = len(reading.widths) - reading.inside
+            clip_groups = len(reading.widths) - inside
     assert embeddings in ([0], [0, 1])
     views = torch.cat([reading.features for reading in readings], -1)
     sets = []
     for embedding, text in zip(embeddings, texts, strict=True):
         read = [group for group in range(end) if group == embedding or group not in embeddings]
-        inside = [read.index(group) for group in intermediate]
+        last = [read.index(group) for group in intermediate]
         groups = [columns[group] for group in read]
-        sets.append(TrainingSet(views, groups, labels, text, weights, inside, clip_groups, total))
+        sets.append(TrainingSet(views, groups, labels, text, weights, last, clip_groups, total))
     return sets
 
 

@@ -48,8 +48,7 @@ def fit_probe(head: Head, images: ImageLoader, given: ProbeInputs = IMAGES_ALONE
         ReadingFeatures(
             table.reading(i).rows(*table.views),
             on_cpu(reading.linear()) if reading.linear else None,
-            table.widths[i],
-            reading.only(len(table.widths[i])).inside,
+            reading.only(len(table.widths[i])).parts,
         )
         for i, reading in enumerate(readings)
     ]
