@@ -80,6 +80,8 @@ def test_other_files_and_options_are_refused(onnx_file, tmp_path, run):
         run.refused(*command, "--head", onnx_file, "--classes", "a,b")
     args = "--head", BUNDLED, "--format", "onnyx", "--output", tmp_path / "new"
     assert "choose from onnx, hub" in run.refused("export", *args)
+    with pytest.raises(ZooError, match="'dcp_mimi' is neither"):  # a head is loaded by its name
+        export("dcp_mimi", tmp_path / "new.onnx")
 
 
 def test_onnx_runtime_computes_where_it_is_asked_to(onnx_file, monkeypatch):

@@ -64,6 +64,8 @@ def test_a_predictor_says_at_once_what_it_cannot_do(my_head, onnx_file):
     carried."""
     with pytest.raises(ZooError, match="'dcp_mimi' is neither a checkpoint folder nor a head of the zoo. Nearest"):
         Predictor("dcp_mimi")
+    with pytest.raises(ZooError, match=r"name or folder of a head, .* not a DCP: pass the folder"):
+        Predictor(dcp_zoo.create_model("dcp_mini"))
     with pytest.raises(ZooError, match="top_k must be at least 1"):
         Predictor("my_head", top_k=0)
     with pytest.raises(ZooError, match="is run as it was exported"):

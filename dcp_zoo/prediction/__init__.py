@@ -145,6 +145,11 @@ class Predictor:
                 raise ZooError("A copy of a Predictor takes nothing else: give it to the first one.")
             vars(self).update(self.head.__getstate__())
             return
+        if not isinstance(self.head, str | Path):
+            raise ZooError(
+                f"A Predictor takes the name or folder of a head, which it loads in the process that calls it, not a "
+                f"{type(self.head).__name__}: pass the folder of model.save_pretrained(FOLDER)."
+            )
         from dcp_zoo.zoo.resolve import parse_name  # here, as servers do without
 
         check_range("top_k", self.top_k, 1)

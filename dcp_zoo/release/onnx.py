@@ -20,12 +20,13 @@ from dcp_zoo.files import write_file
 from dcp_zoo.heads.fused import FusedHead
 from dcp_zoo.heads.head import Head
 from dcp_zoo.pages import templates
+from dcp_zoo.prediction.heads import loaded
 from dcp_zoo.prediction.onnx import INPUT, METADATA_KEY, OnnxClassifier
 
 LOGIT_TOLERANCE = 1e-3  # in logits, which are about 10 to 40
 
 
-def export(model: Head | FusedHead, path: str | Path) -> Path:
+def export(model: Head | FusedHead | str, path: str | Path) -> Path:
     """Export a model with its current classes to ONNX, for any batch size: its input is "pixel_values",
     normalised images (B, 3, H, W), float32; its outputs are "logits" (B, C), "features" (B, E), the
     normalised image features, and "distance" (B,) if the model can reject. Class names and preprocessing are
@@ -34,11 +35,14 @@ def export(model: Head | FusedHead, path: str | Path) -> Path:
     a logit, or in the top-1 class).
 
     Args:
-        model: a fused model, or one with stored statistics; float32, on the CPU.
+        model: a fused model, or one with stored statistics; float32, on the CPU. Or the name or folder of a
+            head, see `dcp_zoo.predict`.
         path: the file; replaced atomically.
     """
     check_export()
     path = Path(path)
+    if isinstance(model, str):
+        model = loaded(model, "cpu")
     fused = model.fuse()
     size = fused.info["preprocessing"].get("input_size")
     if size is None or fused.device.type != "cpu":
