@@ -30,7 +30,7 @@ import torch
 import typer
 from given_features import GivenCLIP, given_table
 from growing import GrowingTable
-from many_sets import COLUMNS, MODEL, RESULTS, TEST_IMAGES, draw, scores
+from many_sets import MODEL, RESULTS, TEST_IMAGES, draw, scores
 from sets import CHOOSING, REPORTING
 from torch import Tensor
 from torch.nn import functional as F
@@ -57,6 +57,7 @@ from dcp_zoo.training.recipes import BaseRecipe
 from dcp_zoo.training.task import Task
 from dcp_zoo.zoo.build import plain_clip
 
+COLUMNS = "weights set classes images_per_class seed method reading top1 ece nll test_images train_cpu_seconds".split()
 NEAREST = "nearest class mean"
 VALIDATED = ", with validation images"
 CHOSEN_C = "linear-probe, C by cross-validation"

@@ -97,7 +97,7 @@ def train_times() -> str:
     times = pd.read_csv(RESULTS / "train_time.csv").drop_duplicates(["model", "method"], keep="last")
     cells = {(r.method, r.model): f"{r.processor_seconds:.0f} s, {r.peak_mb / 1000:.1f} GB" for r in times.itertuples()}
     models = times.model.unique()
-    header = ["`dcp-zoo train` with 70 photographs of 5 classes, tested on 30", *models]
+    header = ["`dcp-zoo train` with 100 photographs of 5 classes", *models]
     return table(header, [[name, *(cells.get((name, m), "") for m in models)] for name in times.method.unique()])
 
 

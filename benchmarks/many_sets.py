@@ -3,21 +3,18 @@ class.
 
     python benchmarks/many_sets.py --data-root DATA      writes results/many_sets.csv; resumes when repeated
 
-Methods of `QUICK` are trained on five draws at five numbers of
-images, those of `SLOW` on the first two draws at two numbers: compare them with the same draws of the
-others. Methods that need nothing but features are in `baselines.py`, which reads these once.
+Methods of `QUICK` are trained on five draws at five numbers of images, those of `SLOW` on the first two draws
+at two numbers: compare them with the same draws of the others. Each is measured alone, as in its paper,
+without a text probe. Methods that need nothing but features are in `baselines.py`, which reads these once, and
+the text probe in `reads.py`.
 
 DATA, and which sets choose and which only report: see `sets.py`. A method that chooses hyperparameters gets
 validation images besides, at most four per class as in the papers, as far as the set has more images than
-are trained on; all others see K images per class. Prompts and weights are trained once and their head then
-answers in up to three ways: by the method's own logits, with the text probe on the method's own features,
-and read both ways (the default), with a text probe on these features and one on the frozen tower's. CPU
-seconds of this last way include those of the one before.
+are trained on; all others see K images per class.
 """
 
 import random
 import time
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,31 +27,28 @@ from sets import REPORTING, Pool, of_class
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.backbone.clip import FrozenCLIP, joined, parts_of
+from dcp_zoo.backbone.clip import FrozenCLIP
 from dcp_zoo.benchmark.plan import weights_id
 from dcp_zoo.cli.console import log, progress_bar
 from dcp_zoo.data import Item, Split
 from dcp_zoo.features.extract import FeatureExtractor
 from dcp_zoo.features.loader import ImageLoader
 from dcp_zoo.features.photos import Photos
-from dcp_zoo.heads.head import Head
 from dcp_zoo.prediction.heads import outputs_of_loader
-from dcp_zoo.probe import ReadingFeatures, fit_on_features
 from dcp_zoo.training.evaluation import EVAL_BATCH, expected_calibration_error, top1
 from dcp_zoo.training.methods import METHODS, fit_head
-from dcp_zoo.training.methods.text_probe import on_cpu
 from dcp_zoo.training.run import Source, plan
 from dcp_zoo.training.task import Task
 from dcp_zoo.zoo.build import plain_clip
 
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = "weights set classes images_per_class seed method reading top1 ece nll test_images train_cpu_seconds".split()
+COLUMNS = "weights set classes images_per_class seed method top1 ece nll test_images train_cpu_seconds".split()
 MODEL = "dcp_mini"
 TEST_IMAGES = 800  # at most
 VAL_IMAGES = 4  # of a class, at most
 ON_FEATURES = ("zero-shot-ensemble", *(name for name, each in METHODS.items() if each.features))
 RECIPES = {"dcp, paper": "paper", "dcp, release": "release"}  # where not the method's default
-QUICK = ("zero-shot", "zero-shot-ensemble", "text-probe", "dcp", "coop", "prolip")
+QUICK = ("zero-shot", "zero-shot-ensemble", "dcp", "coop", "prolip")
 SLOW = ("2sfs", "vpt-deep", "maple", "promptsrc", "clip-lora", "clip-svd")
 # images per class, and draws
 AUTHORS = ("dcp, paper", "dcp, release")
@@ -99,45 +93,14 @@ def test_images(items: tuple[Item, ...]) -> ImageLoader:
     return images.after_stem(images.training_views)
 
 
-def measured(split: Split, seed: int, method: str) -> Iterator[tuple[Any, ...]]:
-    """Reading, top-1 and ECE in percent, cross-entropy, test images, and CPU seconds of training, for each
-    reading."""
+def measured(split: Split, seed: int, method: str) -> tuple[Any, ...]:
+    """Top-1 and ECE in percent, cross-entropy, test images, and CPU seconds of training."""
     started = time.process_time()
-    task = planned(split, method, seed)
-    head = fit_head(method.split(",")[0], task)
+    head = fit_head(method.split(",")[0], planned(split, method, seed))
     trained = time.process_time() - started
     test = test_images(tuple(split.test))
-    if method in ON_FEATURES:
-        yield (
-            "",
-            *scores(torch.from_numpy(outputs_of_loader(head, test, EVAL_BATCH).logits), test.labels),
-            round(trained, 1),
-        )
-        return
-    yield from read_in_three_ways(head, task.images, test, trained)
-
-
-@torch.no_grad()
-def read_in_three_ways(head: Head, train: ImageLoader, test: ImageLoader, seconds: float) -> Iterator[tuple[Any, ...]]:
-    """The rows of a head that was trained for so many seconds. Where it changed the texts alone, as CoOp
-    does, there is one text probe, which starts at its own logits: "both" stands for what heads do."""
-    tested = test.table(head.available_readings)
-    features = [tested.reading(i).rows()[0] for i in range(len(head.available_readings))]
-    embedding = features[0][:, : head.available_readings[0].widths[0]]
-    yield "", *scores(head.classify(embedding), test.labels), round(seconds, 1)
-    started = time.process_time()
-    fitted = train.table(head.available_readings, train.with_flips)
-    starts = on_cpu(head.method_linear()), on_cpu(head.zero_shot_linear())
-    readings = []
-    for i, (reading, start) in enumerate(zip(head.available_readings, starts, strict=False)):
-        table = fitted.reading(i)
-        readings.append(ReadingFeatures(table.rows(*table.views), start, reading.parts))
-    for name, count in (("own", 1), ("both", 2)) if len(readings) > 1 else (("both", 1),):
-        read = readings[:count]
-        unseen = starts[1] if name == "both" else None
-        head.text_probe, _ = fit_on_features(head.classes, train.labels, read, unseen)
-        logits = head.classify(joined(features[:count], parts_of(head.available_readings[:count])))
-        yield name, *scores(logits, test.labels), round(seconds + time.process_time() - started, 1)
+    logits = torch.from_numpy(outputs_of_loader(head, test, EVAL_BATCH).logits)
+    return *scores(logits, test.labels), round(trained, 1)
 
 
 def scores(logits: Tensor, labels: Tensor) -> tuple[float, float, float, int]:
@@ -163,7 +126,7 @@ def main(data_root: Annotated[Path, typer.Option(help="Folder with the sets, see
         pools = {name: REPORTING[name](data_root, Path(folder)) for name in {cell[3]: None for cell in left}}
         for seed, number, method, name in left:
             head = weights, name, len(pools[name][0]), number, seed, method
-            table.add((*head, *row) for row in measured(draw(pools[name], number, seed), seed, method))
+            table.add([(*head, *measured(draw(pools[name], number, seed), seed, method))])
 
 
 if __name__ == "__main__":

@@ -147,9 +147,8 @@ def titled(method: str) -> str:
 
 
 NUMBERS = (4, 16)  # images per class with which every method that trains prompts or weights is measured
-PROBES = {"": "", "own": " + one text probe", "both": " + text probes"}  # after a method that changes the features
 READ_BY = {"top1": "top-1", "ece": "ECE", "auroc_near": "AUROC, near"}
-PARTS = {"x": "", "stem": " on the stem", "x+stem": " on both", "x,stem": " on both", "x,stem,stage": ""}
+PARTS = {"": "", "x": "", "stem": " on the stem", "x+stem": " on both", "x,stem": " on both", "x,stem,stage": ""}
 
 
 @cache
@@ -163,9 +162,10 @@ def on_sets(file: str = "many_sets") -> pd.DataFrame:
         tables.append(results(each))
         if each == "baselines":
             tables.append(probes)
-    rows = pd.concat(tables, ignore_index=True).fillna({"reading": ""})
+    rows = pd.concat(tables, ignore_index=True)
+    rows["reading"] = rows.reading.fillna("") if "reading" in rows else ""
     rows = rows[rows.set.isin(REPORTING)]
-    rows["label"] = rows.method.map(titled) + rows.reading.map(PROBES | PARTS)
+    rows["label"] = rows.method.map(titled) + rows.reading.map(PARTS)
     rows.loc[(rows.method == "text-probe") & (rows.reading == "x"), "label"] += " on the embedding"
     keys = ["set", "images_per_class", "seed"]
     rows = rows.drop_duplicates([*keys, "label"])
@@ -174,7 +174,7 @@ def on_sets(file: str = "many_sets") -> pd.DataFrame:
     return table.where(measured == measured.max())
 
 
-def set_gaps(label: str, reference: str = "Text probe", images: int | None = None, file: str = "many_sets") -> Any:
+def set_gaps(label: str, reference: str, images: int | None = None, file: str = "many_sets") -> Any:
     """Top-1 minus the reference's, paired by set, images per class and seed: the mean of each set, since
     only sets are samples of what a reader will use a method on, not their draws and numbers of images."""
     found = on_sets(file)["top1"]
