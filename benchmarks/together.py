@@ -2,10 +2,10 @@
 classes.
 
     python benchmarks/together.py features DATA FEATURES     features of the miniature, kept in a folder
-    python benchmarks/together.py choose CLIP FEATURES       writes results/together_choice.csv
-    python benchmarks/together.py measure CLIP FEATURES      writes results/together.csv
+    python benchmarks/together.py choose CLIP_FOLDER FEATURES       writes results/together_choice.csv
+    python benchmarks/together.py measure CLIP_FOLDER FEATURES      writes results/together.csv
 
-DATA: see `sets.py`; `PARTS` says which sets chose here. CLIP: features of the real CLIP ViT-B/32, see
+DATA: see `sets.py`; `PARTS` says which sets chose here. CLIP_FOLDER: features of the real CLIP ViT-B/32, see
 `real_clip.py`. A text probe is fitted to K images per class, other ones in each draw; a folder is a part of
 the test images.
 
