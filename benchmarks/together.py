@@ -37,7 +37,7 @@ from sets import SETS, of_class
 from torch import Tensor
 from torch.nn import functional as F
 
-from dcp_zoo.backbone.clip import Linear
+from dcp_zoo.backbone.clip import WeightAndBias
 from dcp_zoo.cli.console import progress_bar
 from dcp_zoo.features.extract import FeatureExtractor
 from dcp_zoo.features.photos import Photos
@@ -77,7 +77,7 @@ class Set(NamedTuple):
     train_labels: Tensor
     test: Tensor
     labels: Tensor
-    text: Linear
+    text: WeightAndBias
 
 
 # ---------------------------------------------------------------------------------------------------------------- sets

@@ -2,6 +2,7 @@
 for Label Studio, with a stand-in for it (hub/label_studio/check.py tries the real one); methods on given
 image features."""
 
+import importlib
 import re
 import runpy
 from pathlib import Path
@@ -25,6 +26,8 @@ from dcp_zoo.data import Item
 from dcp_zoo.data.packaged import sample_images
 from dcp_zoo.training.methods.linear import gaussian_discriminant
 
+BENCHMARKS = Path(speed.__file__).parent
+
 
 @pytest.mark.scripts
 @pytest.mark.parametrize(("task", "variants"), [("training", ("plain", "ours")), ("inference", speed.INFERENCE)])
@@ -34,6 +37,12 @@ def test_processes_run_every_variant_and_batch_size(task, variants):
     rows = list(speed.compare(case, threads=1, repeats=1))
     assert [(row["batch"], row["variant"]) for row in rows] == [(n, variant) for n in (1, 2) for variant in variants]
     assert all(row["seconds"] > 0 and row["peak_mb"] > 50 for row in rows)
+
+
+def test_every_benchmark_imports():
+    """Most of them run for hours, and rarely: a name that has changed in the package would go unnoticed."""
+    for path in BENCHMARKS.glob("*.py"):
+        importlib.import_module(path.stem)
 
 
 def test_the_grid_covers_every_statement():
